@@ -641,8 +641,8 @@ def resize_and_crop(image, size):
     new_width, new_height = (size * width // short, size * height // short)
     left, top = (new_width - size) // 2, (new_height - size) // 2
     if max(width, height) > 16 * short:
-        scale = short / size
-        box = (left * scale, top * scale, (left + size) * scale, (top + size) * scale)
+        x, y = width / new_width, height / new_height  # source pixels per resized pixel
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
         return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
@@ -986,7 +986,8 @@ def show_mask():
 
 
 def rank_prompts(model, images, prompts, tokenize):
-    """How well each prompt fits each image, as text: CLIP shares 100 % out among the prompts, SigLIP judges each alone."""
+    """How well each prompt fits each image, [images, prompts]: CLIP shares 1 out among the prompts, SigLIP judges each
+    prompt alone. Raises ValueError on a prompt that is empty or too long."""
     pixels = preprocess(images, model.config.vision).to(model.logit_scale.device)
     ids, mask = tokenize(prompts)
     ids, mask = ids.to(pixels.device), None if mask is None else mask.to(pixels.device)
@@ -1017,6 +1018,28 @@ def check_prompt(prompt, tokens, context):
         raise ValueError("the prompt is empty: write what to look for, as in --prompt 'a red circle'")
     if tokens > context:
         raise ValueError(f"the prompt has {tokens} tokens, the context holds {context}: shorten it")
+
+
+def run_weights(args):
+    """--weights DIR --image FILE --prompt TEXT --prompt TEXT ...: a published checkpoint ranks the prompts."""
+    if not args.image or not args.prompt:
+        raise ValueError("--weights needs --image and --prompt, as in --image photo.jpg --prompt 'a cat' --prompt 'a dog'")
+    images = [load_image(path) for path in args.image]
+    folder = checkpoint_folder(args.weights)
+    config = config_from_published(read_config(folder), folder)
+    tokenize = published_tokenize(folder, config.text)
+    tokenize(args.prompt)  # a prompt too long is found before gigabytes are read
+    model = CLIP.from_pretrained(folder, getattr(torch, args.dtype), check_device(args.device))
+    print(table_of_shares(args.image, args.prompt, rank_prompts(model, images, args.prompt, tokenize)))
+
+
+def table_of_shares(files, prompts, shares):
+    """shares [images, prompts] as text, the best prompt of each image first."""
+    lines = []
+    for file, row in zip(files, shares, strict=True):
+        lines.append(str(file))
+        lines += [f"  {100 * row[i]:5.1f} %  {prompts[i]}" for i in row.argsort(descending=True).tolist()]
+    return "\n".join(lines)
 
 
 class CommandLine(argparse.ArgumentParser):

@@ -714,8 +714,8 @@ def resize_and_crop(image, size):
     new_width, new_height = (size * width // short, size * height // short)
     left, top = (new_width - size) // 2, (new_height - size) // 2
     if max(width, height) > 16 * short:
-        scale = short / size
-        box = (left * scale, top * scale, (left + size) * scale, (top + size) * scale)
+        x, y = width / new_width, height / new_height  # source pixels per resized pixel
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
         return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
@@ -974,3 +974,206 @@ def load_tokenizer(folder):
         raise ValueError(f"{file} cannot be read as a tokenizer ({error})") from None
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Anatomy: everything that follows from the shapes alone, on the meta device (a 17B model takes seconds and no memory)
+
+
+def find_preset(name):
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def describe(module, indent=0):
+    """The modules of a model as lines of text: name, shape of the weight, parameters; a stack of blocks is shown once."""
+    lines = []
+    for name, parameter in module.named_parameters(recurse=False):
+        lines.append((f"{'  ' * indent}{name}", " x ".join(map(str, parameter.shape)) or "scalar", parameter.numel()))
+    for name, child in module.named_children():
+        if not count_parameters(child):
+            continue
+        if isinstance(child, nn.ModuleList):
+            lines.append((f"{'  ' * indent}{name} x {len(child)}", "", count_parameters(child)))
+            lines += describe(child[0], indent + 1)
+        elif not list(child.children()) and hasattr(child, "weight"):
+            shape = " x ".join(map(str, child.weight.shape))
+            bias = " + bias" if getattr(child, "bias", None) is not None else ""
+            lines.append((f"{'  ' * indent}{name}", shape + bias, count_parameters(child)))
+        else:
+            lines.append((f"{'  ' * indent}{name}", "", count_parameters(child)))
+            lines += describe(child, indent + 1)
+    return lines
+
+
+def table(lines):
+    width = max(len(name) for name, _, _ in lines) + 2
+    return "\n".join(f"{name:<{width}}{shape:<26}{number:>18,}" for name, shape, number in lines)
+
+
+def count_flops(run):
+    """Floating-point operations of run() on the meta device: matrix products, convolutions, attention; 2 per multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def anatomy(name):
+    """Modules, shapes, what trains in which stage, visual tokens, FLOPs and KV-cache bytes of a preset, as text."""
+    config = find_preset(name)
+    with torch.device("meta"):
+        model = LLaVA(config)
+    side, c = config.vision.image_size, config.language
+    tokens, words = num_image_tokens(side, side, config), 64
+    pixels = torch.empty(1, 3, side, side, device="meta")
+    prompt = torch.empty(1, tokens + words, c.width, device="meta")
+    total = count_parameters(model)
+    stages = []
+    for stage in (1, 2):
+        trained = sum(p.numel() for p in freeze(model, stage))
+        stages.append(f"stage {stage}: {trained:,} trained ({100 * trained / total:.1f} %), {total - trained:,} frozen")
+    cache = 2 * c.layers * c.kv_heads * c.head_width  # numbers per token: keys and values of every layer
+    return "\n".join(
+        [
+            f"{name}: {total:,} parameters, projector {config.projector}",
+            "",
+            table(describe(model)),
+            "",
+            *stages,
+            f"image {side} x {side} -> {tokens} tokens in the decoder ({side} // {config.vision.patch_size} squared"
+            f"{', and the class token' if config.keep_class_token else ''})",
+            f"FLOPs: {count_flops(lambda: model.encode_image(pixels)):,} to encode an image,"
+            f" {count_flops(lambda: model.language.hidden(prompt)):,} to read it with {words} words,",
+            f"{2 * (count_parameters(model.language) - c.vocab_size * c.width):,} for each new word (and its attention)",
+            f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cache * tokens:,} for one image",
+        ]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def show_trace():
+    """The shapes through one forward pass of the tiny model, with random weights."""
+    config = PRESETS["tiny"]
+    torch.manual_seed(0)
+    model = LLaVA(config)
+    side = config.vision.image_size
+    tokens = num_image_tokens(side, side, config)
+    ids = torch.randint(0, 400, (2, 4 + tokens + 6))
+    ids[:, 4 : 4 + tokens] = config.image_token_id
+    with torch.no_grad(), trace() as t:
+        model(ids, torch.randn(2, 3, side, side))
+    return f"tiny, random weights, 2 rows of 4 words, {tokens} image tokens and 6 words\n\n{t}"
+
+
+def show_mask():
+    """Who may look at whom, drawn from the same rule that the attention kernels follow."""
+    padded = torch.tensor([[-1, -1, 0, 0, 0, 0, 0, 0]])
+    return "\n\n".join(
+        [
+            "rows look at columns; # may, . may not",
+            "vision tower: the class token and all patches see each other\n" + draw_mask(5, 5),
+            "decoder: causal over words and patches alike, here 2 words, 4 patches, 2 words\n"
+            + draw_mask(8, 8, causal=True),
+            "decoder, a row with 2 tokens of padding on the left\n"
+            + draw_mask(8, 8, causal=True, q_segments=padded, k_segments=padded),
+            "decoder with a KV cache: 2 new tokens after 6 cached ones\n" + draw_mask(2, 8, causal=True),
+        ]
+    )
+
+
+def answer(model, images, question, encode, decode, max_new_tokens=32):
+    """One question about some images -> the model's answer as text."""
+    device = model.mm_projector.linear_1.weight.device
+    pixels = preprocess(images, model.config.vision).to(device) if images else None
+    side = model.config.vision.image_size
+    prompt = expand_images(build_prompt(question, len(images)), num_image_tokens(side, side, model.config))
+    ids = torch.tensor([encode(prompt)], device=device)
+    room = model.config.language.context - ids.shape[1]
+    if room < 1:
+        raise ValueError(f"the prompt has {ids.shape[1]} tokens, the context holds {room + ids.shape[1]}: shorten it")
+    eos = model.config.eos_token_id
+    new = model.generate(ids, pixels, max_new_tokens=min(max_new_tokens, room), eos_id=eos)[0].tolist()
+    return decode([i for i in new if i != eos]).strip()
+
+
+def run_weights(args):
+    """--weights DIR --image FILE --prompt TEXT: a published checkpoint answers about your own image."""
+    if not args.prompt:
+        raise ValueError("--weights needs --prompt, as in --weights DIR --image photo.jpg --prompt 'What is unusual here?'")
+    images = [load_image(path) for path in args.image]
+    for question in args.prompt:
+        build_prompt(question, len(images))  # a placeholder too many is found before gigabytes are read
+    folder = checkpoint_folder(args.weights)
+    config_from_published(read_config(folder), folder)  # so is a checkpoint of another family
+    tokenizer = load_tokenizer(folder)
+    model = LLaVA.from_pretrained(folder, getattr(torch, args.dtype), check_device(args.device))
+    for question in args.prompt:
+        print(answer(model, images, question, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse, except that a mistake costs one line and exit status 2, not a page of usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def command_line(description):
+    """The options that every family file has."""
+    parser = CommandLine(description=description)
+    parser.add_argument("--demo", action="store_true", help="train the toy model if it is not cached, then show what it does")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="your own image (may be repeated)")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to ask about it")
+    parser.add_argument("--weights", metavar="DIR_OR_HUB_ID", help="a published checkpoint in the Hugging Face layout")
+    parser.add_argument("--anatomy", nargs="?", const="tiny", metavar="PRESET", help="modules, parameters, FLOPs of a preset")
+    parser.add_argument("--trace", action="store_true", help="the shapes through one forward pass")
+    parser.add_argument("--show-mask", action="store_true", help="who may look at whom")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="with --weights")
+    return parser
+
+
+def check_device(name):
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):  # torch's own message is a page about CUDA installations
+        raise ValueError(f"device {name!r} is not available here; --device cpu always is") from None
+    if device.type == "mps":
+        print("note: mps has given wrong numbers in some releases of torch; compare with --device cpu", file=sys.stderr)
+    return device
+
+
+def run(args):
+    """What the command line asks for; bad input is a ValueError with one clear line."""
+    if args.anatomy:
+        print(anatomy(args.anatomy))
+    elif args.trace:
+        print(show_trace())
+    elif args.show_mask:
+        print(show_mask())
+    elif args.weights:
+        run_weights(args)
+    elif args.demo:
+        demo(args)
+    else:
+        raise ValueError("nothing to do; try --demo, --trace, --show-mask or --anatomy (--help lists the options)")
+
+
+def main(argv=None):
+    parser = command_line(__doc__.strip().splitlines()[0])
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: stopped\n")

@@ -1,0 +1,18 @@
+"""Attention and rotary positions, each behind one signature with three backends that a test holds equal.
+
+    reference   the plain maths in float32 (float64 stays float64): a page to read
+    torch       what torch ships: scaled_dot_product_attention; the default without CUDA
+    triton      flash attention and RoPE written here, forward and backward; the default on CUDA
+
+    from kernels import attention, backend
+    with backend("reference"):
+        o = attention(q, k, v, causal=True)
+
+Axis letters, everywhere in this folder: B batch, T length (Tq of the queries, Tk of the keys), H query heads, K key/value
+heads (K divides H, G = H // K query heads share one), Dh head width.
+"""
+
+from .attention import allowed, attention, backend, draw_mask
+from .rope import apply_rope, mrope, rope_1d, rope_2d
+
+__all__ = ["allowed", "apply_rope", "attention", "backend", "draw_mask", "mrope", "rope_1d", "rope_2d"]
