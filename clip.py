@@ -1042,6 +1042,85 @@ def table_of_shares(files, prompts, shares):
     return "\n".join(lines)
 
 
+@torch.no_grad()
+def patch_importance(model, pixels, text):
+    """How much of the similarity each patch carries, [rows, columns]: what is lost when it alone is painted grey.
+
+    pixels [1,3,H,W], text [1,E]. Works for any tower, since it only asks the model again, once per patch.
+    """
+    P = model.config.vision.patch_size
+    rows, columns = patch_grid(*pixels.shape[2:], model.config.vision)
+    hidden = pixels.repeat(rows * columns, 1, 1, 1)
+    for i in range(rows * columns):
+        y, x = P * (i // columns), P * (i % columns)
+        hidden[i, :, y : y + P, x : x + P] = pixels.mean()
+    similarity = model.encode_image(torch.cat([pixels, hidden])) @ text.T  # [1 + N,1]
+    return (similarity[0] - similarity[1:, 0]).view(rows, columns)
+
+
+def draw_similarity(images, logits, heat, file, cell=64):
+    """PNG: the images beside their row of the similarity matrix (white: as similar as it gets), and the last image
+    with the patches that carry its similarity."""
+    B = len(images)
+    page = Image.new("RGB", ((B + 1) * cell + 20, (B + 1) * cell + 20), "white")
+    pen = ImageDraw.Draw(page)
+    share = logits.softmax(-1)
+    for i, image in enumerate(images):
+        page.paste(image.resize((cell - 4, cell - 4), Image.Resampling.NEAREST), (2, i * cell + 2))
+        for j in range(B):
+            level = int(255 * share[i, j])
+            x, y = (j + 1) * cell + 20, i * cell
+            pen.rectangle((x, y, x + cell - 4, y + cell - 4), fill=(level,) * 3, outline="red" if i == j else "grey")
+    heat = (heat.clamp(min=0) / heat.max().clamp(min=1e-6)).numpy()
+    shade = Image.fromarray((255 * heat).astype(np.uint8)).resize((cell - 4, cell - 4), Image.Resampling.NEAREST)
+    small = images[-1].resize((cell - 4, cell - 4), Image.Resampling.NEAREST)
+    page.paste(Image.composite(small, Image.new("RGB", small.size), shade), (2, B * cell + 12))
+    pen.text((cell + 20, B * cell + 12), "the last image again: bright patches carry its similarity", fill="black")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page.save(file)
+
+
+def demo(args):
+    """Train the toy CLIP in front of the reader if it is not cached, then show what a dual encoder does."""
+    import train_tiny as tiny
+
+    device = check_device(args.device)
+    images = [load_image(path) for path in args.image]  # wrong input is found before the training
+    for prompt in args.prompt:
+        check_prompt(prompt, len(tiny.encode(prompt)) + 1, PRESETS["tiny"].text.context)
+    rng = tiny.rng_for("clip demo")
+    scenes = [tiny.make_scene(rng, split="test") for _ in range(256)]
+    fresh = [tiny.unseen_pair_scene(rng, 1) for _ in range(120)]
+    print("A world of coloured shapes. An image of 32 x 32 pixels is 16 patches; its text is, for example:")
+    print(f"    {tiny.caption(scenes[0])}")
+    torch.manual_seed(0)
+    untrained = CLIP(PRESETS["tiny"]).to(device).eval()
+    print(f"before training, the right text among 256 is found for {tiny.retrieval(untrained, scenes):.0%} (guessing: 0.4 %)")
+    model = tiny.toy_clip(args.device)
+    print(f"after training, for {tiny.retrieval(model, scenes):.0%} of images it has never seen")
+    named = tiny.naming(model, fresh, tiny.TEMPLATES)
+    pairs = ", ".join(" ".join(pair) for pair in tiny.UNSEEN_PAIRS)
+    print(f"pairs never shown in training ({pairs}):\n    named rightly, out of 30, {named:.0%} (guessing: 3 %)")
+    tokenize = tiny.clip_tokenize(model)
+    if images:
+        prompts = args.prompt or ["a red circle", "a blue square", "a green triangle"]
+        print(table_of_shares(args.image, prompts, rank_prompts(model, images, prompts, tokenize)))
+        return
+    shown = [tiny.draw(scene) for scene in scenes[:7]] + [tiny.draw(fresh[0])]
+    texts = [tiny.caption(scene) for scene in scenes[:7]] + [tiny.caption(fresh[0])]
+    ids, mask = tokenize(texts)
+    pixels = preprocess(shown, model.config.vision).to(device)
+    with torch.no_grad():
+        text = model.encode_text(ids.to(device), None if mask is None else mask.to(device))
+        logits = model.logits(model.encode_image(pixels), text).cpu()
+    heat = patch_importance(model, pixels[-1:], text[-1:]).cpu()
+    print(f"\nwhich patches carry the similarity to {texts[-1]!r}? Lost when one patch is painted grey, in 1/100:")
+    print("\n".join("    " + " ".join(f"{100 * value:5.1f}" for value in row) for row in heat.tolist()))
+    file = tiny.RUNS / "clip" / "demo.png"
+    draw_similarity(shown, logits, heat, file)
+    print(f"written: {file} (the similarity matrix: 8 images by 8 texts, the diagonal should be bright)")
+
+
 class CommandLine(argparse.ArgumentParser):
     """argparse, except that a mistake costs one line and exit status 2, not a page of usage."""
 
@@ -1100,3 +1179,8 @@ def main(argv=None):
         parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: stopped\n")
+
+
+if __name__ == "__main__":
+    sys.modules.setdefault("clip", sys.modules[__name__])  # train_tiny imports clip: let it find this very module
+    main()

@@ -1177,3 +1177,8 @@ def main(argv=None):
         parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: stopped\n")
+
+
+if __name__ == "__main__":
+    sys.modules.setdefault("llava", sys.modules[__name__])  # train_tiny imports llava: let it find this very module
+    main()
