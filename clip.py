@@ -1008,7 +1008,8 @@ def published_tokenize(folder, config):
         for text, row in zip(texts, rows, strict=True):
             check_prompt(text, len(row), config.context)
         longest = max(len(row) for row in rows) if config.causal else config.context  # SigLIP always sees 64 tokens
-        return torch.tensor([row + [config.pad_token_id] * (longest - len(row)) for row in rows]), None
+        # both pad with their end-of-text token, which the tokenizer has just put at the end of each row
+        return torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows]), None
 
     return tokenize
 

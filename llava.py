@@ -463,7 +463,8 @@ class LanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:  # what writes to the residual stream starts smaller, as 2 * layers terms add up
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * config.layers) if residual else 1))
+                nn.init.normal_(parameter, std=config.width**-0.5 / (math.sqrt(2 * config.layers) if residual else 1))
+        nn.init.normal_(self.lm_head.weight, std=0.02)  # small, so that the first loss is ln V: nothing is preferred
 
     def hidden(self, x, mask=None, cache=None):
         """Embeddings x [B,T,D] of new tokens (and their mask) -> hidden states [B,T,D] after the last norm.
@@ -1117,6 +1118,84 @@ def run_weights(args):
     model = LLaVA.from_pretrained(folder, getattr(torch, args.dtype), check_device(args.device))
     for question in args.prompt:
         print(answer(model, images, question, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
+
+
+@torch.no_grad()
+def answer_attention(model, pixels, ids):
+    """Where the decoder looks when it is about to answer: attention from the last token of the prompt to the patches,
+    mean over heads and layers, [rows, columns]. pixels [1,3,H,W], ids [1,T] with one image, no class token kept."""
+    with trace(maps=True) as t:
+        model(ids, pixels)
+    maps = torch.stack([x for name, x in t.rows if name == "decoder attention weights"])  # [layers,1,H,T,T]
+    is_image = ids[0] == model.config.image_token_id
+    return maps[:, 0, :, -1][..., is_image].mean((0, 1)).view(patch_grid(*pixels.shape[2:], model.config.vision)).cpu()
+
+
+def heat_picture(image, heat, size):
+    """The image, darkened where little attention falls."""
+    shade = (255 * heat / heat.max()).to(torch.uint8).numpy()
+    shade = Image.fromarray(shade).resize((size, size), Image.Resampling.NEAREST)
+    image = image.resize((size, size), Image.Resampling.NEAREST)
+    return Image.composite(image, Image.new("RGB", image.size), shade)
+
+
+def draw_answers(rows, file, size=96):
+    """PNG: for each (image, heat before, heat after, text) the image, where the answer looked, and the text."""
+    page = Image.new("RGB", (3 * size + 360, len(rows) * (size + 8) + 24), "white")
+    pen = ImageDraw.Draw(page)
+    for x, title in ((4, "image"), (size + 8, "looks, untrained"), (2 * size + 12, "looks, trained")):
+        pen.text((x, 4), title, fill="black")
+    for i, (image, before, after, text) in enumerate(rows):
+        y = 24 + i * (size + 8)
+        page.paste(image.resize((size, size), Image.Resampling.NEAREST), (4, y))
+        page.paste(heat_picture(image, before, size), (size + 8, y))
+        page.paste(heat_picture(image, after, size), (2 * size + 12, y))
+        pen.multiline_text((3 * size + 24, y + 8), text, fill="black", spacing=6)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page.save(file)
+
+
+def demo(args):
+    """Train the toy LLaVA in front of the reader if it is not cached, then let it answer about images it never saw."""
+    import train_tiny as tiny
+
+    device = check_device(args.device)
+    own = [load_image(path) for path in args.image]  # wrong input is found before the training
+    for question in args.prompt:
+        tokens = len(tiny.encode(build_prompt(question, len(own) or 1)))
+        if tokens + 16 > PRESETS["tiny"].language.context:
+            raise ValueError(f"the prompt has {tokens} tokens, the context holds {PRESETS['tiny'].language.context}: shorten it")
+    rng = tiny.rng_for("llava demo")
+    asked = tiny.vqa_questions(rng, 6)
+    print("In goes an image of 32 x 32 pixels, 16 patches, and a question; the decoder reads both as one row of 16 vectors")
+    print(f"and words:\n    {build_prompt(asked[0][1])!r}")
+    untrained = tiny.untrained_llava(args.device)
+    said = tiny.answers(untrained, [scene for scene, _, _ in asked[:3]], [question for _, question, _ in asked[:3]])
+    print(f"before training it says: {', '.join(repr(text[:24]) for text in said)}")
+    model = tiny.toy_llava(args.device)
+    if own or args.prompt:
+        for question in args.prompt or [tiny.DESCRIBE]:
+            images = own or [tiny.draw(asked[0][0])]
+            print(f"{question} -> {answer(model, images, question, tiny.encode, tiny.decode)}")
+        return
+    said, rows = tiny.answers(model, [a[0] for a in asked], [a[1] for a in asked]), []
+    print("\nafter training, about images it has never seen:")
+    for (scene, question, right), text in zip(asked, said, strict=True):
+        verdict = "right" if text == right else f"wrong, it is {right}"
+        print(f"    [{tiny.caption(scene)}]\n        {question} -> {text} ({verdict})")
+        pixels = preprocess([tiny.draw(scene)], model.config.vision).to(device)
+        prompt = expand_images(build_prompt(question), num_image_tokens(*pixels.shape[2:], model.config))
+        ids = torch.tensor([tiny.encode(prompt)], device=device)
+        heats = [answer_attention(m, pixels, ids) for m in (untrained, model)]
+        rows.append((tiny.draw(scene), *heats, f"{question}\n{text}\n({verdict})"))
+    many = tiny.vqa_questions(tiny.rng_for("llava demo, many"), 200)
+    print(f"of 200 more questions {tiny.accuracy(model, many):.0%} are answered rightly (guessing: {tiny.guess(many):.0%})")
+    print("\nwhere the answer to the first question looked, untrained and trained (attention on 16 patches, in 1/100):")
+    for left, right in zip(rows[0][1].tolist(), rows[0][2].tolist(), strict=True):
+        print("    " + " ".join(f"{100 * v:5.1f}" for v in left) + "      " + " ".join(f"{100 * v:5.1f}" for v in right))
+    file = tiny.RUNS / "llava" / "demo.png"
+    draw_answers(rows, file)
+    print(f"written: {file} (each image, its answer, and where the answer looked)")
 
 
 class CommandLine(argparse.ArgumentParser):

@@ -136,7 +136,7 @@ def bench_cuda():
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    peak = 2 * 8192**3 / median_ms(lambda: x @ y) / 1e9
+    peak = 2 * 8192**3 / median_ms(lambda x=x, y=y: x @ y) / 1e9
     big = torch.empty(2**29, device="cuda", dtype=torch.bfloat16)  # 1 GiB, far beyond the cache
     bandwidth = 2 * big.nbytes / median_ms(big.clone) / 1e6
     device = torch.cuda.get_device_name()

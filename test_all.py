@@ -1,0 +1,1725 @@
+"""
+Every test of the repo.
+
+    python test_all.py              everything (about five minutes on two cores)
+    python test_all.py -k clip      tests with clip in their name
+    python test_all.py -k "not compile and not two_processes" -x
+
+It all runs offline and without a GPU: Triton's kernels run under its interpreter (TRITON_INTERPRET=1, set below) and are
+compiled, not run, for three generations of GPUs. The oracles are tiny random models of `transformers`.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
+
+import ast
+import importlib.util
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import clip
+import llava
+import train_tiny as tiny
+from kernels import allowed, apply_rope, attention, backend, draw_mask, mrope, rope_1d, rope_2d
+
+ROOT = Path(__file__).resolve().parent
+MODULES = {"clip": clip, "llava": llava}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels: three backends, one answer
+
+MODULE = sys.modules["kernels.attention"]  # kernels.attention itself is the function of that name
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+ALL_BACKENDS = ["reference", "torch", pytest.param("triton", marks=needs_triton)]
+
+RULES = {  # B, Tq, Tk -> the mask arguments of attention
+    "everything": lambda B, Tq, Tk: {},
+    "causal": lambda B, Tq, Tk: dict(causal=True),
+    "prefix": lambda B, Tq, Tk: dict(causal=True, prefix=torch.arange(B) * (Tk - 3) + 2),
+    "scattered": lambda B, Tq, Tk: dict(q_segments=torch.randint(-1, 3, (B, Tq)), k_segments=torch.randint(-1, 3, (B, Tk))),
+    "packed": lambda B, Tq, Tk: dict(q_segments=torch.arange(Tq).expand(B, -1) // 70, k_segments=torch.arange(Tk).expand(B, -1) // 70),
+    "padded left": lambda B, Tq, Tk: dict(causal=True, k_segments=-(torch.arange(Tk) < torch.arange(B)[:, None] * 5).long()),
+    "all at once": lambda B, Tq, Tk: RULES["scattered"](B, Tq, Tk) | RULES["prefix"](B, Tq, Tk),
+}  # fmt: skip
+
+
+def qkv(B, H, K, Tq, Tk, Dh, dtype=torch.float32, strided=False):
+    """Random q, k, v; strided ones lie in memory as a projection leaves them, [B,T,heads,Dh]."""
+    shapes = (H, Tq), (K, Tk), (K, Tk)
+    if strided:
+        return [torch.randn(B, T, heads, Dh).to(dtype).transpose(1, 2) for heads, T in shapes]
+    return [torch.randn(B, heads, T, Dh).to(dtype) for heads, T in shapes]
+
+
+def plain(q, k, v, rule):
+    """Attention as a first implementation has it, every step in the dtype of its input: how wrong may a kernel be?"""
+    G = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
+    ok = allowed(q.shape[2], k.shape[2], **rule)[:, None]
+    s = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~ok, -30000.0)
+    return s.softmax(-1) * ok @ v
+
+
+def output_and_gradients(f, inputs, grad):
+    inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    o = f(*inputs)
+    return [x.detach().double() for x in (o, *torch.autograd.grad(o, inputs, grad.to(o.dtype)))]
+
+
+def distance(a, b):
+    return (a - b).abs().max().item()
+
+
+GRID = [  # B, H, K, Tq, Tk, Dh, dtype, rule, strided.  B is not H, G is 3 at times, lengths do not fit the tiles
+    (2, 3, 1, 17, 17, 16, "float32", "everything", False),
+    (2, 3, 1, 17, 40, 72, "float32", "causal", True),
+    (2, 3, 3, 40, 17, 40, "float32", "causal", False),
+    (2, 3, 1, 33, 70, 80, "float32", "prefix", False),
+    (1, 2, 1, 90, 50, 64, "float32", "scattered", True),
+    (2, 3, 1, 40, 40, 40, "float32", "all at once", True),
+    (1, 2, 1, 20, 20, 256, "float32", "padded left", False),
+    (3, 2, 1, 1, 50, 64, "float32", "padded left", False),
+    (2, 6, 2, 1, 129, 64, "float16", "all at once", True),
+    (2, 3, 1, 129, 200, 64, "float16", "everything", True),
+    (1, 3, 1, 200, 200, 64, "float16", "causal", False),
+    (2, 3, 1, 128, 200, 128, "float16", "causal", True),
+    (1, 2, 2, 200, 129, 128, "float16", "prefix", True),
+    (2, 2, 1, 129, 200, 72, "float16", "scattered", True),
+    (1, 2, 1, 200, 200, 80, "float16", "packed", True),
+    (2, 3, 1, 150, 150, 40, "float16", "padded left", False),
+    (2, 2, 1, 200, 129, 64, "float16", "all at once", False),
+    (1, 2, 1, 129, 65, 256, "float16", "causal", False),
+    (2, 3, 1, 129, 200, 64, "bfloat16", "all at once", True),
+    (1, 2, 1, 128, 128, 128, "bfloat16", "causal", False),
+]
+
+
+@pytest.mark.parametrize("B,H,K,Tq,Tk,Dh,dtype,rule,strided", GRID)
+@pytest.mark.parametrize("name", ALL_BACKENDS)
+def test_attention_and_its_gradients_are_exact(name, B, H, K, Tq, Tk, Dh, dtype, rule, strided):
+    """Against float64: float32 to rounding; 16 bits at most 2 (output) or 3 (gradients) times as far off as plain code."""
+    if name == "triton" and dtype == "bfloat16":
+        pytest.skip("Triton's interpreter computes bfloat16 wrong")
+    torch.manual_seed(Tq + Dh)
+    rule = RULES[rule](B, Tq, Tk)
+    inputs, grad = qkv(B, H, K, Tq, Tk, Dh, getattr(torch, dtype), strided), torch.randn(B, H, Tq, Dh)
+    grad = grad.to(inputs[0].dtype)
+    exact = output_and_gradients(lambda *x: plain(*x, rule), [x.double() for x in inputs], grad.double())
+    usual = output_and_gradients(lambda *x: plain(*x, rule), inputs, grad)
+    with backend(name):
+        ours = output_and_gradients(lambda *x: attention(*x, **rule), inputs, grad)
+    for what, a, b, c, factor in zip(("o", "dq", "dk", "dv"), ours, exact, usual, (2, 3, 3, 3)):
+        limit = 3e-6 * (1 + b.abs().max().item()) if dtype == "float32" else factor * distance(c, b) + 1e-5
+        assert distance(a, b) <= limit, f"{what} is off by {distance(a, b):.1e}, {limit:.1e} is allowed"
+    blind = ~allowed(Tq, Tk, **rule).any(-1).expand(B, Tq)  # queries that see nothing
+    for what, x in (("o", ours[0]), ("dq", ours[1])):
+        assert not x.transpose(1, 2)[blind].any(), f"{what} must be exactly 0 for a query that sees nothing"
+
+
+@pytest.mark.parametrize("name", ALL_BACKENDS)
+def test_a_batch_in_which_nobody_sees_anything_gives_zeros(name):
+    q, k, v = qkv(2, 2, 1, 5, 7, 16)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with backend(name):
+        o, lse = attention(*inputs, k_segments=torch.full((2, 7), -1), return_lse=True)
+        grads = torch.autograd.grad(o.sum(), inputs)
+    assert not o.any() and (lse == -torch.inf).all() and not any(g.any() for g in grads)
+    with backend(name):
+        assert attention(q, k[:, :, :0], v[:, :, :0]).shape == q.shape  # no keys at all
+
+
+@pytest.mark.parametrize("name", ALL_BACKENDS)
+def test_lse_is_the_log_of_the_sum_of_exponentials(name):
+    torch.manual_seed(0)
+    q, k, v = qkv(2, 6, 2, 33, 40, 40)
+    for rule in (RULES["all at once"](2, 33, 40), {}):
+        s = q.double() @ k.double().repeat_interleave(3, 1).transpose(-1, -2) * 40**-0.5
+        expected = s.masked_fill(~allowed(33, 40, **rule)[:, None], -torch.inf).logsumexp(-1)
+        with backend(name):
+            o, lse = attention(q.requires_grad_(), k, v, **rule, return_lse=True)
+        assert lse.shape == (2, 6, 33) and lse.dtype == torch.float32
+        assert not lse.requires_grad and o.requires_grad, "no gradient flows through lse"
+        torch.testing.assert_close(lse.double(), expected, atol=2e-6, rtol=1e-6)
+        assert ((lse == -torch.inf) == (expected == -torch.inf)).all()
+
+
+@pytest.mark.parametrize("name", ALL_BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_scores_in_the_tens_of_thousands_do_not_overflow(name, dtype):
+    torch.manual_seed(0)
+    inputs = [x.sign() * 60 for x in qkv(1, 2, 1, 40, 40, 64, getattr(torch, dtype))]
+    grad = torch.randn(1, 2, 40, 64) / 64
+    exact = output_and_gradients(lambda *x: plain(*x, {}), [x.double() for x in inputs], grad.double())
+    with backend(name):
+        ours = output_and_gradients(lambda *x: attention(*x), inputs, grad)
+    assert all(x.isfinite().all() for x in ours)
+    assert distance(ours[0], exact[0]) < (0.06 if dtype == "float16" else 1e-3)
+
+
+@pytest.mark.parametrize("name", ALL_BACKENDS)
+def test_packed_rows_give_what_separate_rows_give(name):
+    """Images of 9, 30 and 50 patches in one row: output and gradients are those of one image at a time."""
+    torch.manual_seed(0)
+    sizes = [9, 30, 50]
+    inputs, grad = qkv(1, 2, 1, 89, 89, 40), torch.randn(1, 2, 89, 40)
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))[None]
+    with backend(name):
+        packed = output_and_gradients(lambda *x: attention(*x, q_segments=ids, k_segments=ids), inputs, grad)
+        parts = zip(*(x.split(sizes, 2) for x in (*inputs, grad)))
+        separate = zip(*(output_and_gradients(attention, part[:3], part[3]) for part in parts))
+    for a, b in zip(packed, separate):
+        torch.testing.assert_close(a, torch.cat(b, 2), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL_BACKENDS)
+def test_what_may_not_be_seen_leaves_no_trace(name):
+    """Change one key and its value: the outputs of all queries that may not see it stay bit for bit."""
+    torch.manual_seed(0)
+    B, T = 2, 40
+    q, k, v = qkv(B, 2, 1, T, T, 16)
+    rule = RULES["all at once"](B, T, T)
+    ok = allowed(T, T, **rule)
+    with backend(name):
+        before = attention(q, k, v, **rule)
+        for j in (0, 5, 39):
+            k2, v2 = k.clone(), v.clone()
+            k2[:, :, j], v2[:, :, j] = torch.randn(2, B, 1, 16)
+            same = (attention(q, k2, v2, **rule) == before).all(-1).transpose(1, 2)  # [B,T,H]
+            assert same[~ok[:, :, j]].all() and not same[ok[:, :, j]].any()
+
+
+@needs_triton
+def test_blocks_that_nobody_sees_are_never_loaded():
+    """NaN in keys, values and queries of foreign or padded blocks: one touched block would poison everything."""
+    torch.manual_seed(0)
+    q, k, v = qkv(1, 2, 1, 256, 512, 64, torch.float16)
+    k[:, :, 128:], v[:, :, 128:], q[:, :, 128:] = torch.nan, torch.nan, torch.nan
+    q_segments, k_segments = torch.zeros(1, 256).int(), torch.zeros(1, 512).int()
+    k_segments[:, 128:384], k_segments[:, 384:], q_segments[:, 128:] = 7, -1, -1
+    grad = torch.randn_like(q)
+    rule = dict(q_segments=q_segments, k_segments=k_segments)
+    with backend("triton"):
+        o, dq, dk, dv = output_and_gradients(lambda *x: attention(*x, **rule), (q, k, v), grad)
+        clean = [x[:, :, :128] for x in (q, k, v)]
+        alone = output_and_gradients(attention, clean, grad[:, :, :128])
+    for a, b in zip((o, dq, dk, dv), alone):
+        assert torch.equal(a[:, :, :128], b) and not a[:, :, 128:].any()
+
+
+@needs_triton
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_packing_m_images_costs_m_small_squares(of_keys):
+    from kernels.attention_triton import plan
+
+    count = lambda ids: plan(ids, ids, None, 64, 64, False, of_keys)[1][..., 1].sum().item()
+    t = torch.arange(1024, dtype=torch.int32)[None]
+    assert count(t * 0) == 16 * 16
+    assert count(t // 128) == 8 * 2 * 2  # eight images of two blocks each
+    assert count(t // 64 % 2) == 2 * 8 * 8  # two documents that take turns, block by block
+    assert count(t * 0 - 1) == 0  # padding
+    assert count(torch.where(t < 640, 0, -1)) == 10 * 10
+    assert count(t // 100) < 16 * 4  # boundaries inside a block
+    causal = plan(t // 128, t // 128, None, 64, 64, True, of_keys)[1]
+    assert causal[..., 1].sum() == 8 * 3 and causal[..., 0].sum() == 8  # of each 2 x 2 one is empty, one needs no mask
+
+
+@needs_triton
+def test_triton_gives_the_same_bits_twice_whatever_lies_in_fresh_memory(monkeypatch):
+    torch.manual_seed(0)
+    inputs, grad = qkv(2, 3, 1, 60, 70, 40), torch.randn(2, 3, 60, 40)
+    rule = RULES["all at once"](2, 60, 70)
+    with backend("triton"):
+        once = output_and_gradients(lambda *x: attention(*x, **rule), inputs, grad)
+        for name in ("empty", "empty_like"):
+            real = getattr(torch, name)
+            poisoned = lambda *a, real=real, **kw: real(*a, **kw).fill_(torch.nan)
+            monkeypatch.setattr(torch, name, poisoned)
+        again = output_and_gradients(lambda *x: attention(*x, **rule), inputs, grad)
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+
+
+def test_mask_tables_by_hand():
+    table = lambda text: torch.tensor([[c == "#" for c in row] for row in text.split()])
+    hand = [
+        (dict(Tq=3, Tk=3, causal=True), "#.. ##. ###"),
+        (dict(Tq=2, Tk=4, causal=True), "###. ####"),  # a cache of two
+        (dict(Tq=4, Tk=2, causal=True), ".. .. #. ##"),  # more queries than keys: the last ones are aligned
+        (dict(Tq=3, Tk=4, causal=True, prefix=torch.tensor([3])), "###. ###. ####"),
+        (dict(Tq=3, Tk=3, k_segments=torch.tensor([[0, -1, 0]])), "#.# #.# #.#"),
+        (dict(Tq=3, Tk=3, q_segments=torch.tensor([[1, -1, 0]])), "... ... ###"),  # keys are all in segment 0
+        (dict(Tq=3, Tk=2, q_segments=torch.tensor([[4, -1, 2]]), k_segments=torch.tensor([[2, 4]])), ".# .. #."),
+    ]
+    for rule, text in hand:
+        assert torch.equal(allowed(**rule)[0], table(text)), f"{rule}\n{draw_mask(**rule)}"
+    assert draw_mask(2, 3, causal=True, prefix=1) == "# # .\n# # #"
+    assert draw_mask(2, 2, q_segments=[0, -1], k_segments=[0, -1]) == "# .\n. ."
+
+
+PICTURES = {  # header in the docstring of kernels/attention.py -> the rule it shows
+    "CLIP, image": dict(Tq=5, Tk=5),
+    "CLIP, text": dict(Tq=5, Tk=5, causal=True),
+    "SigLIP, padded text": dict(Tq=5, Tk=5, q_segments=[0, 0, 0, -1, -1], k_segments=[0, 0, 0, -1, -1]),
+    "ViLT, words | patches": dict(Tq=6, Tk=6, q_segments=[0, 0, -1, 0, 0, -1], k_segments=[0, 0, -1, 0, 0, -1]),
+    "Flamingo, text to images": dict(Tq=6, Tk=4, q_segments=[-1, 0, 0, 1, 1, 1], k_segments=[0, 0, 1, 1]),
+    "BLIP-2, contrastive": dict(Tq=5, Tk=5, q_segments=[0, 0, 1, 1, 1], k_segments=[0, 0, 1, 1, 1]),
+    "BLIP-2, matching": dict(Tq=5, Tk=5),
+    "BLIP-2, generation": dict(Tq=5, Tk=5, causal=True, prefix=2),
+    "LLaVA, padded left": dict(Tq=6, Tk=6, causal=True, q_segments=[-1, 0, 0, 0, 0, 0], k_segments=[-1, 0, 0, 0, 0, 0]),
+    "LLaVA, 2 new of 6": dict(Tq=2, Tk=6, causal=True),
+    "CogVLM, image as prefix": dict(Tq=6, Tk=6, causal=True, prefix=3),
+    "Qwen2-VL, 3 images": dict(Tq=6, Tk=6, q_segments=[0, 0, 0, 1, 1, 2], k_segments=[0, 0, 0, 1, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("header", PICTURES)
+def test_pictures_in_the_docstring_are_what_the_rule_draws(header):
+    lines = MODULE.__doc__.splitlines()
+    (top,) = [n for n, line in enumerate(lines) if header in line]
+    left, rows = lines[top].index(header), draw_mask(**PICTURES[header]).split("\n")
+    below = [line[left : left + 28].rstrip() for line in lines[top + 2 : top + 3 + len(rows)]]
+    assert below[: len(rows)] == rows and "#" not in below[-1]
+
+
+def test_attention_weights_come_from_the_reference_maths():
+    torch.manual_seed(0)
+    q, k, v = qkv(2, 4, 2, 5, 6, 8)
+    o, weights = attention(q, k, v, causal=True, return_weights=True)
+    torch.testing.assert_close(weights @ v.repeat_interleave(2, 1), o)
+    torch.testing.assert_close(o, attention(q, k, v, causal=True))
+    assert not weights[~allowed(5, 6, causal=True)[:, None].expand_as(weights)].any()
+    with backend("torch"), pytest.raises(ValueError, match="reference"):
+        attention(q, k, v, return_weights=True)
+
+
+def test_wrong_arguments_are_named():
+    q, k, v = qkv(2, 4, 2, 5, 6, 8)
+    ids = torch.zeros(2, 5).long()
+    wrong = [
+        (ValueError, "prefix", lambda: attention(q, k, v, prefix=torch.tensor([1, 2]))),
+        (ValueError, "K divides H", lambda: attention(q[:, :3], k, v)),
+        (ValueError, r"\[2, 2, 6, 8\]", lambda: attention(q, k, v[:, :, :3])),
+        (ValueError, "same B and Dh", lambda: attention(q[:1], k, v)),
+        (ValueError, "k_segments", lambda: attention(q, k, v, k_segments=ids)),
+        (ValueError, "mask.int", lambda: attention(q, k, v, q_segments=ids == 0)),
+        (ValueError, "scale", lambda: attention(q, k, v, scale=0.0)),
+        (ValueError, "auto, reference, torch, triton", lambda: backend("cuda").__enter__()),
+        (ValueError, "multiple of 4", lambda: rope_2d(torch.zeros(2, 1, 5), 6)),
+        (ValueError, "halves, alternating", lambda: rope_2d(torch.zeros(2, 1, 5), 8, layout="both")),
+        (ValueError, "add up", lambda: mrope(torch.zeros(3, 1, 5), 8, [1, 1, 1])),
+        (ValueError, "angles", lambda: apply_rope(q, q, torch.zeros(2, 5, 3))),
+    ]
+    for error, words, call in wrong:
+        with pytest.raises(error, match=words):
+            call()
+    assert MODULE._forced.get() == "auto", "a backend that failed must not stick"
+
+
+@needs_triton
+def test_triton_says_what_it_cannot_do():
+    with backend("triton"):
+        for dtype, words in ((torch.bfloat16, "interpreter computes bfloat16 wrong"), (torch.float64, "not torch.float64")):
+            with pytest.raises(ValueError, match=words):
+                attention(*qkv(1, 1, 1, 4, 4, 16, dtype))
+        with pytest.raises(ValueError, match="256"):
+            attention(*qkv(1, 1, 1, 4, 4, 264))
+
+
+def test_nothing_needs_triton_until_it_is_asked_for():
+    """In a fresh interpreter, with Triton hidden: everything works, and asking for it says what to install."""
+    code = """
+import sys
+import torch, kernels
+assert "triton" not in sys.modules, "import kernels must not import triton"
+sys.modules["triton"] = None
+q = torch.randn(1, 2, 4, 8)
+kernels.apply_rope(kernels.attention(q, q, q, causal=True), q, kernels.rope_1d(torch.arange(4)[None], 8))
+try:
+    with kernels.backend("triton"):
+        pass
+except RuntimeError as error:
+    assert "pip install triton" in str(error)
+else:
+    sys.exit("no error")
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RoPE
+
+
+def turned(x, angles, **options):
+    return apply_rope(x, x, angles, **options)[0]
+
+
+def test_rope_is_that_of_transformers():
+    """Angles and rotation: half-split (LLaMA), interleaved (Cohere), M-RoPE and 2D (Qwen2-VL), alternating (Pixtral)."""
+    transformers = quiet_transformers() if "quiet_transformers" in globals() else __import__("transformers")
+    transformers = transformers or sys.modules["transformers"]
+    from transformers.models.cohere import modeling_cohere as cohere
+    from transformers.models.llama import modeling_llama as llama
+    from transformers.models.pixtral import modeling_pixtral as pixtral
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
+
+    torch.manual_seed(0)
+    B, H, K, T, Dh = 2, 4, 2, 11, 64
+    q, k = torch.randn(B, H, T, Dh), torch.randn(B, K, T, Dh)
+    at = torch.randint(0, 500, (B, T))
+    close = lambda ours, theirs: torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    for module, name, options in ((llama, "Llama", {}), (cohere, "Cohere", dict(interleaved=True))):
+        config = getattr(transformers, f"{name}Config")(hidden_size=H * Dh, num_attention_heads=H, rope_theta=5000.0)
+        config.rope_parameters = dict(rope_type="default", rope_theta=5000.0)
+        cos, sin = getattr(module, f"{name}RotaryEmbedding")(config)(q, at)
+        close(apply_rope(q, k, rope_1d(at, Dh, 5000.0), **options), module.apply_rotary_pos_emb(q, k, cos, sin))
+
+    at = torch.randint(0, 500, (3, B, T))
+    config = transformers.Qwen2VLConfig().text_config
+    config.hidden_size, config.num_attention_heads, config.head_dim = H * Dh, H, Dh
+    config.rope_parameters = dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])
+    cos, sin = qwen.Qwen2VLRotaryEmbedding(config)(q, at)
+    close(apply_rope(q, k, mrope(at, Dh, [8, 12, 12], 1e6)), qwen.apply_rotary_pos_emb(q, k, cos, sin))
+
+    at = torch.randint(0, 50, (2, 1, T))
+    x = torch.randn(1, H, T, Dh)
+    config = qwen.Qwen2VLVisionConfig(embed_dim=H * Dh, num_heads=H)
+    config.num_attention_heads = H
+    cos, sin = qwen.Qwen2VLVisionRotaryEmbedding(config)(x, at[:, 0].T)
+    theirs = qwen.apply_rotary_pos_emb_vision(x[0].transpose(0, 1), x[0].transpose(0, 1), cos, sin)[0].transpose(0, 1)[None]
+    close(turned(x, rope_2d(at, Dh)), theirs)
+    config = pixtral.PixtralVisionConfig(hidden_size=H * Dh, num_attention_heads=H, head_dim=Dh)
+    cos, sin = pixtral.PixtralVisionRotaryEmbedding(config)(x, at[:, 0].T)
+    theirs = pixtral.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=0)[0]
+    close(turned(x, rope_2d(at, Dh, layout="alternating")), theirs)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_turns_and_does_nothing_else(interleaved):
+    """Position 0 is the identity, lengths stay, and scores depend on how far apart two positions are, on every axis."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 6, 32, dtype=torch.float64)
+    at = torch.randint(0, 30, (3, 1, 6))
+    for angles in (lambda p: rope_1d(p[0], 32), lambda p: rope_2d(p[:2], 32), lambda p: mrope(p, 32, [4, 6, 6]),
+                   lambda p: rope_2d(p[:2], 32, layout="alternating")):  # fmt: skip
+        turn = lambda x, p: turned(x, angles(p), interleaved=interleaved)
+        assert torch.equal(turn(q, at * 0), q)
+        torch.testing.assert_close(turn(q, at).norm(dim=-1), q.norm(dim=-1), atol=1e-6, rtol=0)
+        scores = lambda shift: turn(q, at + shift) @ turn(k, at + shift).transpose(-1, -2)
+        for shift in (7, torch.tensor([3, 11, 2]).view(3, 1, 1)):
+            torch.testing.assert_close(scores(shift), scores(0), atol=2e-5, rtol=0)
+
+
+def test_mrope_with_equal_axes_is_rope_1d_and_a_permutation_maps_the_pairings():
+    torch.manual_seed(0)
+    at, x = torch.arange(9)[None], torch.randn(1, 2, 9, 16)
+    assert torch.equal(mrope(at.expand(3, 1, 9), 16, [2, 3, 3]), rope_1d(at, 16))
+    assert torch.equal(mrope(torch.stack((at, at * 2, at * 3)), 16, [2, 3, 3])[0, 4], torch.cat(
+        (rope_1d(at, 16)[0, 4, :2], rope_1d(at * 2, 16)[0, 4, 2:5], rope_1d(at * 3, 16)[0, 4, 5:])))  # fmt: skip
+    order = torch.arange(16).view(-1, 2).T.flatten()  # 0 2 4 .. 1 3 5 ..
+    angles = rope_1d(at, 16)
+    torch.testing.assert_close(turned(x[..., order], angles), turned(x, angles, interleaved=True)[..., order])
+    hand = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)  # x[0] belongs to x[2] half-split, to x[1] interleaved
+    quarter = torch.full((1, 1, 2), torch.pi / 2)
+    assert turned(hand, quarter).flatten().round().tolist() == [0, 0, 1, 0]
+    assert turned(hand, quarter, interleaved=True).flatten().round().tolist() == [0, 1, 0, 0]
+
+
+def test_cosines_kept_with_the_angles_follow_a_change_in_place():
+    x, angles = torch.randn(1, 2, 5, 8), rope_1d(torch.arange(5)[None], 8)
+    with torch.inference_mode():
+        turned(x, angles)
+    q = x.clone().requires_grad_()
+    for _ in range(2):
+        turned(q, angles).sum().backward()  # cosines from inference mode would refuse to be saved
+        turned(q, angles, interleaved=True)
+        assert torch.equal(turned(x, angles), turned(x, angles.clone()))
+        angles.add_(1.0)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-6), ("float16", 2.0**-10), ("bfloat16", 2.0**-7)])
+@pytest.mark.parametrize("name", ALL_BACKENDS)
+def test_apply_rope_and_its_gradients_are_exact(name, dtype, tolerance, interleaved):
+    """In every backend, to one unit in the last place of its dtype, for layouts as a projection leaves them."""
+    if name == "triton" and dtype == "bfloat16":
+        pytest.skip("Triton's interpreter computes bfloat16 wrong")
+    torch.manual_seed(0)
+    B, H, K, T, Dh = 2, 6, 5, 37, 40
+    q, k, _ = qkv(B, H, K, T, T, Dh, getattr(torch, dtype), strided=True)
+    k = k[:, :, :T]
+    grads, angles = (torch.randn(q.shape), torch.randn(k.shape)), rope_1d(torch.randint(0, 3000, (1, T)).expand(B, T), Dh)
+    results = []
+    for which, wide in (("torch", torch.float64), (name, q.dtype)):
+        inputs = [x.to(wide).requires_grad_() for x in (q, k)]
+        with backend(which):
+            out = apply_rope(*inputs, angles, interleaved=interleaved)
+            back = torch.autograd.grad(out, inputs, [g.to(q.dtype).to(wide) for g in grads])
+        results.append((*out, *back))
+    for a, b in zip(*results):
+        assert b.dtype == q.dtype
+        torch.testing.assert_close(b.double(), a, atol=tolerance, rtol=tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the compiler makes of the kernels, and the speed table
+
+
+def run_bench(*options):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.bench", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux only")
+def test_kernels_compile_for_ampere_hopper_and_blackwell(tmp_path):
+    """No GPU needed: forward without spills, matrix instructions of the generation, shared memory within the limit."""
+    run = run_bench("--compile", "--json", str(tmp_path / "compiled.json"))
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads((tmp_path / "compiled.json").read_text())["kernels"]
+    expected = {
+        (d, sm, Dh, t) for d in ("forward", "dkdv", "dq") for sm in (80, 90, 100) for Dh in (64, 128) for t in ("bf16", "fp16")
+    }
+    assert expected <= {(r["kernel"], r["sm"], r["Dh"], r["dtype"]) for r in rows}
+    assert {r["kernel"] for r in rows} == {"forward", "dkdv", "dq", "delta", "ranges", "plan", "rope"}
+    units = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    for row in rows:
+        assert row["shared KB"] <= {80: 163, 90: 227, 100: 227}[row["sm"]] and not row["note"], row
+        if row["kernel"] in ("forward", "dkdv", "dq"):
+            assert row["matrix unit"] == units[row["sm"]], row
+        rare = row["kernel"] != "forward" or row["mask"] == "all"  # a backward pass, or every kind of mask at once
+        assert row["spill"] <= (256 if rare else 0), row
+
+
+def test_bench_says_what_is_wrong_in_one_line():
+    for options in (["--fast"], ["--json", "/nowhere/at/all.json"]):
+        run = run_bench(*options)
+        assert run.returncode == 2 and run.stderr.count("\n") == 1 and not run.stdout, run.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Repeated parts: the family files share no code, so what they repeat is kept equal here
+
+ALL_FAMILIES = ("clip", "vilt", "flamingo", "cogvlm", "blip2", "llava", "qwen2vl")
+FAMILIES = [name for name in ALL_FAMILIES if (ROOT / f"{name}.py").exists()]
+
+OWN = {  # the same name, on purpose another body: what a family is, and what it says about itself
+    "num_image_tokens", "config_from_published", "anatomy", "show_trace", "show_mask", "run_weights", "demo",
+    "VISION_NAMES", "TOWERS", "LEFT_OUT", "PRESETS",
+}  # fmt: skip
+
+
+def definitions(family):
+    """Name -> source of every top-level function, class and constant of a family file."""
+    source = (ROOT / f"{family}.py").read_text()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = "\n".join(source.splitlines()[start - 1 : node.end_lineno])
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = ast.get_source_segment(source, node)
+    return found
+
+
+def test_repeated_parts_of_the_family_files_are_equal():
+    seen = {}
+    for family in FAMILIES:
+        for name, source in definitions(family).items():
+            if name in OWN:
+                continue
+            first, text = seen.setdefault(name, (family, source))
+            assert text == source, f"{name} differs between {first}.py and {family}.py; keep it word for word, or add it to OWN"
+    assert len(FAMILIES) < 2 or sum(name in definitions("llava") for name in definitions("clip")) > 30
+
+
+def test_a_family_file_imports_no_other_and_only_the_five_packages():
+    allowed = {"torch", "numpy", "PIL", "tiktoken", "tqdm", "kernels"} | set(sys.stdlib_module_names)
+    optional = {"safetensors", "tokenizers", "huggingface_hub", "train_tiny"}  # inside a function, when they are needed
+    for family in FAMILIES:
+        for node in ast.walk(tree := ast.parse((ROOT / f"{family}.py").read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            for name in (name.split(".")[0] for name in names):
+                assert name in (allowed if node in tree.body else allowed | optional), f"{family}.py imports {name}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Oracles: tiny random models of `transformers`, saved in the published layout
+
+
+def quiet_transformers():
+    """transformers says a page about torchvision at every import; what it has to say is not what is tested."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def vision_fields(**changes):
+    fields = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32)
+    return fields | dict(patch_size=8) | changes
+
+
+def text_fields(**changes):
+    fields = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    return fields | dict(max_position_embeddings=16) | changes
+
+
+def randomise(model, seed=0):
+    """Every weight away from its initial value: biases of zero and norms of one would hide a forgotten one."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def make_oracle(kind):
+    transformers = quiet_transformers()
+    if kind.startswith("clip"):
+        end = 2 if kind == "clip with eos 2" else 99
+        act = "gelu" if kind == "clip with gelu" else "quick_gelu"
+        config = transformers.CLIPConfig(
+            text_config=text_fields(eos_token_id=end, hidden_act=act, projection_dim=24),
+            vision_config=vision_fields(hidden_act=act, projection_dim=24),
+            projection_dim=24,
+        )
+        return randomise(transformers.CLIPModel(config))
+    if kind == "siglip":
+        config = transformers.SiglipConfig(text_config=text_fields(), vision_config=vision_fields())
+        return randomise(transformers.SiglipModel(config))
+    text = transformers.LlamaConfig(
+        **text_fields(max_position_embeddings=256, intermediate_size=80),
+        num_key_value_heads=2 if kind == "llava with grouped heads" else 4,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    )
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision_fields()),
+        text_config=text,
+        image_token_index=98,
+        vision_feature_select_strategy="full" if kind == "llava with class token" else "default",
+        vision_feature_layer=-1 if kind == "llava with class token" else -2,
+    )
+    return randomise(transformers.LlavaForConditionalGeneration(config))
+
+
+@pytest.fixture(scope="session")
+def oracles(tmp_path_factory):
+    """kind -> (the oracle, the folder it is saved in), each made once."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind.replace(" ", "-"))
+            model = make_oracle(kind)
+            model.save_pretrained(folder)
+            made[kind] = model, folder
+        return made[kind]
+
+    return get
+
+
+def texts_with_end(batch=3, length=12, end=99, seed=1):
+    """Random ids with an end-of-text token somewhere and noise behind it, and the mask of what is real."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 90, (batch, length), generator=generator)
+    last = torch.randint(3, length, (batch,), generator=generator)
+    ids[torch.arange(batch), last] = end
+    return ids, torch.arange(length)[None] <= last[:, None]
+
+
+def close(ours, theirs, tolerance=1e-5):
+    assert ours.shape == theirs.shape
+    worst = (ours - theirs).abs().max().item()
+    assert worst <= tolerance * max(1.0, theirs.abs().max().item()), f"differs by {worst:.2e}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CLIP and SigLIP
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip with eos 2", "clip with gelu", "siglip"])
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_clip_logits_and_features_equal_the_published_model(oracles, kind, batch):
+    oracle, folder = oracles(kind)
+    ours = clip.CLIP.from_pretrained(folder)
+    ids, _ = texts_with_end(batch)
+    pixels = torch.randn(batch + 1, 3, 32, 32)
+    theirs = oracle(input_ids=ids, pixel_values=pixels)
+    close(ours(pixels, ids), theirs.logits_per_image)
+    close(ours.encode_image(pixels), theirs.image_embeds)
+    close(ours.encode_text(ids), theirs.text_embeds)
+
+
+@torch.no_grad()
+def test_clip_with_a_text_mask_equals_the_published_model(oracles):
+    oracle, folder = oracles("clip")
+    ids, mask = texts_with_end()
+    pixels = torch.randn(2, 3, 32, 32)
+    theirs = oracle(input_ids=ids, pixel_values=pixels, attention_mask=mask.int())
+    close(clip.CLIP.from_pretrained(folder)(pixels, ids, mask), theirs.logits_per_image)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("size", [(48, 48), (32, 64), (43, 27)])
+@torch.no_grad()
+def test_clip_positions_interpolate_to_other_image_sizes_as_published(oracles, kind, size):
+    oracle, folder = oracles(kind)
+    ids, _ = texts_with_end()
+    pixels = torch.randn(2, 3, *size)
+    theirs = oracle(input_ids=ids, pixel_values=pixels, interpolate_pos_encoding=True)
+    close(clip.CLIP.from_pretrained(folder)(pixels, ids), theirs.logits_per_image)
+
+
+PUBLISHED_COUNTS = {
+    ("clip", "clip-vit-base-patch32"): 151_277_313,
+    ("clip", "clip-vit-base-patch16"): 149_620_737,
+    ("clip", "clip-vit-large-patch14"): 427_616_513,
+    ("clip", "clip-vit-large-patch14-336"): 427_944_193,
+    ("clip", "siglip-base-patch16-224"): 203_155_970,
+    ("clip", "siglip-so400m-patch14-384"): 877_960_498,
+    ("llava", "llava-1.5-7b"): 7_063_427_072,
+    ("llava", "llava-1.5-13b"): 13_351_494_656,
+}
+
+
+@pytest.mark.parametrize("family, preset", PUBLISHED_COUNTS)
+def test_full_size_presets_have_exactly_the_published_parameter_count(family, preset):
+    module = {"clip": clip, "llava": llava}[family]
+    with torch.device("meta"):
+        model = (module.CLIP if family == "clip" else module.LLaVA)(module.PRESETS[preset])
+    assert module.count_parameters(model) == PUBLISHED_COUNTS[family, preset]
+
+
+@pytest.mark.parametrize("preset", [name for family, name in PUBLISHED_COUNTS if family == "clip"])
+def test_clip_presets_have_the_shapes_of_the_published_classes(preset):
+    """Name by name: our preset on the meta device against the class of transformers at the same sizes."""
+    transformers = quiet_transformers()
+    config = clip.PRESETS[preset]
+
+    def fields(c, **more):
+        names = dict(hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads)
+        return names | dict(intermediate_size=c.mlp_width) | more
+
+    vision = fields(config.vision, image_size=config.vision.image_size, patch_size=config.vision.patch_size)
+    text = fields(config.text, vocab_size=config.text.vocab_size, max_position_embeddings=config.text.context)
+    with torch.device("meta"):
+        if config.loss == "softmax":
+            whole = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=config.embed_dim)
+            oracle = transformers.CLIPModel(whole)
+        else:
+            oracle = transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision, text_config=text))
+        ours = {name: p.shape for name, p in clip.CLIP(config).named_parameters()}
+    theirs = {clip.our_name(name): p.shape for name, p in oracle.named_parameters()}
+    assert {n: s.numel() for n, s in ours.items()} == {n: s.numel() for n, s in theirs.items()}
+
+
+def pictures():
+    """Images of awkward shapes and modes, seeded."""
+    rng = np.random.default_rng(0)
+    for width, height in [(224, 224), (640, 480), (480, 641), (37, 91), (5, 3), (1, 1), (300, 33), (1023, 767)]:
+        yield Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    grey = Image.fromarray(rng.integers(0, 256, (50, 70), dtype=np.uint8))
+    yield from (grey, grey.convert("RGBA"), grey.convert("RGB").quantize(16))
+
+
+def test_clip_preprocessing_equals_the_published_processor():
+    transformers = quiet_transformers()
+    for image in pictures():
+        theirs = transformers.CLIPImageProcessorPil()(image, return_tensors="pt")["pixel_values"]
+        ours = clip.preprocess([image], clip.PRESETS["clip-vit-base-patch32"].vision)
+        assert torch.equal(ours, theirs), image
+
+
+def test_siglip_preprocessing_equals_the_published_processor():
+    transformers = quiet_transformers()
+    for image in pictures():
+        theirs = transformers.SiglipImageProcessorPil()(image, return_tensors="pt")["pixel_values"]
+        ours = clip.preprocess([image], clip.PRESETS["siglip-base-patch16-224"].vision)
+        assert torch.equal(ours, theirs), image
+
+
+def test_a_long_thin_image_is_preprocessed_without_the_huge_intermediate():
+    """Beyond 16:1 we resize only what survives the crop. Pillow may then take its two passes in the other order, each of
+    which rounds and clips: away from black and white that is two grey levels at most."""
+    transformers = quiet_transformers()
+    config = replace(clip.PRESETS["clip-vit-base-patch32"].vision, image_size=32)
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    rng = np.random.default_rng(0)
+    for width, height in [(200, 7), (7, 200), (900, 40), (1, 300)]:
+        image = Image.fromarray(rng.integers(80, 176, (height, width, 3), dtype=np.uint8))
+        theirs = processor(image, return_tensors="pt")["pixel_values"]
+        assert (clip.preprocess([image], config) - theirs).abs().max() <= 2.001 / 255 / min(config.std)
+    assert clip.preprocess([Image.new("RGB", (1, 5000))], clip.PRESETS["clip-vit-base-patch32"].vision).isfinite().all()
+
+
+def test_preprocessor_config_decides_how_an_image_becomes_a_square(tmp_path):
+    vision = clip.PRESETS["clip-vit-base-patch32"].vision
+    cases = [
+        ({"size": {"shortest_edge": 224}, "do_center_crop": True}, "crop"),
+        ({"size": 224, "do_center_crop": True, "crop_size": 224}, "crop"),
+        ({"size": {"height": 224, "width": 224}}, "squash"),
+        ({"size": {"shortest_edge": 336}, "do_center_crop": True, "do_pad": True}, "pad"),
+    ]
+    for raw, expected in cases:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw | {"image_mean": [0.1, 0.2, 0.3]}))
+        found = clip.image_config_from_published(vision, tmp_path)
+        assert (found.resize, found.mean, found.std) == (expected, (0.1, 0.2, 0.3), vision.std)
+
+
+def unit_features(batch, width=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(batch, width, generator=generator), dim=-1) for _ in range(2)]
+
+
+def test_contrastive_loss_at_scale_zero_is_the_log_of_the_batch():
+    image, text = unit_features(24)
+    assert clip.contrastive_loss(image, text, torch.tensor(0.0))[0].item() == pytest.approx(math.log(24), abs=1e-6)
+
+
+def test_contrastive_and_sigmoid_loss_equal_the_published_losses(oracles):
+    for kind in ("clip", "siglip"):
+        oracle, folder = oracles(kind)
+        ours = clip.CLIP.from_pretrained(folder)
+        ids, _ = texts_with_end(4)
+        pixels = torch.randn(4, 3, 32, 32)
+        with torch.no_grad():
+            theirs = oracle(input_ids=ids, pixel_values=pixels, return_loss=True).loss
+            loss, _ = ours.loss(ours.encode_image(pixels), ours.encode_text(ids))
+        assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_both_losses_do_not_depend_on_the_order_of_the_batch():
+    image, text = unit_features(9)
+    order = torch.randperm(9)
+    scale, bias = torch.tensor(7.0), torch.tensor(-3.0)
+    for loss in (lambda i, t: clip.contrastive_loss(i, t, scale), lambda i, t: clip.sigmoid_loss(i, t, scale, bias)):
+        assert loss(image, text)[0].item() == pytest.approx(loss(image[order], text[order])[0].item(), abs=1e-6)
+        assert loss(image, text)[0].item() != pytest.approx(loss(image, text[order])[0].item(), abs=1e-3)
+
+
+def test_sigmoid_loss_equals_a_loop_over_all_pairs_whole_and_in_chunks():
+    image, text = unit_features(10)
+    scale, bias = 5.0, -2.0
+    expected = 0.0
+    for i in range(10):
+        for j in range(10):
+            sign = 1 if i == j else -1
+            expected += math.log1p(math.exp(-sign * (scale * float(image[i] @ text[j]) + bias))) / 10
+    for chunk in (None, 1, 3, 10, 64):
+        assert clip.sigmoid_loss(image, text, scale, bias, chunk)[0].item() == pytest.approx(expected, abs=1e-4), chunk
+
+
+def test_losses_work_for_a_batch_of_one():
+    image, text = unit_features(1)
+    assert clip.contrastive_loss(image, text, torch.tensor(10.0))[0] == 0  # nothing to tell apart
+    assert clip.sigmoid_loss(image, text, torch.tensor(10.0), torch.tensor(-10.0))[0] > 0
+
+
+def test_logit_scale_is_clipped_at_one_hundred_for_softmax_only():
+    for loss, limit in (("softmax", math.log(100.0)), ("sigmoid", 9.0)):
+        model = clip.CLIP(replace(clip.PRESETS["tiny"], loss=loss))
+        model.logit_scale.data.fill_(9.0)
+        model.clip_logit_scale()
+        assert model.logit_scale.item() == pytest.approx(limit)
+
+
+@torch.no_grad()
+def test_clip_text_after_the_end_of_text_token_has_no_influence(oracles):
+    model = clip.CLIP.from_pretrained(oracles("clip")[1])
+    ids, mask = texts_with_end()
+    noise = torch.where(mask, ids, torch.randint(3, 90, ids.shape))
+    assert torch.equal(model.encode_text(ids), model.encode_text(noise))
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip with eos 2", "siglip"])
+@torch.no_grad()
+def test_clip_padding_on_either_side_gives_the_unpadded_answer(oracles, kind):
+    model = clip.CLIP.from_pretrained(oracles(kind)[1])
+    ids, _ = texts_with_end(1, 7, seed=3)
+    ids[0, -1] = 99
+    pad = torch.full((1, 4), 99)  # CLIP pads with the end-of-text token itself
+    real, padding = torch.ones(1, 7, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool)
+    expected = model.encode_text(ids[:, :7])
+    close(model.encode_text(torch.cat([ids, pad], 1), torch.cat([real, padding], 1)), expected)
+    close(model.encode_text(torch.cat([pad, ids], 1), torch.cat([padding, real], 1)), expected)
+
+
+def test_clip_text_too_long_or_without_end_is_an_error(oracles):
+    model = clip.CLIP.from_pretrained(oracles("clip")[1])
+    with pytest.raises(ValueError, match="17 tokens, the context holds 16"):
+        model.encode_text(torch.full((1, 17), 99))
+    with pytest.raises(ValueError, match="text 1 has no end-of-text token"):
+        model.encode_text(torch.tensor([[5, 99], [5, 6]]))
+
+
+@torch.no_grad()
+def test_zero_shot_classifier_is_the_mean_direction_of_the_prompts(oracles):
+    model = clip.CLIP.from_pretrained(oracles("clip")[1])
+
+    def tokenize(texts):
+        return torch.tensor([[3 + len(text), 7 + text.count("a"), 99] for text in texts]), None
+
+    rows = clip.zero_shot_classifier(model, ["cat", "horse"], ["a {}", "a big {}"], tokenize)
+    by_hand = model.encode_text(tokenize(["a cat", "a big cat"])[0]).mean(0)
+    close(rows[0], by_hand / by_hand.norm())
+    logits = clip.zero_shot(model, torch.randn(4, 3, 32, 32), ["cat", "horse"], ["a {}", "a big {}"], tokenize)
+    assert logits.shape == (4, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_clip_in_sixteen_bits_stays_finite_and_near_float32(oracles, dtype):
+    folder = oracles("clip")[1]
+    ids, _ = texts_with_end()
+    pixels = 30 * torch.randn(3, 3, 32, 32)
+    half = clip.CLIP.from_pretrained(folder, dtype=dtype)
+    assert all(p.dtype == dtype for p in half.parameters())
+    image, exact = half.encode_image(pixels).float(), clip.CLIP.from_pretrained(folder).encode_image(pixels)
+    assert (image * exact).sum(-1).min() > 0.99
+    assert half(pixels, ids).isfinite().all()
+
+
+def test_clip_patches_are_in_reading_order():
+    """Paint one patch, and only its token may change."""
+    tower = clip.CLIP(clip.PRESETS["tiny"]).vision
+    for row, column in [(0, 0), (1, 2), (3, 3)]:
+        pixels = torch.zeros(2, 3, 32, 32)
+        pixels[1, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 1.0
+        with torch.no_grad(), clip.trace() as t:
+            tower(pixels, depth=0)
+        patches = dict(t.rows)["vision.patches"]
+        changed = (patches[0] != patches[1]).any(-1).nonzero()[:, 0].tolist()
+        assert changed == [4 * row + column]
+
+
+def test_num_image_tokens_counts_what_the_towers_make():
+    for preset, size, expected in [("clip-vit-base-patch32", (224, 224), 50), ("siglip-base-patch16-224", (224, 224), 196)]:
+        assert clip.num_image_tokens(*size, clip.PRESETS[preset]) == expected
+    assert clip.num_image_tokens(384, 384, clip.PRESETS["siglip-so400m-patch14-384"]) == 27 * 27
+    assert llava.num_image_tokens(336, 336, llava.PRESETS["llava-1.5-7b"]) == 576
+    assert llava.num_image_tokens(224, 224, llava.PRESETS["llava-7b"]) == 256
+    for height, width in [(32, 32), (365, 211), (8, 15), (9, 40)]:
+        model = clip.CLIP(clip.PRESETS["tiny"])
+        with torch.no_grad():
+            made = model.vision(torch.zeros(1, 3, height, width), depth=0).shape[1]
+        assert made == clip.num_image_tokens(height, width, model.config)
+    with pytest.raises(ValueError, match="smaller than one patch"):
+        clip.num_image_tokens(7, 32, clip.PRESETS["tiny"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LLaVA
+
+
+def row_with_images(length, starts, seed=0, tokens=16):
+    ids = torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(seed))
+    for start in starts:
+        ids[start : start + tokens] = 98
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava with grouped heads", "llava with class token"])
+@torch.no_grad()
+def test_llava_logits_equal_the_published_model(oracles, kind):
+    """One image, several images in a row, none in another; with and without padding on the left and on the right."""
+    oracle, folder = oracles(kind)
+    ours = llava.LLaVA.from_pretrained(folder)
+    tokens = 17 if kind == "llava with class token" else 16
+    one = row_with_images(30, [4], tokens=tokens)[None]
+    close(ours(one, pixels := torch.randn(1, 3, 32, 32)), oracle(input_ids=one, pixel_values=pixels).logits)
+    ids = torch.stack([row_with_images(45, [3, 24], 1, tokens), row_with_images(45, [6], 2, tokens), row_with_images(45, [], 3)])
+    pixels = torch.randn(3, 3, 32, 32)
+    close(ours(ids, pixels), oracle(input_ids=ids, pixel_values=pixels).logits)
+    for padding in (slice(0, 3), slice(42, 45)):
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[1:, padding] = False
+        theirs = oracle(input_ids=ids, pixel_values=pixels, attention_mask=mask.int()).logits
+        close(ours(ids, pixels, mask)[mask], theirs[mask])
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava with grouped heads"])
+def test_llava_generates_the_same_greedy_tokens_as_the_published_model(oracles, kind):
+    oracle, folder = oracles(kind)
+    ours = llava.LLaVA.from_pretrained(folder)
+    ids = torch.stack([row_with_images(40, [3], 1), row_with_images(40, [9], 2)])
+    pixels, mask = torch.randn(2, 3, 32, 32), torch.ones(2, 40, dtype=torch.bool)
+    mask[1, :7] = False
+    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = oracle.generate(input_ids=ids, pixel_values=pixels, attention_mask=mask.int(), **options)[:, 40:]
+    assert torch.equal(ours.generate(ids, pixels, mask, max_new_tokens=24), theirs)
+    assert torch.equal(ours.generate(ids, pixels, mask, max_new_tokens=24), theirs)  # and again: nothing is remembered
+
+
+@torch.no_grad()
+def test_llava_padding_on_either_side_gives_the_unpadded_logits_and_words(oracles):
+    model = llava.LLaVA.from_pretrained(oracles("llava")[1])
+    ids, pixels = row_with_images(30, [4])[None], torch.randn(1, 3, 32, 32)
+    pad, off, on = torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.bool), torch.ones(1, 30, dtype=torch.bool)
+    expected, words = model(ids, pixels), model.generate(ids, pixels, max_new_tokens=9)
+    left, left_mask = torch.cat([pad, ids], 1), torch.cat([off, on], 1)
+    right, right_mask = torch.cat([ids, pad], 1), torch.cat([on, off], 1)
+    close(model(left, pixels, left_mask)[:, 5:], expected)
+    close(model(right, pixels, right_mask)[:, :30], expected)
+    assert torch.equal(model.generate(left, pixels, left_mask, max_new_tokens=9), words)
+    assert torch.equal(model.generate(right, pixels, right_mask, max_new_tokens=9), words)
+
+
+@torch.no_grad()
+def test_llava_cached_logits_equal_uncached_ones(oracles):
+    """Token by token against the cache, on logits: a wrong cache still picks mostly the right words."""
+    model = llava.LLaVA.from_pretrained(oracles("llava with grouped heads")[1]).language
+    ids = torch.randint(0, 90, (2, 21))
+    mask = torch.ones(2, 21, dtype=torch.bool)
+    mask[1, :4] = False
+    for m in (None, mask):
+        cache, pieces = llava.Cache(model.config, 2, 21, like=model.embed_tokens.weight), []
+        for start, end in [(0, 9), (9, 10), (10, 14), (14, 21)]:
+            piece = None if m is None or start else m[:, start:end]
+            pieces.append(model.lm_head(model.hidden(model.embed_tokens(ids[:, start:end]), piece, cache)))
+        whole, stepwise = model(ids, m), torch.cat(pieces, 1)
+        real = torch.ones_like(mask) if m is None else m
+        close(stepwise[real], whole[real])
+
+
+@torch.no_grad()
+def test_llava_without_an_image_is_its_language_model(oracles):
+    model = llava.LLaVA.from_pretrained(oracles("llava")[1])
+    ids = torch.randint(0, 90, (2, 13))
+    assert torch.equal(model(ids), model.language(ids))
+
+
+@torch.no_grad()
+def test_llava_a_later_token_or_image_cannot_change_an_earlier_logit(oracles):
+    model = llava.LLaVA.from_pretrained(oracles("llava")[1])
+    ids, pixels = row_with_images(45, [2, 24])[None], torch.randn(2, 3, 32, 32)
+    before = model(ids, pixels)
+    changed = ids.clone()
+    changed[0, 43] = 1
+    assert torch.equal(model(changed, pixels)[:, :43], before[:, :43])
+    other = pixels.clone()
+    other[1] += 1
+    after = model(ids, other)
+    assert torch.equal(after[:, :24], before[:, :24]) and not torch.equal(after[:, 24:], before[:, 24:])
+
+
+@torch.no_grad()
+def test_llava_images_fill_the_placeholders_in_their_order(oracles):
+    model = llava.LLaVA.from_pretrained(oracles("llava")[1])
+    ids, pixels = torch.stack([row_with_images(24, [4], 1), row_with_images(24, [6], 2)]), torch.randn(2, 3, 32, 32)
+    x, features = model.embed(ids, pixels), model.encode_image(pixels)
+    assert torch.equal(x[0, 4:20], features[0]) and torch.equal(x[1, 6:22], features[1])
+    close(model(ids, pixels)[1], model(ids[1:], pixels[1:])[0])
+
+
+def test_llava_a_placeholder_too_few_or_too_many_is_an_error_with_both_counts(oracles):
+    model = llava.LLaVA.from_pretrained(oracles("llava")[1])
+    ids, pixels = row_with_images(30, [4])[None], torch.randn(1, 3, 32, 32)
+    for wrong, found in ((ids.masked_fill(torch.arange(30) == 4, 5), 15), (ids.masked_fill(torch.arange(30) == 20, 98), 17)):
+        with pytest.raises(ValueError, match=rf"{found} image tokens.*1 image\(s\) need 16: 32 x 32 pixels in patches of 8 are 4 x 4"):
+            model(wrong, pixels)
+    with pytest.raises(ValueError, match="16 image tokens in the ids, but no image"):
+        model(ids)
+    with pytest.raises(ValueError, match="0 image tokens in the ids, but 1"):
+        model(torch.ones(1, 5, dtype=torch.long), pixels)
+
+
+def test_llava_gradients_are_where_the_paper_says_in_each_stage():
+    model = llava.LLaVA(llava.PRESETS["tiny"])
+    ids = torch.randint(0, 400, (2, 30))
+    ids[:, 2:18] = model.config.image_token_id
+    for stage, trained in ((1, ("mm_projector.",)), (2, ("mm_projector.", "language."))):
+        parameters = llava.freeze(model, stage)
+        model.zero_grad(set_to_none=True)
+        llava.language_loss(model(ids, torch.randn(2, 3, 32, 32)), ids)[0].backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == name.startswith(trained), (stage, name)
+            assert parameter.grad is None or parameter.grad.abs().sum() > 0, (stage, name)
+        assert len(parameters) == sum(name.startswith(trained) for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match="stages 1 and 2"):
+        llava.freeze(model, 3)
+
+
+def test_llava_only_the_assistants_words_have_labels():
+    config = llava.PRESETS["tiny"]
+    pieces = []
+
+    def encode(text):
+        pieces.append(text)
+        count = text.count("<image>")
+        return [config.image_token_id] * count + [ord(c) for c in text.replace("<image>", "")]
+
+    ids, labels = llava.encode_conversation([("how many?", "two"), ("what?", "a ring")], encode, config)
+    told = [i for i, label in zip(ids, labels, strict=True) if label != llava.IGNORE_INDEX]
+    assert told == [*map(ord, " two"), config.eos_token_id, *map(ord, " a ring"), config.eos_token_id]
+    assert ids.count(config.image_token_id) == 16
+    assert pieces[0].startswith("USER: <image><image>") and pieces[0].endswith("\nhow many? ASSISTANT:")
+    assert pieces[2] == "USER: what? ASSISTANT:"
+
+
+def test_llava_prompts_have_one_placeholder_per_image():
+    assert llava.build_prompt("What?", 2) == "USER: <image>\n<image>\nWhat? ASSISTANT:"
+    assert llava.build_prompt("Is <image> like <image>?", 2) == "USER: Is <image> like <image>? ASSISTANT:"
+    assert llava.build_prompt("What?", 0) == "USER: What? ASSISTANT:"
+    for question, images in (("<image> what?", 2), ("<image><image> what?", 1), ("<image> what?", 0)):
+        with pytest.raises(ValueError, match=rf"for {images} image"):
+            llava.build_prompt(question, images)
+    with pytest.raises(ValueError, match="empty"):
+        llava.build_prompt("  ")
+
+
+def test_language_loss_shifts_labels_once_and_ignores_what_does_not_count():
+    logits = torch.randn(2, 5, 11)
+    labels = torch.tensor([[1, 2, 3, -100, 4], [-100, -100, 5, 6, -100]])
+    expected = [logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(1, 5) if labels[b, t] >= 0]
+    loss, _ = llava.language_loss(logits, labels)
+    assert loss.item() == pytest.approx(-torch.stack(expected).mean().item(), abs=1e-6)
+    with pytest.raises(ValueError, match="no label to learn from"):
+        llava.language_loss(logits, torch.full((2, 5), -100))
+
+
+def test_language_model_starts_at_the_log_of_the_vocabulary():
+    torch.manual_seed(0)
+    model = llava.LanguageModel(llava.PRESETS["tiny"].language)
+    ids = torch.randint(0, 512, (4, 50))
+    assert llava.language_loss(model(ids), ids)[0].item() == pytest.approx(math.log(512), abs=0.1)
+
+
+def test_llava_can_learn_one_batch_by_heart():
+    torch.manual_seed(0)
+    model = llava.LLaVA(llava.PRESETS["tiny"])
+    ids = torch.randint(0, 400, (4, 26))
+    ids[:, 2:18] = model.config.image_token_id
+    ids[:, 18:] = ids[0, 18:]  # the words are the same: only the image can tell what follows
+    labels = torch.full_like(ids, -100)
+    labels[:, 25] = torch.tensor([5, 6, 7, 8])
+    ids[:, 25] = labels[:, 25]
+    pixels = torch.randn(4, 3, 32, 32)
+    optimizer = torch.optim.AdamW(llava.freeze(model, 2), lr=3e-3)
+    for _ in range(60):
+        loss, metrics = llava.language_loss(model(ids, pixels), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05 and metrics["accuracy"] == 1
+
+
+def test_generation_options():
+    """top_k = 1 is argmax, a seed repeats a draw, eos ends a row and fills it, no new tokens is an empty answer."""
+    torch.manual_seed(0)
+    model = llava.LLaVA(llava.PRESETS["tiny"])
+    ids = torch.randint(0, 400, (3, 9))
+    greedy = model.generate(ids, max_new_tokens=12)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, temperature=1.3, top_k=1), greedy)
+    draws = [
+        model.generate(ids, max_new_tokens=12, temperature=2.0, generator=torch.Generator().manual_seed(seed))
+        for seed in (5, 5, 6)
+    ]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    eos = int(greedy[0, 3])
+    ended = model.generate(ids, max_new_tokens=12, eos_id=eos)
+    for row, full in zip(ended.tolist(), greedy.tolist(), strict=True):
+        stop = full.index(eos) + 1 if eos in full else len(row)
+        assert row[:stop] == full[:stop] and set(row[stop:]) <= {eos}
+    assert model.generate(ids, max_new_tokens=0).shape == (3, 0)
+    with pytest.raises(ValueError, match="do not fit the context of 256"):
+        model.generate(ids, max_new_tokens=300)
+    with pytest.raises(ValueError, match="do not fit the context"):
+        model(torch.zeros(1, 300, dtype=torch.long))
+
+
+def test_llava_generate_encodes_the_image_once():
+    model, calls = llava.LLaVA(llava.PRESETS["tiny"]), []
+    model.vision.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.randint(0, 400, (1, 20))
+    ids[0, 1:17] = model.config.image_token_id
+    model.generate(ids, torch.randn(1, 3, 32, 32), max_new_tokens=8)
+    assert calls == [1]
+
+
+def test_rms_norm_does_not_overflow_in_half_precision():
+    norm = llava.RMSNorm(64, 1e-5).half()
+    assert norm(torch.full((1, 64), 60000.0).half()).isfinite().all()
+    x = 500 * torch.randn(7, 64)
+    close(norm(x.half()).float(), llava.RMSNorm(64, 1e-5)(x), 2e-3)
+
+
+@torch.no_grad()
+def test_llava_in_sixteen_bits_stays_finite(oracles):
+    ids, pixels = row_with_images(30, [4])[None], 30 * torch.randn(1, 3, 32, 32)
+    for dtype in (torch.bfloat16, torch.float16):
+        model = llava.LLaVA.from_pretrained(oracles("llava")[1], dtype=dtype)
+        assert model(ids, pixels).isfinite().all()
+        assert model.generate(ids, pixels, max_new_tokens=4).shape == (1, 4)
+
+
+def test_pad_to_square_equals_the_published_processor():
+    transformers = quiet_transformers()
+    config = replace(llava.PRESETS["llava-1.5-7b"].vision, image_size=224, resize="pad")
+    for image in pictures():
+        theirs = transformers.LlavaImageProcessorPil(do_pad=True)(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(llava.preprocess([image], config), theirs), image
+
+
+def test_llava_preprocessing_equals_the_published_processor():
+    transformers = quiet_transformers()
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    for image in pictures():
+        theirs = processor(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(llava.preprocess([image], llava.PRESETS["llava-1.5-7b"].vision), theirs), image
+
+
+def test_pad_rows_puts_padding_where_it_is_told():
+    ids, mask = llava.pad_rows([[1, 2, 3], [4]], 9)
+    assert ids.tolist() == [[1, 2, 3], [4, 9, 9]] and mask.tolist() == [[True] * 3, [True, False, False]]
+    ids, mask = llava.pad_rows([[1, 2, 3], [4]], 9, left=True)
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[True] * 3, [False, False, True]]
+
+
+def test_trace_records_stages_and_costs_nothing_when_closed():
+    model = llava.LLaVA(llava.PRESETS["tiny"])
+    ids = torch.randint(0, 400, (1, 20))
+    ids[0, 1:17] = model.config.image_token_id
+    with torch.no_grad(), llava.trace(maps=True) as t:
+        model(ids, torch.randn(1, 3, 32, 32))
+    shapes = [(name, list(x.shape)) for name, x in t.rows]
+    assert ("image features for the decoder", [1, 16, 128]) in shapes and ("logits", [1, 20, 512]) in shapes
+    maps = [x for name, x in t.rows if name == "decoder attention weights"]
+    assert len(maps) == 4 and all(torch.allclose(m.sum(-1), torch.ones(1, 4, 20), atol=1e-5) for m in maps)
+    assert llava.trace.active is None
+    with pytest.raises(RuntimeError), llava.trace():
+        raise RuntimeError
+    assert llava.trace.active is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: every way to be wrong has its own sentence
+
+
+def test_checkpoints_load_from_shards(oracles, tmp_path):
+    oracle, folder = oracles("llava")
+    oracle.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    whole, sharded = llava.LLaVA.from_pretrained(folder), llava.LLaVA.from_pretrained(tmp_path)
+    for (name, a), (_, b) in zip(whole.named_parameters(), sharded.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def resave(folder, target, change):
+    """Copy a checkpoint with its tensors (a dict of name -> tensor) changed."""
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir(exist_ok=True)
+    shutil.copy(folder / "config.json", target)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors) or tensors, target / "model.safetensors")
+    return target
+
+
+def test_llava_loads_every_layout_its_checkpoints_have_had(oracles, tmp_path):
+    _, folder = oracles("llava")
+    expected = dict(llava.LLaVA.from_pretrained(folder).named_parameters())
+
+    def first_layout(tensors):  # the hub's own: the ViT one level deeper, buffers among the weights
+        renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in tensors.items()}
+        return renamed | {
+            "vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
+            "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        }
+
+    def later_layout(tensors):  # language_model.model.x -> language_model.x, lm_head at the top
+        names = {name: name.replace("language_model.model.", "language_model.") for name in tensors}
+        return {names[n].replace("language_model.lm_head", "lm_head"): t for n, t in tensors.items()}
+
+    for change in (first_layout, later_layout):
+        loaded = llava.LLaVA.from_pretrained(resave(folder, tmp_path / change.__name__, change))
+        for name, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+
+
+def test_clip_ignores_the_position_ids_of_old_files(oracles, tmp_path):
+    def old(tensors):
+        tensors["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+        tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+
+    clip.CLIP.from_pretrained(resave(oracles("clip")[1], tmp_path / "old", old))
+
+
+BROKEN = {
+    "tensor is missing": (lambda t: {k: v for k, v in t.items() if "visual_projection" not in k}, "1 tensors are missing.*visual_projection"),
+    "tensor is unknown": (lambda t: t | {"vision_model.gate": torch.ones(2)}, "unknown tensor 'vision_model.gate'"),
+    "tensor of an unknown layer": (
+        lambda t: t | {"vision_model.encoder.layers.7.mlp.fc1.bias": torch.ones(64)},
+        "unknown tensor 'vision_model.encoder.layers.7.mlp.fc1.bias'",
+    ),
+    "shape is wrong": (lambda t: t | {"visual_projection.weight": torch.ones(24, 31)}, r"has shape \[24, 31\].*\[24, 32\]"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_checkpoint_is_refused_when_a(what, oracles, tmp_path):
+    change, message = BROKEN[what]
+    with pytest.raises(ValueError, match=message):
+        clip.CLIP.from_pretrained(resave(oracles("clip")[1], tmp_path / "broken", change))
+
+
+def test_a_damaged_or_foreign_checkpoint_folder_is_refused_with_the_reason(oracles, tmp_path):
+    folder = resave(oracles("clip")[1], tmp_path / "cut", lambda t: None)
+    data = (folder / "model.safetensors").read_bytes()
+    for keep in (len(data) // 2, 100, 4, 0):
+        (folder / "model.safetensors").write_bytes(data[:keep])
+        with pytest.raises(ValueError, match="no complete safetensors file"):
+            clip.CLIP.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors is missing"):
+        clip.CLIP.from_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+        clip.CLIP.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json is missing"):
+        clip.CLIP.from_pretrained(folder)
+    with pytest.raises(ValueError, match="no such folder"):
+        clip.CLIP.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds a 'llava' checkpoint; clip.py reads 'clip' and 'siglip'"):
+        clip.CLIP.from_pretrained(oracles("llava")[1])
+    with pytest.raises(ValueError, match=r"holds a 'siglip' checkpoint; llava.py reads 'llava'"):
+        llava.LLaVA.from_pretrained(oracles("siglip")[1])
+
+
+def test_the_short_published_configs_mean_the_presets(tmp_path):
+    """Published config.json files leave out what equals the classes' defaults."""
+    raw = {
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32064},
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14}
+        | {"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336},
+    }
+    assert llava.config_from_published(raw, tmp_path) == llava.PRESETS["llava-1.5-7b"]
+    raw["text_config"]["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    with pytest.raises(ValueError, match="rotary positions"):
+        llava.config_from_published(raw, tmp_path)
+    assert clip.config_from_published({"model_type": "siglip"}, tmp_path) == clip.PRESETS["siglip-base-patch16-224"]
+    base = clip.PRESETS["clip-vit-base-patch32"]
+    assert clip.config_from_published({"model_type": "clip"}, tmp_path) == base
+
+
+def test_loading_streams_tensor_by_tensor(oracles, tmp_path, monkeypatch):
+    """At no time more than one tensor of the file is alive beside the model's own weights."""
+    import weakref
+
+    import safetensors
+
+    alive, most = [], 0
+    real_open = safetensors.safe_open
+
+    class Reader:
+        def __init__(self, *args, **kwargs):
+            self.inner = real_open(*args, **kwargs)
+
+        def __enter__(self):
+            self.inner.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self.inner.__exit__(*args)
+
+        def keys(self):
+            return self.inner.keys()
+
+        def get_tensor(self, name):
+            nonlocal most
+            tensor = self.inner.get_tensor(name)
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(ref() is not None for ref in alive))
+            return tensor
+
+    monkeypatch.setattr(safetensors, "safe_open", Reader)
+    clip.CLIP.from_pretrained(oracles("clip")[1])
+    assert len(alive) == 94 and most <= 2  # the one being read, and the one before it
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command lines, as a user types them
+
+
+def run(*command, cwd=ROOT, **environment):
+    """A command in a process of its own -> CompletedProcess with text."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+def fails_in_one_line(call, capsys, *words):
+    """call() must end with status 2, one line on stderr that holds all words, nothing on stdout."""
+    with pytest.raises(SystemExit) as ended:
+        call()
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and err.count("\n") == 1 and not out, (ended.value.code, out, err)
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trace_mask_and_anatomy_print_something_true(family, capsys):
+    module = MODULES[family]
+    for option, words in (("--trace", ["[2, 16, 96]"]), ("--show-mask", ["# #", "# ."]), ("--anatomy", ["blocks x 4"])):
+        module.main([option])
+        out = capsys.readouterr().out
+        assert all(word in out for word in words), out
+    largest = list(module.PRESETS)[-1]
+    module.main(["--anatomy", largest])
+    assert f"{PUBLISHED_COUNTS[family, largest]:,}" in capsys.readouterr().out
+
+
+def test_llava_anatomy_says_what_trains_and_what_an_image_costs(capsys):
+    llava.main(["--anatomy", "llava-1.5-7b"])
+    out = capsys.readouterr().out
+    assert "stage 1: 20,979,712 trained" in out and "576 tokens" in out and "524,288 bytes a token" in out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_use_of_the_command_line_costs_one_line_and_status_2(family, capsys):
+    main = MODULES[family].main
+    fails_in_one_line(lambda: main([]), capsys, "nothing to do", "--demo")
+    fails_in_one_line(lambda: main(["--nonsense"]), capsys, "--nonsense", "--help")
+    fails_in_one_line(lambda: main(["--anatomy", "gpt-5"]), capsys, "unknown preset 'gpt-5'", "tiny")
+    fails_in_one_line(lambda: main(["--demo", "--device", "abacus"]), capsys, "abacus", "cpu")
+    fails_in_one_line(lambda: main(["--demo", "--image", "no.png"]), capsys, "no such image: no.png")
+    fails_in_one_line(lambda: main(["--weights", "/no/where", "--image", "x", "--prompt", "y"]), capsys, "no such image")
+
+
+def test_a_mistake_in_a_real_shell_leaves_no_traceback(tmp_path):
+    done = run(str(ROOT / "llava.py"), "--demo", "--image", "missing.png", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "llava.py: no such image: missing.png\n" and not done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_cannot_be_read_are_refused_by_name(tmp_path):
+    text, cut = tmp_path / "text.png", tmp_path / "cut.jpg"
+    text.write_text("I am no image")
+    Image.effect_noise((64, 64), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:600])
+    for path in (text, cut, tmp_path):
+        with pytest.raises(ValueError, match="is not an image that Pillow can read"):
+            llava.load_image(path)
+    with pytest.raises(ValueError, match="no such image"):
+        llava.load_image(tmp_path / "none.png")
+
+
+def test_images_of_every_kind_are_read(tmp_path):
+    """One pixel, 1 x 5000, palette, alpha, 16 bits, animated, turned by EXIF."""
+    rgb = Image.new("RGB", (40, 20), (250, 10, 10))
+    rgb.paste((10, 10, 250), (20, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    deep = Image.fromarray(np.linspace(0, 65535, 800).reshape(20, 40).astype(np.uint16))
+    files = {
+        "one.png": (Image.new("RGB", (1, 1), "red"), {}),
+        "thin.png": (Image.new("RGB", (1, 5000), "red"), {}),
+        "palette.png": (rgb.quantize(8), {"transparency": 0}),
+        "alpha.png": (rgb.convert("RGBA"), {}),
+        "deep.png": (deep, {}),
+        "moving.gif": (rgb, {"save_all": True, "append_images": [rgb.rotate(90)]}),
+        "turned.jpg": (rgb, {"exif": exif}),
+    }
+    for name, (image, options) in files.items():
+        image.save(tmp_path / name, **options)
+        loaded = clip.load_image(tmp_path / name)
+        assert loaded.mode == "RGB"
+        assert clip.preprocess([loaded], clip.PRESETS["tiny"].vision).isfinite().all(), name
+    assert clip.load_image(tmp_path / "turned.jpg").size == (20, 40)
+    grey = np.asarray(clip.load_image(tmp_path / "deep.png"))[..., 0].reshape(-1)
+    assert grey[0] == 0 and grey[-1] == 255 and abs(int(grey[400]) - 127) < 3
+
+
+def save_tokenizer(folder, words, template):
+    """A small tokenizer.json in the published form: whole words, special tokens, a template around each text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([word for word in words if word.startswith("<")])
+    pieces = [(word, vocab[word]) for word in template.split() if word.startswith("<")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pieces)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def word_list(specials, size=100):
+    words = ["<unk>", *"USER : ASSISTANT what is this a red circle blue square ? in the image".split()]
+    words += [f"w{i}" for i in range(size - len(words))]
+    for word, i in specials.items():
+        words[i] = word
+    return words
+
+
+def save_processor(folder, processor_class):
+    processor = getattr(quiet_transformers(), processor_class)(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6]
+    )
+    processor.save_pretrained(folder)
+    return processor
+
+
+def test_llava_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
+    """End to end: config.json, shards, tokenizer.json and preprocessor_config.json, an image file and a question."""
+    oracle = oracles("llava")[0]
+    oracle.save_pretrained(tmp_path, max_shard_size="100KB")
+    tokenizer = save_tokenizer(tmp_path, word_list({"<image>": 98, "<s>": 1, "</s>": 2}), "<s> $A")
+    processor = save_processor(tmp_path, "CLIPImageProcessorPil")
+    picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    prompt = "USER: " + "<image>" * 16 + "\nwhat is in the image ? ASSISTANT:"
+    ids = torch.tensor([tokenizer.encode(prompt).ids])
+    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    new = oracle.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=32, do_sample=False, eos_token_id=2)
+    expected = tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip()
+    image = str(tmp_path / "photo.png")
+    llava.main(["--weights", str(tmp_path), "--image", image, "--prompt", "what is in the image ?"])
+    assert capsys.readouterr().out == expected + "\n" and len(expected) > 20
+
+    def wrong(*options):
+        return lambda: llava.main(["--weights", str(tmp_path), *options])
+
+    fails_in_one_line(wrong("--image", image, "--prompt", "<image> <image> what ?"), capsys, "2 <image> placeholder(s) for 1")
+    fails_in_one_line(wrong("--prompt", "<image> what ?"), capsys, "1 <image> placeholder(s) for 0")
+    fails_in_one_line(wrong("--image", image, "--prompt", "  "), capsys, "empty")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what " * 300), capsys, "tokens, the context holds 256")
+    fails_in_one_line(wrong("--image", image), capsys, "--prompt")
+    (tmp_path / "tokenizer.json").write_text("{")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json cannot be read")
+    (tmp_path / "tokenizer.json").unlink()
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_clip_weights_from_the_command_line_rank_as_the_published_model(oracles, tmp_path, capsys, kind):
+    oracle = oracles(kind)[0]
+    oracle.save_pretrained(tmp_path)
+    end = {"<end>": 99} if kind == "clip" else {"<end>": 1}
+    tokenizer = save_tokenizer(tmp_path, word_list({"<start>": 97} | end), "<start> $A <end>" if kind == "clip" else "$A <end>")
+    processor = save_processor(tmp_path, "CLIPImageProcessorPil")
+    picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    prompts = ["a red circle", "what is this", "a blue square in the image"]
+    rows, length = [tokenizer.encode(prompt).ids for prompt in prompts], 16
+    ids = torch.tensor([row + [end["<end>"]] * (length - len(row)) for row in rows])
+    with torch.no_grad():
+        pixels = processor(picture, return_tensors="pt")["pixel_values"]
+        logits = oracle(input_ids=ids, pixel_values=pixels).logits_per_image[0]
+    share = logits.softmax(-1) if kind == "clip" else logits.sigmoid()
+    image = str(tmp_path / "photo.png")
+    options = [option for prompt in prompts for option in ("--prompt", prompt)]
+    clip.main(["--weights", str(tmp_path), "--image", image, *options])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    best = share.argsort(descending=True).tolist()
+    assert lines == [f"  {100 * share[i]:5.1f} %  {prompts[i]}" for i in best]
+    too_long = ["--weights", str(tmp_path), "--image", image, "--prompt", "red " * 40]
+    fails_in_one_line(lambda: clip.main(too_long), capsys, "tokens, the context holds 16")
+    fails_in_one_line(lambda: clip.main(too_long[:-1] + [" "]), capsys, "empty")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The toy world and its trainer
+
+
+def test_the_world_never_shows_nor_names_an_unseen_pair_in_training():
+    names = {" ".join(pair) for pair in tiny.UNSEEN_PAIRS}
+    assert len(tiny.UNSEEN_PAIRS) == len(tiny.PAIRS) // 5
+    for step in range(300):
+        rng = tiny.rng_for("leak", step)
+        scene = tiny.make_scene(rng)
+        assert not {thing.name for thing in scene.things} & names
+        text = tiny.text_line(rng) + tiny.caption(scene, rng) + " ".join(tiny.ask(scene, rng))
+        assert not any(name in text.replace("is there a ", "") for name in names) or "is there a" in text, text
+        assert not scene.is_test and tiny.make_scene(rng, split="test").is_test
+    assert tiny.unseen_pair_scene(rng).things[0].pair in tiny.PAIRS
+
+
+def test_the_world_is_the_same_for_the_same_seed_and_fits_any_canvas():
+    for size in ((32, 32), (48, 20), (17, 61), (224, 224)):
+        scenes = [tiny.make_scene(tiny.rng_for("canvas", 3), 4) for _ in range(2)]
+        images = [tiny.draw(scene, *size) for scene in scenes]
+        assert scenes[0] == scenes[1] and images[0].size == size and images[0].tobytes() == images[1].tobytes()
+    scene = tiny.make_scene(tiny.rng_for("canvas", 4), 3)
+    for thing in scene.things:  # a thing is drawn inside its box, in its colour
+        x0, y0, x1, y1 = tiny.pixel_box(thing, 64, 64)
+        pixels = np.asarray(tiny.draw(scene, 64, 64))
+        found = np.argwhere((pixels == np.array(tiny.COLOURS[thing.colour])).all(-1))
+        inside = [(y0 <= y <= y1) and (x0 <= x <= x1) for y, x in found]
+        assert any(inside)
+
+
+def test_answers_are_true_of_the_scene():
+    for step in range(200):
+        rng = tiny.rng_for("truth", step)
+        scene = tiny.make_scene(rng)
+        things = scene.things
+        question, answer = tiny.ask(scene, rng, ("count",))
+        assert answer == tiny.NUMBERS[len(things)], (question, answer)
+        question, answer = tiny.ask(scene, rng, ("what",))
+        at = [thing for thing in things if thing.place in question]
+        assert answer == (f"a {at[0].name}" if at else "nothing")
+        question, answer = tiny.ask(scene, rng, ("colour", "count"))
+        if question.startswith("what colour"):
+            assert sum(t.shape in question and t.colour == answer for t in things) == 1
+        assert tiny.caption(scene).count(" a ") + tiny.caption(scene).startswith("a ") == len(things)
+
+
+def test_tokenizer_round_trip_and_special_tokens():
+    encoding = tiny.tokenizer()
+    for text in ("a large red circle top-left, a small blue ring", "what colour is the circle?", "Grüße, 7 × 8 = 56!"):
+        assert tiny.decode(tiny.encode(text)) == text
+    assert len(tiny.encode(" circle")) == 1
+    assert tiny.encode("<image>") == [tiny.IMAGE_ID] and tiny.VOCAB_SIZE == encoding.n_vocab == 512
+    assert (tiny.PAD_ID, tiny.EOS_ID) == (clip.PRESETS["tiny"].text.pad_token_id, clip.PRESETS["tiny"].text.eos_token_id)
+    assert (tiny.IMAGE_ID, tiny.EOS_ID) == (llava.PRESETS["tiny"].image_token_id, llava.PRESETS["tiny"].eos_token_id)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "RUNS", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def weights(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def test_training_lowers_the_loss_and_logs_it(runs):
+    tiny.train_clip("clip", steps=40)
+    rows = [json.loads(line) for line in (runs / "clip" / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(math.log(64), abs=0.5) and rows[-1]["loss"] < rows[0]["loss"] - 0.5
+
+
+def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(runs, monkeypatch, capsys):
+    whole = weights(tiny.train_clip("whole", steps=9))
+    real, calls = clip.CLIP.clip_logit_scale, []
+
+    def press_ctrl_c(model):  # after_step hook: the user presses Ctrl-C in the fourth step
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(model)
+
+    monkeypatch.setattr(clip.CLIP, "clip_logit_scale", press_ctrl_c)
+    with pytest.raises(SystemExit) as ended:
+        tiny.train_clip("cut", steps=9)
+    assert ended.value.code == 130 and "same command again" in capsys.readouterr().err
+    assert not list((runs / "cut").glob("*.tmp")) and len(calls) < 7
+    assert torch.equal(weights(tiny.train_clip("cut", steps=9)), whole)
+    logs = [(runs / name / "log.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_a_finished_run_is_taken_from_the_cache_and_a_damaged_one_trained_again(runs, capsys):
+    first = weights(tiny.train_clip("clip", steps=3))
+    stamp = (runs / "clip" / "checkpoint.pt").stat().st_mtime_ns
+    assert torch.equal(weights(tiny.train_clip("clip", steps=3)), first)
+    assert (runs / "clip" / "checkpoint.pt").stat().st_mtime_ns == stamp
+    for damage in (lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"nonsense"):
+        path = runs / "clip" / "checkpoint.pt"
+        path.write_bytes(damage(path.read_bytes()))
+        capsys.readouterr()
+        assert torch.equal(weights(tiny.train_clip("clip", steps=3)), first)
+        assert "damaged" in "".join(capsys.readouterr())
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_named(runs, monkeypatch, capsys):
+    monkeypatch.setattr(clip, "contrastive_loss", lambda image, text, scale: ((image * text).sum() * float("nan"), {}))
+    with pytest.raises(SystemExit) as ended:
+        tiny.train_clip("nan", steps=5)
+    assert ended.value.code == 2 and "the loss is nan at step 0" in capsys.readouterr().err
+
+
+def test_runs_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    monkeypatch.setattr(tiny, "RUNS", tmp_path / "runs")
+    with pytest.raises(SystemExit) as ended:
+        tiny.train_clip("clip", steps=2)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "cannot write" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_two_processes_train_the_weights_of_one(loss, tmp_path):
+    """torchrun with gloo on one machine, both contrastive losses, against one process on the joined batch."""
+    trained = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29577"]):
+        folder = tmp_path / str(len(launcher))
+        folder.mkdir()
+        script = [str(ROOT / "train_tiny.py"), "clip", "--steps", "3", "--loss", loss]
+        done = run(*launcher, *script, cwd=folder, OMP_NUM_THREADS="1")
+        checkpoint = next(folder.glob("runs/*/checkpoint.pt"), None)
+        assert checkpoint, done.stderr
+        trained.append(torch.load(checkpoint, weights_only=True)["model"])
+    for name, tensor in trained[0].items():
+        close(trained[1][name], tensor, 1e-4)
+
+
+def test_training_on_your_own_folder_of_images(tmp_path, runs, capsys, monkeypatch):
+    rng = tiny.rng_for("own data")
+    rows = []
+    for i in range(12):
+        scene = tiny.make_scene(rng)
+        tiny.draw(scene).save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": tiny.caption(scene)}))
+    rows += [json.dumps({"file_name": "gone.png", "text": "a ghost"}), "not json", json.dumps({"file_name": "0.png"})]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    tiny.main(["clip", "--data", str(tmp_path), "--steps", "3"])
+    out = "".join(capsys.readouterr())
+    assert "gone.png" in out and "3" in out
+    (tmp_path / "metadata.jsonl").write_text("not json\n")
+    with pytest.raises(SystemExit) as ended:
+        tiny.main(["clip", "--data", str(tmp_path), "--steps", "3"])
+    assert ended.value.code == 2
+
+
+def test_trainer_says_what_is_wrong_in_one_line(capsys):
+    for options, word in ((["gpt"], "gpt"), (["clip", "--steps", "many"], "many"), (["vilt"], "no recipe yet")):
+        fails_in_one_line(lambda options=options: tiny.main(options), capsys, word)
+
+
+@pytest.mark.skipif("CI" not in os.environ and "SLOW" not in os.environ, reason="trains for minutes; set SLOW=1")
+def test_demos_train_answer_and_draw(tmp_path):
+    for family in ("clip", "llava"):
+        done = run(str(ROOT / f"{family}.py"), "--demo", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "runs" / family / "demo.png").exists() and "after training" in done.stdout
+
+
+def test_the_readme_shows_only_commands_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    for script, options in re.findall(r"^ *python (\w+\.py)([^\n#`]*)", readme, re.MULTILINE):
+        assert (ROOT / script).exists(), script
+        text = (ROOT / script).read_text()
+        for option in re.findall(r"--[a-z-]+", options):
+            assert option in text, f"{script} has no {option}"
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))

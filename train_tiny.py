@@ -1,0 +1,1253 @@
+"""The toy world, its tokenizer, one training loop, and one recipe per family: everything the seven files are trained on.
+
+What. A seeded world of coloured shapes, drawn with Pillow, nothing stored: scenes, captions, questions with answers,
+boxes, comparisons of two pictures, short videos, numbers to read. A fifth of the colour-shape pairs is never shown in
+training, neither drawn nor named: whoever gets those right has learned to compose colour with shape.
+
+How.    python train_tiny.py world              a sheet of samples, to see what the models see
+        python train_tiny.py clip               train, then print the paper's claims at toy scale: hold or not
+        python train_tiny.py all                every family built so far, and the table for the README
+        python train_tiny.py clip --ablations   "a beats b", three seeds, equal steps, in minutes
+        python train_tiny.py clip --data DIR    your own pictures: DIR/metadata.jsonl with file_name and text
+        torchrun --nproc-per-node 2 train_tiny.py clip
+
+What to try. Hide another pair (UNSEEN_PAIRS) and see whether zero-shot naming survives. Leave "something red" out of
+`caption` and watch it fall. Train with batch 8: why does the contrastive loss start at ln 8? Interrupt with Ctrl-C, start
+again, and compare the weights with those of a run left in peace: not one bit differs. Why must data be a function of the
+step for that?
+
+Sections: the world - the tokenizer - the loop - recipes and claims - own data - command line.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------------------
+# The world: things on a canvas
+# ------------------------------------------------------------------------------------------------------------------
+
+COLOURS = {"red": (255, 70, 60), "green": (60, 220, 90), "blue": (80, 140, 255),       # all bright, since a shape that
+           "yellow": (255, 225, 60), "purple": (205, 90, 245), "white": (250, 250, 250)}  # hardly shows teaches little
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+SIZES = {"small": 0.30, "large": 0.42}              # side, as a fraction of the canvas's shorter side; below a half
+JITTER = 0.25                                       # 1: anywhere in its quarter of the canvas; 0: always in the middle
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
+NUMBERS = ("zero", "one", "two", "three", "four")
+NAMES = ("blick", "dax", "fep", "gazzer", "kiki", "lorp", "modi", "pilk", "rif", "tufa", "wug", "zibo", "tepa", "mip",
+         "nax", "sorb")                             # words without a meaning, to be given one in a few examples
+
+PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)        # 30
+UNSEEN_PAIRS = (("red", "triangle"), ("green", "circle"), ("blue", "cross"),    # a fifth: each colour once, each shape
+                ("yellow", "ring"), ("purple", "square"), ("white", "circle"))  # at most twice
+SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object. x, y in [0, 1] say where its box lies between the far left (top) and the far right (bottom), so that the
+    same thing fits on a canvas of any size and aspect ratio."""
+    colour: str
+    shape: str
+    size: str
+    x: float
+    y: float
+
+    @property
+    def pair(self):
+        return self.colour, self.shape
+
+    @property
+    def place(self):
+        return ("top-" if self.y < 0.5 else "bottom-") + ("left" if self.x < 0.5 else "right")
+
+    @property
+    def name(self):
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def full_name(self):
+        return f"{self.size} {self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One to four things, each in its own quarter of the canvas, in reading order; `grey` is the background's level."""
+    things: tuple
+    grey: int = 20
+
+    @property
+    def is_test(self):
+        """An eighth of the scenes of two things and more, chosen by what is in them, is never trained on. Scenes of one
+        thing are too few for that: 24 pairs x 2 sizes x 4 places."""
+        content = "; ".join(f"{t.full_name} {t.place}" for t in self.things)
+        return len(self.things) > 1 and zlib.crc32(content.encode()) % 8 == 0
+
+
+def place_thing(pair, size, place, rng):
+    """A thing near the middle of its quarter of the canvas, which it must not leave: x (1 - side) + side <= 1/2."""
+    reach = (0.5 - SIZES[size]) / (1 - SIZES[size])
+    x, y = (reach * (0.5 + JITTER * (rng.random() - 0.5)) for _ in range(2))
+    return Thing(*pair, size, 1 - x if "right" in place else x, 1 - y if "bottom" in place else y)
+
+
+def make_scene(rng, count=None, pairs=SEEN_PAIRS, split="train"):
+    """A random scene. rng: random.Random; count: how many things (None: one to four, most often two);
+    split: "train", "test" (content never trained on) or "any". Things of one scene are different pairs."""
+    if split == "test" and count == 1:
+        raise ValueError("scenes of one thing are all trained on; test scenes have two to four")
+    counts = (count,) if count else (2, 2, 2, 3, 3, 4) if split == "test" else (1, 1, 2, 2, 2, 3, 3, 4)
+    while True:
+        number = rng.choice(counts)
+        places = sorted(rng.sample(PLACES, number), key=PLACES.index)
+        chosen = rng.sample(pairs, number)
+        things = tuple(place_thing(pair, rng.choice(("small", "large")), place, rng)
+                       for pair, place in zip(chosen, places))
+        scene = Scene(things, grey=rng.randrange(0, 60))
+        if split == "any" or scene.is_test == (split == "test"):
+            return scene
+
+
+def change_one(scene, rng, split="train"):
+    """The same scene but for one property of one thing (shape, colour or size): a hard negative for whoever must tell the
+    two captions apart."""
+    while True:
+        which = rng.randrange(len(scene.things))
+        old = scene.things[which]
+        key, values = rng.choice((("shape", SHAPES), ("colour", tuple(COLOURS)), ("size", tuple(SIZES))))
+        new = replace(old, **{key: rng.choice(values)})
+        things = scene.things[:which] + (new,) + scene.things[which + 1:]
+        other = replace(scene, things=things)
+        if new != old and new.pair in SEEN_PAIRS and len({t.pair for t in things}) == len(things) \
+                and (split == "any" or other.is_test == (split == "test")):
+            return other
+
+
+def unseen_pair_scene(rng, count=None):
+    """A scene with one thing of a pair never seen in training, and seen ones around it."""
+    scene = make_scene(rng, count, split="any")
+    which = rng.randrange(len(scene.things))
+    colour, shape = rng.choice(UNSEEN_PAIRS)
+    things = list(scene.things)
+    things[which] = replace(things[which], colour=colour, shape=shape)
+    return replace(scene, things=tuple(things))
+
+
+def rng_for(*key):
+    """A random.Random that depends on the key alone: data is a function of (seed, step), never of history."""
+    return random.Random(repr(key))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The world: drawing
+# ------------------------------------------------------------------------------------------------------------------
+
+def pixel_box(thing, width, height):
+    """(x0, y0, x1, y1) in pixels, x1 and y1 exclusive: exactly the pixels the thing touches."""
+    side = max(5, round(SIZES[thing.size] * min(width, height)))
+    x0, y0 = round(thing.x * (width - side)), round(thing.y * (height - side))
+    return x0, y0, x0 + side, y0 + side
+
+
+def normalised_box(thing, width, height):
+    """The box as fractions of the canvas, as detectors and `[[x0,y0,x1,y1]]` prompts want it."""
+    x0, y0, x1, y1 = pixel_box(thing, width, height)
+    return x0 / width, y0 / height, x1 / width, y1 / height
+
+
+def box_text(thing, width, height):
+    """CogVLM's way of writing a box: `[[x0,y0,x1,y1]]`, thousandths of the canvas in three digits."""
+    return "[[" + ",".join(f"{min(999, round(1000 * v)):03d}" for v in normalised_box(thing, width, height)) + "]]"
+
+
+def draw_thing(pen, thing, box):
+    x0, y0, x1, y1 = box[0], box[1], box[2] - 1, box[3] - 1         # Pillow's corners are inclusive
+    fill, third = COLOURS[thing.colour], (x1 - x0 + 1) // 3
+    if thing.shape == "circle":
+        pen.ellipse((x0, y0, x1, y1), fill=fill)
+    elif thing.shape == "square":
+        pen.rectangle((x0, y0, x1, y1), fill=fill)
+    elif thing.shape == "triangle":
+        pen.polygon(((x0, y1), ((x0 + x1) // 2, y0), (x1, y1)), fill=fill)
+    elif thing.shape == "cross":
+        pen.rectangle((x0 + third, y0, x1 - third, y1), fill=fill)
+        pen.rectangle((x0, y0 + third, x1, y1 - third), fill=fill)
+    else:                                                           # a ring shows the background through its hole
+        pen.ellipse((x0, y0, x1, y1), outline=fill, width=max(1, third * 2 // 3))
+
+
+def draw(scene, width=32, height=32):
+    """The scene as a PIL image. Any canvas of at least 16 pixels a side; raises ValueError below."""
+    if min(width, height) < 16:
+        raise ValueError(f"a canvas of {width} x {height} is too small for four things: at least 16 pixels a side")
+    image = Image.new("RGB", (width, height), (scene.grey,) * 3)
+    pen = ImageDraw.Draw(image)
+    for thing in scene.things:
+        draw_thing(pen, thing, pixel_box(thing, width, height))
+    return image
+
+
+# Numbers to read: three columns by five rows per digit, one bit per pixel, rows from the top.
+GLYPHS = {digit: bits for digit, bits in zip("0123456789", (
+    0b111101101101111, 0b010110010010111, 0b111001111100111, 0b111001111001111, 0b101101111001001,
+    0b111100111001111, 0b111100111101111, 0b111001010010010, 0b111101111101111, 0b111101111001111))}
+
+
+def draw_number(text, width=32, height=32, colour="white", grey=20):
+    """Digits as large as the canvas allows, for reading tests. Raises ValueError when they cannot fit."""
+    scale = min((width - 2) // (4 * len(text) - 1), (height - 2) // 5)
+    if scale < 1:
+        raise ValueError(f"{len(text)} digits need at least {4 * len(text) + 1} x 7 pixels, not {width} x {height}")
+    image = Image.new("RGB", (width, height), (grey,) * 3)
+    pen = ImageDraw.Draw(image)
+    left, top = (width - scale * (4 * len(text) - 1)) // 2, (height - scale * 5) // 2
+    for n, digit in enumerate(text):
+        for i in range(15):
+            if GLYPHS[digit] >> (14 - i) & 1:
+                x, y = left + scale * (4 * n + i % 3), top + scale * (i // 3)
+                pen.rectangle((x, y, x + scale - 1, y + scale - 1), fill=COLOURS[colour])
+    return image
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The world: words
+# ------------------------------------------------------------------------------------------------------------------
+
+TEMPLATES = ("a {}", "a picture of a {}", "there is a {}", "this is a {}")      # prompts for zero-shot naming
+
+
+def caption(scene, rng=None):
+    """What the scene shows. Without rng the one full caption: every thing with size, colour, shape and place, in reading
+    order. With rng one of several ways to say it, some of which leave something out."""
+    things, dice = scene.things, 1.0 if rng is None else rng.random()
+    if dice < 0.12:                                                 # names only, in any order
+        return rng.choice(TEMPLATES).format(" and a ".join(t.name for t in rng.sample(things, len(things))))
+    if dice < (0.40 if len(things) == 1 else 0.24):                 # one property: what "red" or "ring" means by itself
+        thing = rng.choice(things)
+        return rng.choice((f"something {thing.colour}", f"a {thing.shape}", f"something {thing.size}"))
+    if dice < 0.32 and len(things) == 2:
+        a, b = rng.sample(things, 2)
+        return f"a {a.name} {relation(a, b)} a {b.name}"
+    if dice < 0.38 and len(things) < 3:
+        return " and ".join(f"a {t.full_name} at the {t.place}" for t in things)
+    if dice < 0.44:
+        return ", ".join(f"{t.place} a {t.full_name}" for t in things)
+    return ", ".join(f"a {t.full_name} {t.place}" for t in things)
+
+
+def relation(a, b):
+    """Where a is, seen from b: "left of", "right of", "above" or "below"; left and right win over above and below."""
+    if (a.x < 0.5) != (b.x < 0.5):
+        return "left of" if a.x < b.x else "right of"
+    return "above" if a.y < b.y else "below"
+
+
+def only(scene, **wanted):
+    """The things with these properties: only(scene, colour="red")."""
+    return [t for t in scene.things if all(getattr(t, k) == v for k, v in wanted.items())]
+
+
+def refer(scene, thing):
+    """The shortest name that is this thing's alone: "circle", else "red thing", else "red circle"."""
+    if len(only(scene, shape=thing.shape)) == 1:
+        return thing.shape
+    return f"{thing.colour} thing" if len(only(scene, colour=thing.colour)) == 1 else thing.name
+
+
+def ask_colour(scene, rng):
+    single = [t for t in scene.things if len(only(scene, shape=t.shape)) == 1]
+    if single:
+        thing = rng.choice(single)
+        return f"what colour is the {thing.shape}?", thing.colour
+
+
+def ask_shape(scene, rng):
+    single = [t for t in scene.things if len(only(scene, colour=t.colour)) == 1]
+    if single:
+        thing = rng.choice(single)
+        return f"what shape is the {thing.colour} thing?", thing.shape
+
+
+def ask_size(scene, rng):
+    thing = rng.choice(scene.things)
+    return f"what size is the {refer(scene, thing)}?", thing.size
+
+
+def ask_where(scene, rng):
+    thing = rng.choice(scene.things)
+    return f"where is the {refer(scene, thing)}?", thing.place
+
+
+def ask_what(scene, rng):
+    place = rng.choice(PLACES)
+    found = only(scene, place=place)
+    return f"what is {place}?", f"a {found[0].name}" if found else "nothing"
+
+
+def ask_count(scene, rng):
+    return "how many things are there?", NUMBERS[len(scene.things)]
+
+
+def ask_count_of(scene, rng):
+    thing = rng.choice(scene.things)
+    if rng.random() < 0.5:
+        return f"how many {thing.colour} things are there?", NUMBERS[len(only(scene, colour=thing.colour))]
+    return f"how many of the things are a {thing.shape}?", NUMBERS[len(only(scene, shape=thing.shape))]
+
+
+def ask_there(scene, rng):
+    """Yes and no equally often, for a colour or a shape."""
+    key, values = rng.choice((("colour", tuple(COLOURS)), ("shape", SHAPES)))
+    here = {getattr(t, key) for t in scene.things}
+    yes = rng.random() < 0.5
+    word = rng.choice([v for v in values if (v in here) == yes])
+    return f"is there a {word}{' thing' if key == 'colour' else ''}?", "yes" if yes else "no"
+
+
+def ask_pair(scene, rng):
+    """Yes and no equally often; the "no" is a hard one: the colour or the shape is there, the pair is not."""
+    thing = rng.choice(scene.things)
+    if rng.random() < 0.5:
+        return f"is there a {thing.name}?", "yes"
+    near = [p for p in SEEN_PAIRS if (p[0] == thing.colour or p[1] == thing.shape)
+            and p not in [t.pair for t in scene.things]]
+    return "is there a {} {}?".format(*rng.choice(near)), "no"
+
+
+def ask_side(scene, rng):
+    """The only question about two things: whoever answers must find both, and compare."""
+    if len({t.x < 0.5 for t in scene.things}) == 2:
+        a = rng.choice(scene.things)
+        b = rng.choice([t for t in scene.things if (t.x < 0.5) != (a.x < 0.5)])
+        return f"is the {refer(scene, a)} left or right of the {refer(scene, b)}?", relation(a, b).split()[0]
+
+
+QUESTIONS = {"colour": ask_colour, "shape": ask_shape, "size": ask_size, "where": ask_where, "what": ask_what,
+             "count": ask_count, "count of": ask_count_of, "there": ask_there, "pair": ask_pair, "side": ask_side}
+
+
+def ask(scene, rng, kinds=tuple(QUESTIONS)):
+    """A (question, answer) about the scene, of one of these kinds, among those that make sense for it."""
+    for kind in rng.sample(kinds, len(kinds)):
+        pair = QUESTIONS[kind](scene, rng)
+        if pair:
+            return pair
+    raise ValueError(f"no question of {kinds} makes sense for: {caption(scene)}")
+
+
+def compare(rng, split="train"):
+    """Two pictures and a question about both: (scene, scene, question, answer)."""
+    one, two = make_scene(rng, split=split), make_scene(rng, split=split)
+    if rng.random() < 0.5 and len(one.things) != len(two.things):
+        return one, two, "which picture has more things?", "first" if len(one.things) > len(two.things) else "second"
+    if rng.random() < 0.5:
+        two = replace(one, grey=two.grey)
+    return one, two, "are the pictures the same?", "yes" if one.things == two.things else "no"
+
+
+def movie(rng, frames=4, pairs=SEEN_PAIRS):
+    """One thing moving over the canvas: (list of scenes, question, answer in left, right, up, down)."""
+    way = rng.choice(("left", "right", "up", "down"))
+    thing = Thing(*rng.choice(pairs), rng.choice(tuple(SIZES)), rng.random(), rng.random())
+    scenes = []
+    for step in np.linspace(0.05, 0.95, frames):
+        along = float(1 - step if way in ("left", "up") else step)
+        moved = replace(thing, x=along) if way in ("left", "right") else replace(thing, y=along)
+        scenes.append(Scene((moved,)))
+    return scenes, "which way does it move?", way
+
+
+def read_number(rng, digits=2):
+    """(text, question, answer) for `draw_number(text)`."""
+    text = "".join(rng.choice("0123456789") for _ in range(digits))
+    return text, "what number is it?", text
+
+
+def chat(opening, turns):
+    """LLaVA's conversation: USER: opening, newline, question ASSISTANT: answer<eos>USER: question ..., as (text, is_answer)
+    pieces, so that the loss can be put on the assistant's words only."""
+    pieces = []
+    for n, (question, answer) in enumerate(turns):
+        pieces.append((f"USER: {opening}\n{question} ASSISTANT:" if n == 0 else f"USER: {question} ASSISTANT:", False))
+        pieces.append((f" {answer}<eos>", True))
+    return pieces
+
+
+DESCRIBE = "describe the picture."
+
+
+def text_line(rng):
+    """A line for a language model that never sees a picture: a caption, or questions about a scene told in words."""
+    scene = make_scene(rng)
+    if rng.random() < 0.2:
+        return caption(scene, rng) + "<eos>"
+    turns = [(DESCRIBE, caption(scene))] if rng.random() < 0.3 else []
+    turns += [ask(scene, rng) for _ in range(3 - len(turns))]
+    told = ", ".join(f"a {t.full_name} {t.place}" for t in rng.sample(scene.things, len(scene.things)))
+    return "".join(text for text, _ in chat(told, turns))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The tokenizer: byte-pair encoding, trained on the world's own text
+# ------------------------------------------------------------------------------------------------------------------
+
+VOCAB_SIZE = 512                                    # 256 bytes + 240 merges + 16 special tokens, which come last
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>", "<video>", "<boi>", "<eoi>", "<mask>", "<cls>", "<sep>", "<dec>",
+           "<|endofchunk|>", "<spare1>", "<spare2>", "<spare3>", "<spare4>")
+MERGES = VOCAB_SIZE - 256 - len(SPECIAL)
+SPECIAL_IDS = {token: 256 + MERGES + i for i, token in enumerate(SPECIAL)}
+PAD_ID, BOS_ID, EOS_ID, IMAGE_ID, VIDEO_ID, BOI_ID, EOI_ID, MASK_ID, CLS_ID, SEP_ID, DEC_ID, CHUNK_ID = range(496, 508)
+SPLIT = r" ?[A-Za-z]+(?:-[A-Za-z]+)?|[0-9]| ?[^A-Za-z0-9\s]|\s"    # words with the space before them; single digits
+
+
+def merge(word, pair):
+    """Every neighbouring `pair` in the tuple `word` becomes one symbol: merge((a, b, c), (a, b)) = (ab, c)."""
+    out, i = [], 0
+    while i < len(word):
+        both = word[i:i + 2] == pair
+        out.append(word[i] + word[i + 1] if both else word[i])
+        i += 2 if both else 1
+    return tuple(out)
+
+
+def train_bpe(text, merges):
+    """Byte-pair encoding: start from the 256 bytes; again and again make the most frequent neighbours one new symbol.
+    Returns {bytes: id}, ids in order of invention, which is also the order in which an encoder must apply them."""
+    counts = {}
+    for word in re.findall(SPLIT, text):
+        key = tuple(bytes([b]) for b in word.encode())
+        counts[key] = counts.get(key, 0) + 1
+    ranks = {bytes([i]): i for i in range(256)}
+    while len(ranks) < 256 + merges:
+        pairs = {}
+        for word, count in counts.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] = pairs.get(pair, 0) + count
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))             # ties by bytes: the same on every machine
+        ranks[best[0] + best[1]] = len(ranks)
+        counts = {merge(word, best): count for word, count in counts.items()}
+    return ranks
+
+
+@lru_cache(maxsize=1)
+def tokenizer():
+    """The world's tiktoken.Encoding: byte-pair encoding learned from 2000 lines of its text, special tokens registered.
+    Always the same one, whatever the seed of a training: models could not share a vocabulary otherwise."""
+    rng = rng_for("tokenizer")
+    lines = [text_line(rng) for _ in range(1400)] + [caption(make_scene(rng), rng) for _ in range(400)]
+    lines += [" ".join(compare(rng)[2:]) for _ in range(100)] + [" ".join(movie(rng)[1:]) for _ in range(100)]
+    lines += [" ".join(read_number(rng)[1:]) for _ in range(50)] + [f"this is a {name}." for name in 5 * NAMES]
+    lines += ["Question: which words can you read? Short answer: none", "find the biggest thing in the video, please."] * 50
+    ranks = train_bpe("\n".join(lines).replace("<eos>", "\n"), MERGES)
+    return tiktoken.Encoding("toy-world", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=SPECIAL_IDS)
+
+
+def encode(text):
+    """Text -> list of ids. Special tokens written out, like <image>, become their one id."""
+    return tokenizer().encode(text, allowed_special="all")
+
+
+def decode(ids):
+    """Ids -> text, up to the first <eos>; padding is left out."""
+    ids = [int(i) for i in ids]
+    ids = ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids
+    return tokenizer().decode([i for i in ids if i != PAD_ID])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The loop: one for every model here
+# ------------------------------------------------------------------------------------------------------------------
+
+RUNS = Path("runs")                                 # everything that is written goes here
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # torchrun sets these
+
+
+def stop(message, status=2):
+    """Ends the program with one line on stderr: status 2 for wrong input, 130 after Ctrl-C (both as shells expect)."""
+    if RANK == 0:
+        print(message, file=sys.stderr)
+    raise SystemExit(status)
+
+
+def say(*lines):
+    if RANK == 0:
+        tqdm.write("\n".join(lines))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the outcome of a training, besides the model's config and the data."""
+    name: str                                       # its directory under runs/
+    steps: int
+    batch: int                                      # pictures (or lines of text) per step, over all ranks
+    lr: float
+    seed: int = 0
+    warmup: int = 30
+    weight_decay: float = 0.1                       # on matrices only
+    beta2: float = 0.98                             # 0.999 is too slow a memory for a few hundred steps
+    save_seconds: float = 20
+
+
+def learning_rate(plan, step):
+    """Linear warm-up, then half a cosine down to 5 % at the last step."""
+    done = step / max(1, plan.steps)
+    return plan.lr * min(1, (step + 1) / plan.warmup) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def make_optimizer(plan, parameters):
+    """AdamW; biases, norms and scales do not decay."""
+    parameters = list(parameters)
+    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": plan.weight_decay},
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, plan.beta2), fused=True)
+
+
+@lru_cache(maxsize=1)
+def world_fingerprint():
+    """A number that changes when the world does, so that a model trained in another world is not taken from the cache."""
+    rng = rng_for("fingerprint")
+    scenes = [make_scene(rng) for _ in range(100)]
+    content = repr((UNSEEN_PAIRS, TEMPLATES, [caption(s, rng) for s in scenes], [text_line(rng) for _ in range(100)]))
+    return zlib.crc32(content.encode() + b"".join(draw(s).tobytes() for s in scenes))
+
+
+def cache_key(plan, model, data):
+    """Everything a checkpoint must agree with to be the result of this run."""
+    plan = {k: v for k, v in asdict(plan).items() if k not in ("name", "save_seconds")}
+    return json.dumps({"plan": plan, "model": repr(model.config), "data": data, "world": world_fingerprint()}, sort_keys=True)
+
+
+def save_atomically(content, path):
+    """Write beside, then rename: whoever pulls the plug finds the old file or the new one, never half of one."""
+    beside = path.with_suffix(".tmp")
+    torch.save(content, beside)
+    os.replace(beside, path)
+
+
+def load_checkpoint(path, key):
+    """The checkpoint at `path` if it is whole and belongs to this run, else None, with a line saying why not."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["key"] == key:
+            return state
+        say(f"{path} was trained with other settings (or in another world): training again")
+    except Exception as error:                      # a torn file can raise nearly anything
+        say(f"{path} is damaged ({type(error).__name__}): training again")
+
+
+def open_log(folder, step):
+    """log.jsonl, opened for appending, without the lines that a run interrupted after `step` steps will write again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() and step else []
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        return path.open("a")
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"cannot write {folder}/log.jsonl ({error}): remove it, or start from a directory you may write to")
+
+
+class CtrlC:
+    """While this is open Ctrl-C only asks: the loop stops between two steps, where model and optimizer agree."""
+    asked = False
+
+    def __enter__(self):
+        try:
+            self.before = signal.signal(signal.SIGINT, self.ask)
+        except ValueError:                          # not in the main thread: Ctrl-C is somebody else's business
+            self.before = None
+        return self
+
+    def ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt                 # the second time we mean it
+        self.asked = True
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+def sum_over_ranks(*tensors):
+    """Add the tensors up over all processes, in place and in one message. Alone: nothing to do."""
+    if WORLD_SIZE > 1 and dist.is_initialized():
+        together = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(together)
+        for t, total in zip(tensors, together.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
+def train_step(model, optimizer, loss, rate):
+    """One update. With torchrun every rank's loss is its share of the joint one, so gradients are summed."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    with torch.no_grad():
+        sum_over_ranks(*(p.grad for p in parameters))
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def progress(plan, start, bar=None):
+    """A tqdm bar that counts samples; `bar`, if given, is one that somebody else shows for several runs."""
+    return bar or tqdm(total=plan.steps * plan.batch, initial=start * plan.batch, unit=" samples", desc=plan.name,
+                       mininterval=0.3, disable=None if RANK == 0 else True)
+
+
+def fit(plan, model, loss_of, expected=None, data="world", after_step=None, bar=None):
+    """Train the parameters of `model` that require a gradient, or take the finished result from runs/NAME.
+
+    loss_of(step) -> (loss, metrics) must be a function of the step alone (and of the seed): then a run that was
+    interrupted and resumed ends with the same bits. expected: (text, value) of the loss at random initialisation.
+    after_step(): called after every update. bar: see `progress`. Returns the model, in eval mode.
+    Ends the program when the loss is no longer finite (status 2) or on Ctrl-C (saved, status 130).
+    """
+    folder = RUNS / plan.name
+    path, key = folder / "checkpoint.pt", cache_key(plan, model, data)
+    state = load_checkpoint(path, key) or {"step": 0}
+    if "model" in state:
+        model.load_state_dict(state["model"])
+    if state["step"] < plan.steps:
+        train(plan, model, loss_of, state, path, key, expected, after_step, bar)
+    elif bar is not None:
+        bar.update(plan.steps * plan.batch)
+    return model.eval()
+
+
+def train(plan, model, loss_of, state, path, key, expected, after_step, bar):
+    """The part of `fit` that runs when there is something left to do."""
+    optimizer = make_optimizer(plan, (p for p in model.parameters() if p.requires_grad))
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    start, saved, own_bar = state["step"], time.time(), bar is None
+    log = open_log(path.parent, start) if RANK == 0 else None
+    bar = progress(plan, start, bar)
+    model.train()
+    with CtrlC() as ctrl_c:
+        for step in range(start, plan.steps):
+            loss, metrics = loss_of(step)
+            total = torch.tensor([float(loss.detach()), float(ctrl_c.asked)])
+            sum_over_ranks(total)                   # all ranks see the same loss, and stop at the same step
+            value = float(total[0])
+            if not math.isfinite(value):
+                stop(f"{plan.name}: the loss is {value} at step {step}; try a smaller learning rate than {plan.lr}")
+            if step == 0 and expected and own_bar:
+                say(f"{plan.name}: first loss {value:.3f}; expected at random initialisation: {expected[0]} = {expected[1]:.3f}")
+            train_step(model, optimizer, loss, learning_rate(plan, step))
+            if after_step:
+                after_step()
+            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            bar.update(plan.batch)
+            last, asked = step + 1 == plan.steps, float(total[1]) > 0
+            if RANK == 0 and (step % 10 == 0 or last):
+                row = {"step": step + 1, "loss": value, "lr": learning_rate(plan, step)}
+                log.write(json.dumps(row | {k: float(v) for k, v in metrics.items()}) + "\n")
+            if RANK == 0 and (last or asked or time.time() - saved > plan.save_seconds):
+                log.flush()
+                save_atomically({"key": key, "step": step + 1, "model": model.state_dict(),
+                                 "optimizer": optimizer.state_dict()}, path)
+                saved = time.time()
+            if asked and not last:
+                bar.close()
+                stop(f"stopped after step {step + 1} of {plan.steps}; the same command again goes on from there", 130)
+    if own_bar:
+        bar.close()
+    if log:
+        log.close()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Recipes and claims: what all families share
+# ------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence from a paper with a number of ours: it holds when `measured` is at least `target`."""
+    name: str
+    chance: float                                   # what guessing would give; for "a beats b": what b gives
+    measured: float
+    target: float
+
+    @property
+    def holds(self):
+        return self.measured >= self.target
+
+
+def claims_table(claims):
+    """The claims as a markdown table, which reads well in a terminal too."""
+    width = max(len(c.name) for c in claims)
+    lines = [f"| {'claim':{width}} | chance | measured | target |   |", f"|-{'-' * width}-|-------:|---------:|-------:|---|"]
+    lines += [f"| {c.name:{width}} | {c.chance:6.3f} | {c.measured:8.3f} | {c.target:6.3f} | {'holds' if c.holds else 'DOES NOT HOLD'} |"
+              for c in claims]
+    return "\n".join(lines)
+
+
+def run_name(family, seed=0, steps=None, **options):
+    """runs/FAMILY holds the standard run, which other families build on; other seeds or steps live beside it."""
+    options = {"seed": seed or None, "steps": steps} | options
+    return "-".join([family] + [f"{k}{v}" for k, v in options.items() if v])
+
+
+def batch_rngs(seed, step, batch):
+    """One random.Random per sample of this rank's slice of the joint batch: the union over ranks is always the same."""
+    share = batch // WORLD_SIZE
+    return [rng_for(seed, step, i) for i in range(RANK * share, (RANK + 1) * share)]
+
+
+def text_rows(texts, context=None):
+    """Texts -> rows of ids, each with <eos> at its end, cut to `context` ids. Special tokens in the texts are plain text."""
+    return [tokenizer().encode_ordinary(text)[: context and context - 1] + [EOS_ID] for text in texts]
+
+
+def pad(rows, value=PAD_ID):
+    """Rows of ids -> (ids [B,T], mask [B,T]; True = real token), padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    return ids, torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
+
+
+def sheet(pictures, path, columns=4, scale=4, wide=230):
+    """Write a PNG of pictures with lines of text below each: pictures is a list of (PIL image, text)."""
+    tall = max(image.height * scale + 14 * (text.count("\n") + 1) + 10 for image, text in pictures)
+    rows = -(-len(pictures) // columns)
+    page = Image.new("RGB", (columns * wide + 10, rows * tall + 10), "white")
+    pen = ImageDraw.Draw(page)
+    for n, (image, text) in enumerate(pictures):
+        x, y = 10 + n % columns * wide, 10 + n // columns * tall
+        page.paste(image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST), (x, y))
+        pen.multiline_text((x, y + image.height * scale + 2), text, fill="black", spacing=2)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page.save(path)
+    except OSError as error:
+        stop(f"cannot write {path} ({error})")
+    say(f"written: {path}")
+
+
+def world_sheet():
+    """`python train_tiny.py world`: a page of samples of everything the world can show and ask."""
+    rng = rng_for("a look at the world")
+    pictures = []
+    for size in ((32, 32),) * 6 + ((48, 32), (32, 40)):
+        scene = make_scene(rng)
+        question, answer = ask(scene, rng)
+        pictures.append((draw(scene, *size), f"{caption(scene, rng)}\n{question} {answer}".replace(", ", ",\n")))
+    frames, question, answer = movie(rng)
+    pictures += [(draw(frame), f"frame {i + 1}\n{question} {answer}") for i, frame in enumerate(frames)]
+    one, two, question, answer = compare(rng)
+    pictures += [(draw(one), f"{question}\n{answer}"), (draw(two), "(second picture)")]
+    number, question, answer = read_number(rng)
+    pictures.append((draw_number(number), f"{question} {answer}"))
+    scene = unseen_pair_scene(rng, 2)
+    pictures.append((draw(scene), f"only in tests:\n{caption(scene)}".replace(", ", ",\n")))
+    sheet(pictures, RUNS / "world.png")
+    say("in text only, for a language model:\n" + text_line(rng))
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# CLIP and SigLIP
+# ------------------------------------------------------------------------------------------------------------------
+
+CLIP_STEPS, CLIP_BATCH = 700, 64
+
+
+def clip_config(loss="softmax"):
+    """The tiny preset with CLIP's switches, or SigLIP's: no class token, text that looks both ways."""
+    import clip
+    config = clip.PRESETS["tiny"]
+    if loss == "softmax":
+        return config
+    return replace(config, loss=loss, vision=replace(config.vision, class_token=False), text=replace(config.text, causal=False))
+
+
+def clip_batch(seed, step, batch):
+    """(scenes, captions) of a step. All scenes of a step have equally many things: counting them tells nothing apart,
+    and the captions are about equally long."""
+    count = rng_for(seed, step).choice((1, 2, 2, 3, 4))
+    rngs = batch_rngs(seed, step, batch)
+    scenes = [make_scene(rng, count) for rng in rngs]
+    return scenes, [caption(scene, rng) for scene, rng in zip(scenes, rngs)]
+
+
+def clip_features(model, images, texts):
+    """PIL images and strings -> image and text features [B,E] of length one."""
+    import clip
+    device = model.logit_scale.device
+    ids, mask = pad(text_rows(texts, model.config.text.context))
+    mask = None if model.config.text.causal else mask.to(device)        # causal: padding comes after what is looked at
+    return (model.encode_image(clip.preprocess(images, model.config.vision).to(device)),
+            model.encode_text(ids.to(device), mask))
+
+
+def train_clip(name=None, seed=0, steps=None, batch=CLIP_BATCH, loss="softmax", device="cpu", bar=None, draw_batch=None,
+               data="world"):
+    """A toy CLIP (loss "softmax") or SigLIP ("sigmoid"), from the cache if it is there.
+
+    draw_batch(step) -> (images, texts) replaces the world by other data, whose name is `data`."""
+    import clip
+    name = name or run_name("clip", seed, steps, **({} if loss == "softmax" else {"": loss}))
+    plan = Plan(name, steps or CLIP_STEPS, batch, lr=1e-3, seed=seed, weight_decay=0.5, warmup=60)
+    torch.manual_seed(seed)
+    model = clip.CLIP(clip_config(loss)).to(device)
+
+    def from_world(step):
+        scenes, captions = clip_batch(seed, step, batch)
+        return [draw(scene) for scene in scenes], captions
+
+    def loss_of(step):
+        return model.loss(*clip_features(model, *(draw_batch or from_world)(step)), ranks=WORLD_SIZE > 1)
+
+    expected = ("ln B", math.log(batch)) if loss == "softmax" else None
+    return fit(plan, model, loss_of, expected, data, model.clip_logit_scale, bar)
+
+
+def toy_clip(device="cpu"):
+    """The standard toy CLIP: the frozen vision tower of the other families. Trained on the first call, then cached."""
+    return train_clip(device=device)
+
+
+@torch.no_grad()
+def retrieval(model, scenes):
+    """Fraction of the scenes for which the most similar caption of all is a right one (two scenes may share theirs)."""
+    captions = [caption(scene) for scene in scenes]
+    image, text = clip_features(model, [draw(scene) for scene in scenes], captions)
+    best = (image @ text.T).argmax(1).tolist()
+    return sum(captions[i] == captions[j] for i, j in enumerate(best)) / len(scenes)
+
+
+def naming(model, scenes, templates):
+    """Fraction of one-thing scenes whose pair is the best of the 30, each given by name only (zero-shot)."""
+    import clip
+    pixels = clip.preprocess([draw(scene) for scene in scenes], model.config.vision).to(model.logit_scale.device)
+    logits = clip.zero_shot(model, pixels, [" ".join(pair) for pair in PAIRS], templates, clip_tokenize(model))
+    return sum(PAIRS[i] == scene.things[0].pair for i, scene in zip(logits.argmax(1).tolist(), scenes)) / len(scenes)
+
+
+def clip_tokenize(model):
+    """-> tokenize(texts) -> (ids, mask), as `clip.zero_shot` wants it."""
+    def tokenize(texts):
+        ids, mask = pad(text_rows(texts, model.config.text.context))
+        return ids, None if model.config.text.causal else mask
+    return tokenize
+
+
+def clip_claims(model):
+    rng = rng_for("clip claims")
+    unseen_scenes = [make_scene(rng, split="test") for _ in range(512)]
+    unseen_pairs = [unseen_pair_scene(rng, 1) for _ in range(300)]
+    bare, ensemble = naming(model, unseen_pairs, ("{}",)), naming(model, unseen_pairs, TEMPLATES)
+    return [Claim("clip: retrieval, right caption among 512 unseen scenes", 1 / 512, retrieval(model, unseen_scenes), 0.95),
+            Claim("clip: naming pairs never seen in training, 30 ways", 1 / 30, ensemble, 0.80),
+            Claim("clip: template ensemble no worse than the bare name", 1 / 30, ensemble, bare)]
+
+
+@torch.no_grad()
+def clip_samples(model, folder):
+    """A picture of eight unseen scenes, each with the caption that the model finds for it among 64."""
+    rng = rng_for("clip samples")
+    scenes = [make_scene(rng, split="test") for _ in range(64)]
+    captions = [caption(scene) for scene in scenes]
+    image, text = clip_features(model, [draw(scene) for scene in scenes], captions)
+    found = (image @ text.T).argmax(1).tolist()
+    verdicts = ["right" if captions[i] == captions[j] else "WRONG" for i, j in enumerate(found)]
+    sheet([(draw(scenes[i]), f"{verdicts[i]}: {captions[found[i]]}".replace(", ", ",\n")) for i in range(8)],
+          folder / "samples.png")
+
+
+def clip_recipe(args):
+    """`python train_tiny.py clip`: train, print the level claims, draw samples."""
+    if CLIP_BATCH % WORLD_SIZE:
+        stop(f"a batch of {CLIP_BATCH} cannot be shared by {WORLD_SIZE} processes: use a divisor of {CLIP_BATCH}")
+    model = train_clip(seed=args.seed, steps=args.steps, loss=args.loss, device=args.device)
+    if RANK > 0:
+        return []
+    clip_samples(model, RUNS / "clip")
+    return clip_claims(model)
+
+
+def clip_ablations(args):
+    """SigLIP's claim: at batch 16 the sigmoid loss is no worse than the softmax loss, at 128 they are even."""
+    steps, batches, seeds = args.steps or 500, (16, 128), (0, 1, 2)
+    rng, score = rng_for("clip ablations"), {}
+    scenes = [make_scene(rng, split="test") for _ in range(512)]
+    with tqdm(total=2 * len(seeds) * steps * sum(batches), unit=" samples", desc="clip ablations", disable=None) as bar:
+        for batch in batches:
+            for loss in ("softmax", "sigmoid"):
+                models = (train_clip(f"clip-ablations/{loss}{batch}-seed{seed}-steps{steps}", seed, steps, batch, loss,
+                                     args.device, bar) for seed in seeds)
+                score[loss, batch] = sum(retrieval(model, scenes) for model in models) / len(seeds)
+    say(*(f"retrieval, batch {batch}, {loss}: {score[loss, batch]:.3f}" for loss, batch in sorted(score)))
+    return [Claim("clip: sigmoid no worse than softmax at batch 16", score["softmax", 16], score["sigmoid", 16],
+                  score["softmax", 16]),
+            Claim("clip: sigmoid and softmax within 0.03 at batch 128", score["softmax", 128],
+                  score["softmax", 128] - abs(score["sigmoid", 128] - score["softmax", 128]), score["softmax", 128] - 0.03)]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# LLaVA
+# ------------------------------------------------------------------------------------------------------------------
+
+LM_STEPS, LM_BATCH = 250, 32
+LLAVA_STEPS, LLAVA_BATCH, TURNS = (60, 700), 32, 5  # steps of stage 1 and stage 2; conversations of five questions
+
+
+def toy_lm(seed=0, device="cpu"):
+    """A small decoder that has read the world's text and never seen a picture; trained on the first call, then cached."""
+    import llava
+    plan = Plan(run_name("lm", seed), LM_STEPS, LM_BATCH, lr=2e-3, seed=seed)
+    torch.manual_seed(seed)
+    model = llava.LanguageModel(llava.PRESETS["tiny"].language).to(device)
+
+    def loss_of(step):
+        rows = [encode(text_line(rng)) for rng in batch_rngs(seed, step, LM_BATCH)]
+        ids, labels = pad(rows)[0].to(device), pad(rows, llava.IGNORE_INDEX)[0].to(device)
+        return llava.language_loss(model(ids), labels)
+
+    return fit(plan, model, loss_of, ("ln V", math.log(VOCAB_SIZE)))
+
+
+def llava_batch(scenes, conversations, config):
+    """Scenes and, for each, [(question, answer), ...] -> ids [B,T], labels [B,T], pixels [B,3,H,W]."""
+    import llava
+    rows = [llava.encode_conversation(turns, encode, config) for turns in conversations]
+    ids, labels = pad([ids for ids, _ in rows])[0], pad([labels for _, labels in rows], llava.IGNORE_INDEX)[0]
+    return ids, labels, llava.preprocess([draw(scene) for scene in scenes], config.vision)
+
+
+def instructions(scene, rng):
+    """One conversation of stage 2: questions about the scene, and now and then its description."""
+    turns = [ask(scene, rng) for _ in range(TURNS)]
+    if rng.random() < 0.3:
+        turns[0] = (DESCRIBE, caption(scene))
+    return turns
+
+
+def train_llava_stage(model, stage, name, steps, seed, device, bar=None):
+    """Stage 1: the projector alone, on captions. Stage 2: projector and decoder, on questions. The tower is frozen."""
+    import llava
+    llava.freeze(model, stage)
+    plan = Plan(name, steps, LLAVA_BATCH, lr=3e-3 if stage == 1 else 1.5e-3, seed=seed, warmup=20)
+
+    def loss_of(step):
+        rngs = batch_rngs((seed, stage), step, LLAVA_BATCH)
+        scenes = [make_scene(rng) for rng in rngs]
+        turns = [[(DESCRIBE, caption(s))] if stage == 1 else instructions(s, rng) for s, rng in zip(scenes, rngs)]
+        ids, labels, pixels = (x.to(device) for x in llava_batch(scenes, turns, model.config))
+        return llava.language_loss(model(ids, pixels), labels)  # padding is on the right, where causal rows never look
+
+    return fit(plan, model, loss_of, bar=bar)
+
+
+def untrained_llava(device="cpu", seed=0, projector="mlp"):
+    """The toy towers joined by a projector that has learned nothing yet."""
+    import llava
+    tower, language = toy_clip(device), toy_lm(seed, device)
+    torch.manual_seed(seed)
+    model = llava.LLaVA(replace(llava.PRESETS["tiny"], projector=projector)).to(device)
+    model.vision.load_state_dict(tower.vision.state_dict())
+    model.language.load_state_dict(language.state_dict())
+    return model.eval()
+
+
+def train_llava(name=None, seed=0, steps=None, device="cpu", projector="mlp", stage1=True, bar=None):
+    """A toy LLaVA on the cached towers, through both stages; stage1=False goes straight to the instructions."""
+    name, model = name or run_name("llava", seed, steps), untrained_llava(device, seed, projector)
+    if stage1:
+        train_llava_stage(model, 1, f"{name}/stage1", LLAVA_STEPS[0], seed, device, bar)
+    return train_llava_stage(model, 2, name, steps or LLAVA_STEPS[1], seed, device, bar)
+
+
+def toy_llava(device="cpu"):
+    return train_llava(device=device)
+
+
+def answers(model, scenes, questions):
+    """The model's answers, as strings, to one question about each scene."""
+    import llava
+    side, device = model.config.vision.image_size, model.mm_projector.linear_1.weight.device
+    tokens = llava.num_image_tokens(side, side, model.config)
+    rows = [encode(llava.expand_images(llava.build_prompt(question), tokens)) for question in questions]
+    ids, mask = llava.pad_rows(rows, PAD_ID, left=True)
+    pixels = llava.preprocess([draw(scene) for scene in scenes], model.config.vision)
+    new = model.generate(ids.to(device), pixels.to(device), mask.to(device), max_new_tokens=12, eos_id=EOS_ID)
+    return [decode([i for i in row if i != EOS_ID]).strip() for row in new.tolist()]
+
+
+def accuracy(model, asked):
+    """asked: [(scene, question, answer), ...] -> the fraction answered exactly so."""
+    scenes, questions, right = zip(*asked)
+    return sum(a == b for a, b in zip(answers(model, scenes, questions), right)) / len(asked)
+
+
+def vqa_questions(rng, count=512):
+    """Questions of every kind about unseen scenes."""
+    scenes = [make_scene(rng, split="test") for _ in range(count)]
+    return [(scene, *ask(scene, rng)) for scene in scenes]
+
+
+def guess(asked):
+    """Chance, generously: always the commonest answer to a question that begins like this one."""
+    answers_by_start = {}
+    for _, question, right in asked:
+        answers_by_start.setdefault(" ".join(question.split()[:2]), []).append(right)
+    return sum(max(map(a.count, set(a))) for a in answers_by_start.values()) / len(asked)
+
+
+def swapped_questions(rng, count=256):
+    """One question about two scenes with different answers: who answers from the image must change its mind."""
+    pairs = []
+    while len(pairs) < count:
+        scene, other = make_scene(rng, 2, split="test"), make_scene(rng, 2, split="test")
+        question, first = ask(scene, rng, ("what",))
+        second = next((f"a {t.name}" for t in other.things if t.place in question), "nothing")
+        if first != second:
+            pairs.append((scene, other, question, first, second))
+    return pairs
+
+
+def llava_claims(model):
+    rng = rng_for("llava claims")
+    vqa = vqa_questions(rng)
+    kinds = ("colour", "shape", "what", "where")
+    unseen = [(scene, *ask(scene, rng, kinds)) for scene in (unseen_pair_scene(rng) for _ in range(256))]
+    pairs = swapped_questions(rng)
+    first = answers(model, [p[0] for p in pairs], [p[2] for p in pairs])
+    second = answers(model, [p[1] for p in pairs], [p[2] for p in pairs])
+    swapped = sum(a == p[3] and b == p[4] for a, b, p in zip(first, second, pairs)) / len(pairs)
+    return [Claim("llava: questions about unseen scenes", guess(vqa), accuracy(model, vqa), 0.90),
+            Claim("llava: swapping the image swaps the answer", 0.0, swapped, 0.90),
+            Claim("llava: questions about pairs never seen in training", guess(unseen), accuracy(model, unseen), 0.80)]
+
+
+def llava_samples(model, folder):
+    rng = rng_for("llava samples")
+    asked = vqa_questions(rng, 8)
+    said = answers(model, [a[0] for a in asked], [a[1] for a in asked])
+    sheet([(draw(scene), f"{question}\n{answer}" + ("" if answer == right else f"  (WRONG: {right})"))
+           for (scene, question, right), answer in zip(asked, said)], folder / "samples.png")
+
+
+def llava_recipe(args):
+    """`python train_tiny.py llava`: both stages, then the level claims and a picture of samples."""
+    model = train_llava(seed=args.seed, steps=args.steps, device=args.device)
+    llava_samples(model, RUNS / "llava")
+    return llava_claims(model)
+
+
+def llava_ablations(args):
+    """Three seeds, equal stage-2 steps: without stage 1, and with the linear projector of the first LLaVA."""
+    steps, seeds, score = args.steps or 400, (0, 1, 2), {}
+    variants = {"both stages": {}, "no stage 1": {"stage1": False}, "linear": {"projector": "linear"}}
+    asked = vqa_questions(rng_for("llava ablations"))
+    for seed in seeds:
+        toy_lm(seed, args.device)
+    total = (3 * steps + 2 * LLAVA_STEPS[0]) * len(seeds) * LLAVA_BATCH
+    with tqdm(total=total, unit=" samples", desc="llava ablations", disable=None) as bar:
+        for variant, options in variants.items():
+            names = {seed: f"llava-ablations/{variant.replace(' ', '-')}-seed{seed}-steps{steps}" for seed in seeds}
+            models = [train_llava(names[seed], seed, steps, args.device, bar=bar, **options) for seed in seeds]
+            score[variant] = sum(accuracy(model, asked) for model in models) / len(seeds)
+    say(*(f"answers right, {variant}: {value:.3f}" for variant, value in score.items()))
+    both, skipped, linear = (score[variant] for variant in variants)
+    return [Claim("llava: skipping stage 1 is worse at equal stage-2 steps", skipped, both, skipped),
+            Claim("llava: the MLP projector is no worse than the linear one", linear, both, linear)]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Your own data: a folder of images with a metadata.jsonl, the layout the ecosystem calls imagefolder
+# ------------------------------------------------------------------------------------------------------------------
+
+def read_row(folder, line, fields):
+    """One line of metadata.jsonl -> (PIL image, row). Raises ValueError saying what is wrong with it."""
+    import clip
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError('not an object like {"file_name": "a.png", "text": "..."}')
+    for field in ("file_name", *fields):
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise ValueError(f"no {field}")
+    return clip.load_image(folder / row["file_name"]), row
+
+
+def read_folder(folder, fields):
+    """All good rows of FOLDER/metadata.jsonl as [(PIL image, row)]. Bad rows are counted and named; the program ends
+    (status 2) when the file is missing or no row is good. fields: what a row needs besides file_name."""
+    path = Path(folder) / "metadata.jsonl"
+    need = ", ".join(("file_name", *fields))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"cannot read {path} ({type(error).__name__}): --data wants a folder with a metadata.jsonl, a line with {need} per image")
+    good, bad = [], []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                good.append(read_row(Path(folder), line, fields))
+            except (ValueError, OSError) as error:
+                bad.append(f"line {number}: {' '.join(str(error).split())}")
+    if not good:
+        stop(f"{path} has no usable row ({bad[0] if bad else 'it is empty'}): each line needs {need}")
+    say(f"{path}: {len(good)} rows" + (f", {len(bad)} left out" if bad else ""), *(f"  {reason}" for reason in bad[:10]))
+    if len(bad) > 10:
+        say(f"  and {len(bad) - 10} more")
+    return good
+
+
+def fingerprint(rows):
+    """What own data is called in a cache key: a number that changes with any image or word."""
+    return f"own {zlib.crc32(b''.join(image.tobytes() + json.dumps(row, sort_keys=True).encode() for image, row in rows))}"
+
+
+def clip_own_data(args):
+    """`python train_tiny.py clip --data FOLDER`. Every tenth row is kept for a test, if there are twenty or more."""
+    rows = read_folder(args.data, ("text",))
+    context = clip_config().text.context
+    cut = sum(len(ids) > context for ids in text_rows([row["text"] for _, row in rows]))
+    if cut:
+        say(f"{cut} texts are longer than {context} tokens and are cut: the toy vocabulary spells words it does not know")
+    held = rows[::10] if len(rows) >= 20 else []
+    rest = [row for i, row in enumerate(rows) if i % 10] if held else rows
+    batch = min(CLIP_BATCH, len(rest)) // WORLD_SIZE * WORLD_SIZE
+    if batch < 2:
+        stop(f"a contrastive loss needs at least two pairs in a batch to tell apart, {args.data} has {len(rest)}")
+
+    def draw_batch(step):
+        chosen = rng_for(args.seed, step).sample(rest, batch)[RANK * batch // WORLD_SIZE:(RANK + 1) * batch // WORLD_SIZE]
+        return [image for image, _ in chosen], [row["text"] for _, row in chosen]
+
+    model = train_clip(run_name("clip-own", args.seed, args.steps), args.seed, args.steps, batch, args.loss, args.device,
+                       draw_batch=draw_batch, data=fingerprint(rows))
+    report_own_retrieval(model, held or rest[:512], "kept back from training" if held else "trained on (too few to keep any back)")
+    return []
+
+
+@torch.no_grad()
+def report_own_retrieval(model, rows, which):
+    texts = [row["text"] for _, row in rows]
+    image, text = clip_features(model, [image for image, _ in rows], texts)
+    right = sum(texts[i] == texts[j] for i, j in enumerate((image @ text.T).argmax(1).tolist()))
+    say(f"right text found for {right} of {len(rows)} images {which}; guessing finds about 1")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------------
+
+FAMILIES = ("clip", "vilt", "flamingo", "cogvlm", "blip2", "llava", "qwen2vl")
+RECIPES = {"clip": (clip_recipe, clip_ablations, clip_own_data), "llava": (llava_recipe, llava_ablations, None)}  # family: (level claims, ablations, own data)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse, except that a mistake costs one line and exit status 2, not a page of usage."""
+
+    def error(self, message):
+        stop(f"{self.prog}: {' '.join(message.split())} (--help lists the options)")
+
+
+def steps_number(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, like 200")
+    return int(text)
+
+
+def command_line():
+    parser = CommandLine(prog="train_tiny.py", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("world", "all", *FAMILIES), metavar="WHAT",
+                        help=f"world (a sheet of samples), all, or a family: {', '.join(FAMILIES)}")
+    parser.add_argument("--ablations", action="store_true", help='"a beats b" at three seeds and equal steps, in minutes')
+    parser.add_argument("--data", metavar="FOLDER", help="train on your own images: FOLDER/metadata.jsonl")
+    parser.add_argument("--loss", choices=("softmax", "sigmoid"), default="softmax", help="clip only: CLIP's or SigLIP's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=steps_number, help="of the family's last stage (default: the recipe's own)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
+    parser.add_argument("--fresh", action="store_true", help="forget what is cached for this family, towers excepted")
+    return parser
+
+
+def check(args):
+    """Wrong combinations end here, before anything is trained."""
+    if args.what in FAMILIES and args.what not in RECIPES:
+        stop(f"{args.what} has no recipe yet; there are: {', '.join(RECIPES)}")
+    if args.data and (args.what not in RECIPES or args.ablations):
+        stop(f"--data goes with one family ({', '.join(RECIPES)}) and without --ablations")
+    if args.loss != "softmax" and args.what != "clip":
+        stop("--loss is clip's option")
+    if WORLD_SIZE > 1 and (args.what != "clip" or args.ablations):
+        stop("torchrun is for the contrastive loss: torchrun --nproc-per-node 2 train_tiny.py clip")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        stop(f"device {args.device!r} is not available here; --device cpu always is")
+
+
+def run_all(args):
+    """Every family that is built; the table for the README in runs/claims.md."""
+    claims = []
+    for family in FAMILIES:
+        if family in RECIPES:
+            claims += RECIPES[family][int(args.ablations)](args)
+        else:
+            say(f"{family}: not built yet")
+    table = RUNS / ("ablations.md" if args.ablations else "claims.md")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(f"Seed {args.seed}, {time.strftime('%Y-%m-%d')}\n\n{claims_table(claims)}\n")
+    say(f"written: {table}")
+    return claims
+
+
+def forget(family):
+    """--fresh: remove the checkpoints of one family, so that it is trained again."""
+    for path in [*RUNS.glob(f"{family}/checkpoint.pt"), *RUNS.glob(f"{family}[-/]*/checkpoint.pt")]:
+        path.unlink()
+
+
+def main(argv=None):
+    """Returns the exit status: 0, or 1 when a claim does not hold."""
+    args = command_line().parse_args(argv)
+    check(args)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("gloo")
+    try:
+        if args.fresh:
+            forget(args.what)
+        if args.what == "world":
+            claims = world_sheet()
+        elif args.what == "all":
+            claims = run_all(args)
+        else:
+            recipe, ablations, own_data = RECIPES[args.what]
+            claims = (own_data if args.data else ablations if args.ablations else recipe)(args)
+    except KeyboardInterrupt:
+        stop("\nstopped; the same command again takes what is finished from the cache", 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if claims:
+        say("", claims_table(claims))
+    return int(any(not claim.holds for claim in claims))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
