@@ -17,11 +17,13 @@ import ast
 import importlib.util
 import json
 import math
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from PIL import Image
 
 import clip
 import llava
-import train_tiny as tiny
+import train_tiny as world
 from kernels import allowed, apply_rope, attention, backend, draw_mask, mrope, rope_1d, rope_2d
 
 ROOT = Path(__file__).resolve().parent
@@ -1546,162 +1548,513 @@ def test_clip_weights_from_the_command_line_rank_as_the_published_model(oracles,
 # ----------------------------------------------------------------------------------------------------------------------
 # The toy world and its trainer
 
-
-def test_the_world_never_shows_nor_names_an_unseen_pair_in_training():
-    names = {" ".join(pair) for pair in tiny.UNSEEN_PAIRS}
-    assert len(tiny.UNSEEN_PAIRS) == len(tiny.PAIRS) // 5
-    for step in range(300):
-        rng = tiny.rng_for("leak", step)
-        scene = tiny.make_scene(rng)
-        assert not {thing.name for thing in scene.things} & names
-        text = tiny.text_line(rng) + tiny.caption(scene, rng) + " ".join(tiny.ask(scene, rng))
-        assert not any(name in text.replace("is there a ", "") for name in names) or "is there a" in text, text
-        assert not scene.is_test and tiny.make_scene(rng, split="test").is_test
-    assert tiny.unseen_pair_scene(rng).things[0].pair in tiny.PAIRS
+TRAIN_TINY = Path(world.__file__)
 
 
-def test_the_world_is_the_same_for_the_same_seed_and_fits_any_canvas():
-    for size in ((32, 32), (48, 20), (17, 61), (224, 224)):
-        scenes = [tiny.make_scene(tiny.rng_for("canvas", 3), 4) for _ in range(2)]
-        images = [tiny.draw(scene, *size) for scene in scenes]
-        assert scenes[0] == scenes[1] and images[0].size == size and images[0].tobytes() == images[1].tobytes()
-    scene = tiny.make_scene(tiny.rng_for("canvas", 4), 3)
-    for thing in scene.things:  # a thing is drawn inside its box, in its colour
-        x0, y0, x1, y1 = tiny.pixel_box(thing, 64, 64)
-        pixels = np.asarray(tiny.draw(scene, 64, 64))
-        found = np.argwhere((pixels == np.array(tiny.COLOURS[thing.colour])).all(-1))
-        inside = [(y0 <= y <= y1) and (x0 <= x <= x1) for y, x in found]
-        assert any(inside)
+def many_scenes(n=300, **options):
+    rng = random.Random(1)
+    return [world.make_scene(rng, **options) for _ in range(n)]
 
 
-def test_answers_are_true_of_the_scene():
-    for step in range(200):
-        rng = tiny.rng_for("truth", step)
-        scene = tiny.make_scene(rng)
-        things = scene.things
-        question, answer = tiny.ask(scene, rng, ("count",))
-        assert answer == tiny.NUMBERS[len(things)], (question, answer)
-        question, answer = tiny.ask(scene, rng, ("what",))
-        at = [thing for thing in things if thing.place in question]
-        assert answer == (f"a {at[0].name}" if at else "nothing")
-        question, answer = tiny.ask(scene, rng, ("colour", "count"))
-        if question.startswith("what colour"):
-            assert sum(t.shape in question and t.colour == answer for t in things) == 1
-        assert tiny.caption(scene).count(" a ") + tiny.caption(scene).startswith("a ") == len(things)
+# The world
+
+
+def test_a_fifth_of_the_pairs_is_unseen_and_every_colour_and_shape_is_seen():
+    assert len(world.PAIRS) == 30 and len(world.UNSEEN_PAIRS) == 6
+    assert {c for c, _ in world.UNSEEN_PAIRS} == set(world.COLOURS), "one per colour"
+    assert {c for c, _ in world.SEEN_PAIRS} == set(world.COLOURS)
+    assert {s for _, s in world.SEEN_PAIRS} == set(world.SHAPES)
+
+
+def test_unseen_pairs_are_never_drawn_nor_named_in_training():
+    rng = random.Random(2)
+    unseen = [" ".join(pair) for pair in world.UNSEEN_PAIRS]
+    for scene in many_scenes(2000):
+        assert all(thing.pair in world.SEEN_PAIRS for thing in scene.things)
+    words = [world.text_line(rng) for _ in range(3000)]
+    for scene in many_scenes(1000):
+        words += [world.caption(scene), world.caption(scene, rng)]
+        words += [" ".join(make(scene, rng) or ("", "")) for make in world.QUESTIONS.values()]
+    for text in words:
+        assert not any(name in text for name in unseen), text
+
+
+def test_test_scenes_are_never_trained_on():
+    content = lambda scene: frozenset((t.pair, t.size, t.place) for t in scene.things)
+    trained = {content(scene) for scene in many_scenes(5000)}
+    assert not trained & {content(scene) for scene in many_scenes(1000, split="test")}
+    with pytest.raises(ValueError, match="one thing"):
+        world.make_scene(random.Random(0), 1, split="test")
+
+
+def test_unseen_pair_scene_has_one_unseen_pair():
+    rng = random.Random(3)
+    for _ in range(200):
+        scene = world.unseen_pair_scene(rng)
+        assert sum(thing.pair in world.UNSEEN_PAIRS for thing in scene.things) == 1
+
+
+def truth(scene, question):
+    """An independent reader of questions: the answer, worked out from the scene with other code than the world's."""
+    things = scene.things
+
+    def the(words):
+        words = [w for w in words.split() if w != "thing"]
+        found = [t for t in things if all(w in (t.colour, t.shape, t.place) for w in words)]
+        assert len(found) == 1, f"{question!r} is ambiguous"
+        return found[0]
+
+    if match := re.fullmatch(r"what (colour|shape|size) is the (.*)\?", question):
+        return getattr(the(match[2]), match[1])
+    if match := re.fullmatch(r"where is the (.*)\?", question):
+        return the(match[1]).place
+    if match := re.fullmatch(r"what is (\S*)\?", question):
+        found = [t for t in things if t.place == match[1]]
+        return f"a {found[0].size} {found[0].colour} {found[0].shape}" if found else "nothing"
+    if match := re.fullmatch(r"is the (.*) left or right of the (.*)\?", question):
+        return "left" if the(match[1]).x < the(match[2]).x else "right"
+    if match := re.fullmatch(r"is there a (.*)\?", question):
+        words = [w for w in match[1].split() if w != "thing"]
+        return "yes" if any(all(w in (t.colour, t.shape) for w in words) for t in things) else "no"
+    if match := re.fullmatch(r"how many (?:of the things are a )?(\w+)(?: things)?(?: are there)?\?", question):
+        return world.NUMBERS[sum(match[1] in ("things", t.colour, t.shape) for t in things)]
+    raise AssertionError(f"unknown question {question!r}")
+
+
+@pytest.mark.parametrize("kind", list(world.QUESTIONS))
+def test_answers_are_true(kind):
+    rng, answers = random.Random(4), set()
+    for scene in many_scenes(400):
+        pair = world.QUESTIONS[kind](scene, rng)
+        if pair:
+            assert pair[1] == truth(scene, pair[0]), (world.caption(scene), pair)
+            answers.add(pair[1])
+    assert len(answers) > 1, "a question with one possible answer teaches nothing"
+
+
+def test_yes_and_no_are_balanced():
+    rng, scenes = random.Random(5), many_scenes(1000)
+    for kind in ("there", "pair"):
+        yes = sum(world.QUESTIONS[kind](scene, rng)[1] == "yes" for scene in scenes)
+        assert 400 < yes < 600
+
+
+def test_caption_says_everything_once():
+    for scene in many_scenes(200):
+        parts = world.caption(scene).split(", ")
+        assert parts == [f"{t.place} a {t.size} {t.colour} {t.shape}" for t in scene.things]
+        assert len({t.place for t in scene.things}) == len(scene.things)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 32), (33, 47), (20, 90), (224, 224)])
+def test_boxes_are_tight_on_any_canvas(size):
+    for scene in many_scenes(60, split="any"):
+        for thing in scene.things:
+            x0, y0, x1, y1 = world.pixel_box(thing, *size)
+            assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
+            alone = np.asarray(world.draw(world.Scene((thing,), scene.grey), *size)).astype(int)
+            rows, columns = np.nonzero((alone != scene.grey).any(-1))
+            assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (x0, y0, x1, y1), thing
+            assert world.normalised_box(thing, *size) == (x0 / size[0], y0 / size[1], x1 / size[0], y1 / size[1])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 32), (33, 47)])
+def test_things_do_not_overlap_and_stay_in_their_quarter(size):
+    for scene in many_scenes(300):
+        taken = np.zeros(size[::-1], dtype=int)
+        for thing in scene.things:
+            x0, y0, x1, y1 = world.pixel_box(thing, *size)
+            taken[y0:y1, x0:x1] += 1
+            assert ("left" in thing.place) == ((x0 + x1) / 2 < size[0] / 2)
+            assert ("top" in thing.place) == ((y0 + y1) / 2 < size[1] / 2)
+        assert taken.max() == 1
+
+
+def test_all_things_look_different_at_32_pixels():
+    pictures = {}
+    for size in world.SIZES:
+        for pair in world.PAIRS:
+            picture = world.draw(world.Scene((world.Thing(*pair, size, 0.2, 0.2),))).tobytes()
+            assert picture not in pictures, (pair, size, pictures.get(picture))
+            pictures[picture] = pair, size
+
+
+def test_too_small_a_canvas_is_refused():
+    with pytest.raises(ValueError, match="16 pixels"):
+        world.draw(many_scenes(1)[0], 32, 8)
+    with pytest.raises(ValueError, match="digits"):
+        world.draw_number("123456789", 16, 16)
+
+
+def test_the_world_is_deterministic_and_independent_of_history():
+    first = world.make_scene(world.rng_for(7, "a"))
+    random.random()
+    world.make_scene(world.rng_for(8, "b"))
+    again = world.make_scene(world.rng_for(7, "a"))
+    assert first == again and world.draw(first).tobytes() == world.draw(again).tobytes()
+    assert world.make_scene(world.rng_for(7, "c")) != first
+    assert world.text_line(world.rng_for(3)) == world.text_line(world.rng_for(3))
+
+
+def test_change_one_changes_one_property():
+    rng = random.Random(6)
+    for scene in many_scenes(200):
+        other = world.change_one(scene, rng)
+        changed = [(a, b) for a, b in zip(scene.things, other.things, strict=True) if a != b]
+        assert len(changed) == 1
+        assert sum(getattr(changed[0][0], k) != getattr(changed[0][1], k) for k in ("colour", "shape", "size")) == 1
+
+
+def test_movies_comparisons_and_numbers_are_true():
+    rng = random.Random(7)
+    for _ in range(100):
+        frames, _, way = world.movie(rng, frames=3)
+        first, last = (world.pixel_box(frame.things[0], 32, 32) for frame in (frames[0], frames[-1]))
+        moved = (last[0] - first[0], last[1] - first[1])
+        assert {"left": moved[0] < 0, "right": moved[0] > 0, "up": moved[1] < 0, "down": moved[1] > 0}[way]
+        one, two, question, answer = world.compare(rng)
+        if "same" in question:
+            assert (answer == "yes") == (world.caption(one) == world.caption(two))
+        else:
+            assert len(one.things) != len(two.things)
+            assert (answer == "first") == (len(one.things) > len(two.things))
+    drawn = {digit: world.draw_number(digit, 16, 16).tobytes() for digit in "0123456789"}
+    assert len(set(drawn.values())) == 10
+
+
+def test_drawing_is_fast_enough_to_be_done_while_training():
+    import time
+
+    scenes, start = many_scenes(500), time.perf_counter()
+    for scene in scenes:
+        world.draw(scene)
+    assert (time.perf_counter() - start) / 500 < 0.001, "about 0.01 ms on an idle machine"
+
+
+# The tokenizer
 
 
 def test_tokenizer_round_trip_and_special_tokens():
-    encoding = tiny.tokenizer()
-    for text in ("a large red circle top-left, a small blue ring", "what colour is the circle?", "Grüße, 7 × 8 = 56!"):
-        assert tiny.decode(tiny.encode(text)) == text
-    assert len(tiny.encode(" circle")) == 1
-    assert tiny.encode("<image>") == [tiny.IMAGE_ID] and tiny.VOCAB_SIZE == encoding.n_vocab == 512
-    assert (tiny.PAD_ID, tiny.EOS_ID) == (clip.PRESETS["tiny"].text.pad_token_id, clip.PRESETS["tiny"].text.eos_token_id)
-    assert (tiny.IMAGE_ID, tiny.EOS_ID) == (llava.PRESETS["tiny"].image_token_id, llava.PRESETS["tiny"].eos_token_id)
+    tokenizer, rng = world.tokenizer(), random.Random(8)
+    assert tokenizer.n_vocab == world.VOCAB_SIZE == 512
+    for text in [world.text_line(rng) for _ in range(200)] + ["Grüße, 你好 🙂\t\n  two  spaces", "", "<image"]:
+        assert tokenizer.decode(world.encode(text)) == text
+    ids = (world.PAD_ID, world.BOS_ID, world.EOS_ID, world.IMAGE_ID, world.VIDEO_ID, world.BOI_ID, world.EOI_ID,
+           world.MASK_ID, world.CLS_ID, world.SEP_ID, world.DEC_ID, world.CHUNK_ID)
+    assert world.encode("".join(world.SPECIAL[:12])) == list(ids) == list(range(496, 508))
+    assert world.text_rows(["<eos> is text here"])[0].count(world.EOS_ID) == 1, "own data cannot smuggle special tokens in"
+    assert world.decode(world.encode("a ring<eos>never read")) == "a ring"
+
+
+def test_every_word_of_the_world_is_one_token():
+    for word in (*world.COLOURS, *world.SHAPES, *world.SIZES, *world.PLACES, "USER", " ASSISTANT"):
+        assert len(world.encode(" " + word.strip())) == 1 or len(world.encode(word)) == 1, word
+
+
+def test_captions_fit_clips_context():
+    rng = random.Random(9)
+    longest = max(len(row) for scene in many_scenes(2000) for row in world.text_rows([world.caption(scene, rng)]))
+    assert longest <= 32
+
+
+def test_bpe_by_hand():
+    assert world.merge((b"a", b"b", b"a", b"b", b"c"), (b"a", b"b")) == (b"ab", b"ab", b"c")
+    assert world.merge((b"a", b"a", b"a"), (b"a", b"a")) == (b"aa", b"a"), "left to right, without overlap"
+    ranks = world.train_bpe("low low low lower", 3)
+    invented = [symbol for symbol, rank in ranks.items() if rank >= 256]
+    assert invented == [b"ow", b"low", b" low"]
+
+
+# The loop
+
+
+class Line(torch.nn.Module):
+    """The smallest thing that can be trained: a 4 x 4 matrix that should become the identity."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = "a line"
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(4, 4))
+
+
+def line_loss(model, poison=None, interrupt=None):
+    def loss_of(step):
+        if step == interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        loss = (x @ model.weight - x).square().mean()
+        return (loss * float("nan") if step == poison else loss), {"twice": 2 * loss.detach()}
+    return loss_of
+
+
+def plan(name, steps=60, **options):
+    return world.Plan(name, steps, 8, lr=0.1, **options)
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny, "RUNS", tmp_path / "runs")
-    return tmp_path / "runs"
+    monkeypatch.setattr(world, "RUNS", tmp_path)
+    return tmp_path
 
 
-def weights(model):
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_training_lowers_the_loss_and_logs_it(runs):
-    tiny.train_clip("clip", steps=40)
-    rows = [json.loads(line) for line in (runs / "clip" / "log.jsonl").read_text().splitlines()]
-    assert rows[0]["loss"] == pytest.approx(math.log(64), abs=0.5) and rows[-1]["loss"] < rows[0]["loss"] - 0.5
+def test_the_loss_falls_and_the_log_says_so(runs, capsys):
+    model = Line()
+    world.fit(plan("line"), model, line_loss(model), expected=("about", 2.0))
+    log = log_of(runs / "line")
+    assert log[-1]["loss"] < 0.3 * log[0]["loss"] and log[-1]["step"] == 60
+    assert "expected at random initialisation: about = 2.000" in capsys.readouterr().out
 
 
-def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_bits(runs, monkeypatch, capsys):
-    whole = weights(tiny.train_clip("whole", steps=9))
-    real, calls = clip.CLIP.clip_logit_scale, []
-
-    def press_ctrl_c(model):  # after_step hook: the user presses Ctrl-C in the fourth step
-        calls.append(1)
-        if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        real(model)
-
-    monkeypatch.setattr(clip.CLIP, "clip_logit_scale", press_ctrl_c)
-    with pytest.raises(SystemExit) as ended:
-        tiny.train_clip("cut", steps=9)
-    assert ended.value.code == 130 and "same command again" in capsys.readouterr().err
-    assert not list((runs / "cut").glob("*.tmp")) and len(calls) < 7
-    assert torch.equal(weights(tiny.train_clip("cut", steps=9)), whole)
-    logs = [(runs / name / "log.jsonl").read_text() for name in ("whole", "cut")]
-    assert logs[0] == logs[1]
+def test_interrupted_and_resumed_is_the_same_to_the_bit(runs, capsys):
+    whole, halves = Line(), Line()
+    world.fit(plan("whole"), whole, line_loss(whole))
+    with pytest.raises(SystemExit) as stopped:
+        world.fit(plan("halves"), halves, line_loss(halves, interrupt=24))
+    assert stopped.value.code == 130
+    err = capsys.readouterr().err.strip().splitlines()
+    assert "stopped after step 25 of 60" in err[-1] and "again" in err[-1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C is given back"
+    halves = Line()
+    torch.nn.init.zeros_(halves.weight)             # whatever it was, it comes from the checkpoint
+    world.fit(plan("halves"), halves, line_loss(halves))
+    assert torch.equal(whole.weight, halves.weight)
+    assert log_of(runs / "halves") == log_of(runs / "whole"), "no line twice, none lost"
 
 
-def test_a_finished_run_is_taken_from_the_cache_and_a_damaged_one_trained_again(runs, capsys):
-    first = weights(tiny.train_clip("clip", steps=3))
-    stamp = (runs / "clip" / "checkpoint.pt").stat().st_mtime_ns
-    assert torch.equal(weights(tiny.train_clip("clip", steps=3)), first)
-    assert (runs / "clip" / "checkpoint.pt").stat().st_mtime_ns == stamp
-    for damage in (lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"nonsense"):
-        path = runs / "clip" / "checkpoint.pt"
-        path.write_bytes(damage(path.read_bytes()))
-        capsys.readouterr()
-        assert torch.equal(weights(tiny.train_clip("clip", steps=3)), first)
-        assert "damaged" in "".join(capsys.readouterr())
+def test_a_kill_between_checkpoints_repeats_no_line(runs):
+    model = Line()
+    with pytest.raises(SystemExit):
+        world.fit(plan("killed"), model, line_loss(model, interrupt=24))
+    with (runs / "killed/log.jsonl").open("a") as log:      # steps that ran after the last save, then the plug was pulled
+        log.write('{"step": 31, "loss": 0.5, "lr": 0.01}\n')
+    model = Line()
+    world.fit(plan("killed"), model, line_loss(model))
+    assert [row["step"] for row in log_of(runs / "killed")] == [1, 11, 21, 31, 41, 51, 60]
 
 
-def test_a_loss_that_is_no_number_stops_with_the_step_named(runs, monkeypatch, capsys):
-    monkeypatch.setattr(clip, "contrastive_loss", lambda image, text, scale: ((image * text).sum() * float("nan"), {}))
-    with pytest.raises(SystemExit) as ended:
-        tiny.train_clip("nan", steps=5)
-    assert ended.value.code == 2 and "the loss is nan at step 0" in capsys.readouterr().err
+def test_a_finished_run_is_taken_from_the_cache_unless_its_settings_change(runs, capsys):
+    model = Line()
+    world.fit(plan("cached"), model, line_loss(model))
+
+    def must_not_train(step):
+        raise AssertionError("trained again")
+
+    again = world.fit(plan("cached"), Line(), must_not_train)
+    assert torch.equal(again.weight, model.weight)
+    for changed in (plan("cached", steps=61), plan("cached", seed=1)):
+        model = Line()
+        world.fit(changed, model, line_loss(model))
+        assert "other settings" in capsys.readouterr().out
 
 
-def test_runs_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_student_who_changes_the_world_gets_a_new_model(runs, monkeypatch):
+    before = world.cache_key(plan("x"), Line(), "world")
+    monkeypatch.setattr(world, "UNSEEN_PAIRS", world.UNSEEN_PAIRS[:5])
+    world.world_fingerprint.cache_clear()
+    assert world.cache_key(plan("x"), Line(), "world") != before
+    monkeypatch.undo()
+    world.world_fingerprint.cache_clear()
+    assert world.cache_key(plan("x"), Line(), "world") == before
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_step(runs, capsys):
+    model = Line()
+    with pytest.raises(SystemExit) as stopped:
+        world.fit(plan("nan"), model, line_loss(model, poison=17))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "nan" in lines[-1] and "step 17" in lines[-1]
+    assert not (runs / "nan/checkpoint.pt").exists(), "nothing poisoned is saved"
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None])
+def test_a_damaged_checkpoint_is_named_and_trained_again(runs, capsys, damage):
+    model = Line()
+    world.fit(plan("torn"), model, line_loss(model))
+    file = runs / "torn/checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:700] if damage is None else damage)
+    again = Line()
+    world.fit(plan("torn"), again, line_loss(again))
+    assert "checkpoint.pt is damaged" in capsys.readouterr().out
+    assert torch.equal(again.weight, model.weight)
+
+
+def test_runs_that_cannot_be_written_stop_before_training(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").write_text("a file where a folder should be")
-    monkeypatch.setattr(tiny, "RUNS", tmp_path / "runs")
-    with pytest.raises(SystemExit) as ended:
-        tiny.train_clip("clip", steps=2)
-    err = capsys.readouterr().err
-    assert ended.value.code == 2 and "cannot write" in err and "Traceback" not in err
+    monkeypatch.setattr(world, "RUNS", tmp_path / "runs")
+
+    def must_not_train(step):
+        raise AssertionError("trained")
+
+    with pytest.raises(SystemExit) as stopped:
+        world.fit(plan("x"), Line(), must_not_train)
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_learning_rate_warms_up_and_comes_down():
+    rates = [world.learning_rate(plan("x", steps=100, warmup=10), step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.01, rel=0.01) and max(rates) == pytest.approx(0.1, rel=0.03)
+    assert rates.index(max(rates)) == 9 and rates[-1] < 0.06 * max(rates)
+
+
+def run_cli(*arguments, cwd, **environment):
+    command = [sys.executable, str(TRAIN_TINY), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+
+
+def test_ctrl_c_in_a_real_process(tmp_path):
+    script = ("import sys, time; sys.path.insert(0, sys.argv[1]); import train_tiny as w, torch\n"
+              "class M(torch.nn.Linear):\n    config = 'm'\n"
+              "torch.manual_seed(0); m = M(4, 4)\n"
+              "def loss_of(step):\n"
+              "    time.sleep(0.05 * (sys.argv[2] == 'slow'))\n"
+              "    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))\n"
+              "    return (m(x) - x).square().mean(), {}\n"
+              "print('ready', flush=True)\n"
+              "w.fit(w.Plan(sys.argv[3], 100, 8, 0.05), m, loss_of)\n")
+    def command(*arguments):
+        return [sys.executable, "-c", script, str(TRAIN_TINY.parent), *arguments]
+    process = subprocess.Popen(command("slow", "halves"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    log = tmp_path / "runs/halves/log.jsonl"
+    while not log.exists():
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped after step" in err and "Traceback" not in err
+    saved = torch.load(tmp_path / "runs/halves/checkpoint.pt", weights_only=True)
+    assert 0 < saved["step"] < 100
+    for name in ("halves", "whole"):
+        subprocess.run(command("fast", name), cwd=tmp_path, check=True, timeout=60, capture_output=True)
+    halves, whole = (torch.load(tmp_path / f"runs/{name}/checkpoint.pt", weights_only=True) for name in ("halves", "whole"))
+    assert all(torch.equal(halves["model"][k], whole["model"][k]) for k in whole["model"])
+
+
+def test_clip_interrupted_and_resumed_is_the_same_to_the_bit(runs, monkeypatch):
+    whole = world.train_clip("whole", steps=6, batch=16)
+    original, calls = world.clip_batch, []
+
+    def interrupting(seed, step, batch):
+        calls.append(step)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(seed, step, batch)
+
+    monkeypatch.setattr(world, "clip_batch", interrupting)
+    with pytest.raises(SystemExit):
+        world.train_clip("halves", steps=6, batch=16)
+    halves = world.train_clip("halves", steps=6, batch=16)
+    assert calls == [0, 1, 2, 3, 4, 5]
+    for (name, a), b in zip(whole.named_parameters(), halves.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_clip_starts_near_ln_b(runs):
+    world.train_clip("first", steps=1, batch=64)
+    assert log_of(runs / "first")[0]["loss"] == pytest.approx(math.log(64), abs=0.6)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_two_processes_train_the_weights_of_one(loss, tmp_path):
-    """torchrun with gloo on one machine, both contrastive losses, against one process on the joined batch."""
-    trained = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29577"]):
-        folder = tmp_path / str(len(launcher))
-        folder.mkdir()
-        script = [str(ROOT / "train_tiny.py"), "clip", "--steps", "3", "--loss", loss]
-        done = run(*launcher, *script, cwd=folder, OMP_NUM_THREADS="1")
-        checkpoint = next(folder.glob("runs/*/checkpoint.pt"), None)
-        assert checkpoint, done.stderr
-        trained.append(torch.load(checkpoint, weights_only=True)["model"])
-    for name, tensor in trained[0].items():
-        close(trained[1][name], tensor, 1e-4)
+def test_two_processes_train_like_one(tmp_path, loss):
+    arguments = ("clip", "--steps", "3", "--loss", loss)
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    run_cli(*arguments, cwd=one)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TRAIN_TINY)]
+    done = subprocess.run([*torchrun, *arguments], cwd=two, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("| claim") == 1, f"only rank 0 speaks\n{done.stdout}{done.stderr}"
+    name = "clip-steps3" + ("" if loss == "softmax" else "-sigmoid")
+    a, b = (torch.load(folder / f"runs/{name}/checkpoint.pt", weights_only=True) for folder in (one, two))
+    for key in a["model"]:
+        assert torch.allclose(a["model"][key], b["model"][key], atol=1e-5), key
+    logs = [log_of(folder / f"runs/{name}") for folder in (one, two)]
+    assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-5), "the log shows the joint loss"
 
 
-def test_training_on_your_own_folder_of_images(tmp_path, runs, capsys, monkeypatch):
-    rng = tiny.rng_for("own data")
-    rows = []
-    for i in range(12):
-        scene = tiny.make_scene(rng)
-        tiny.draw(scene).save(tmp_path / f"{i}.png")
-        rows.append(json.dumps({"file_name": f"{i}.png", "text": tiny.caption(scene)}))
-    rows += [json.dumps({"file_name": "gone.png", "text": "a ghost"}), "not json", json.dumps({"file_name": "0.png"})]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    tiny.main(["clip", "--data", str(tmp_path), "--steps", "3"])
-    out = "".join(capsys.readouterr())
-    assert "gone.png" in out and "3" in out
-    (tmp_path / "metadata.jsonl").write_text("not json\n")
-    with pytest.raises(SystemExit) as ended:
-        tiny.main(["clip", "--data", str(tmp_path), "--steps", "3"])
-    assert ended.value.code == 2
+# Command line and own data
 
 
-def test_trainer_says_what_is_wrong_in_one_line(capsys):
-    for options, word in ((["gpt"], "gpt"), (["clip", "--steps", "many"], "many"), (["vilt"], "no recipe yet")):
-        fails_in_one_line(lambda options=options: tiny.main(options), capsys, word)
+@pytest.mark.parametrize("arguments, says", [
+    ((), "WHAT"),
+    (("clup",), "clip"),
+    (("clip", "--steps", "0"), "number of steps"),
+    (("clip", "--steps", "many"), "number of steps"),
+    (("clip", "--seed", "x"), "int"),
+    (("clip", "--device", "toaster"), "cpu always is"),
+    (("clip", "--loss", "hinge"), "sigmoid"),
+    (("all", "--data", "."), "one family"),
+    (("clip", "--data", "no/such/folder"), "metadata.jsonl"),
+])
+def test_bad_input_costs_one_line(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        world.main(list(arguments))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert len(err.strip().splitlines()) == 1 and says in err, err
+
+
+def make_folder(folder, rows, images):
+    folder.mkdir()
+    for name in images:
+        world.draw(many_scenes(1)[0], 40, 30).save(folder / name)
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def test_own_data_names_bad_rows_and_trains_on_the_rest(runs, tmp_path, capsys):
+    good = [json.dumps({"file_name": "a.png", "text": f"text {i}"}) for i in range(24)]
+    bad = ['{"file_name": "a.png"}', '{"file_name": "missing.png", "text": "x"}', "not json", '["a"]',
+           '{"file_name": "broken.png", "text": "x"}', '{"file_name": "a.png", "text": "  "}']
+    long = json.dumps({"file_name": "a.png", "text": "word " * 60})
+    folder = make_folder(tmp_path / "own", [*good, *bad, long], ["a.png"])
+    (folder / "broken.png").write_bytes(b"\x89PNG nothing")
+    status = world.main(["clip", "--data", str(folder), "--steps", "2"])
+    out = capsys.readouterr().out
+    assert status == 0
+    assert "25 rows, 6 left out" in out and "line 25: no text" in out and "line 26: no such image" in out
+    assert "1 texts are longer than 32 tokens" in out and "kept back" in out
+
+
+@pytest.mark.parametrize("rows", [[], ["not json"], ['{"file_name": "missing.png", "text": "x"}']])
+def test_own_data_without_a_good_row_ends_in_one_line(runs, tmp_path, capsys, rows):
+    folder = make_folder(tmp_path / "own", rows, [])
+    with pytest.raises(SystemExit) as stopped:
+        world.main(["clip", "--data", str(folder)])
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_one_pair_cannot_be_contrasted(runs, tmp_path, capsys):
+    folder = make_folder(tmp_path / "own", ['{"file_name": "a.png", "text": "x"}'], ["a.png"])
+    with pytest.raises(SystemExit) as stopped:
+        world.main(["clip", "--data", str(folder)])
+    assert stopped.value.code == 2 and "two pairs" in capsys.readouterr().err
+
+
+def test_the_world_sheet_is_drawn(runs):
+    assert world.main(["world"]) == 0
+    assert Image.open(runs / "world.png").width > 500
+
+
+def test_the_claims_table_and_the_exit_status(runs, monkeypatch, capsys):
+    for level, status in ((0.9, 0), (0.7, 1)):
+        claims = [world.Claim("a claim", 0.5, level, 0.8)]
+        monkeypatch.setitem(world.RECIPES, "clip", (lambda args, c=claims: c,) * 3)
+        assert world.main(["clip"]) == status
+        assert ("DOES NOT HOLD" in capsys.readouterr().out) == bool(status)
+    monkeypatch.setattr(world, "RECIPES", {"clip": world.RECIPES["clip"]})
+    assert world.main(["all"]) == 1
+    assert "vilt: not built yet" in capsys.readouterr().out
+    assert "a claim" in (runs / "claims.md").read_text()
 
 
 @pytest.mark.skipif("CI" not in os.environ and "SLOW" not in os.environ, reason="trains for minutes; set SLOW=1")
@@ -1710,6 +2063,12 @@ def test_demos_train_answer_and_draw(tmp_path):
         done = run(str(ROOT / f"{family}.py"), "--demo", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / family / "demo.png").exists() and "after training" in done.stdout
+
+
+def test_the_toy_presets_have_the_tokenizers_special_tokens():
+    assert world.VOCAB_SIZE == clip.PRESETS["tiny"].text.vocab_size == llava.PRESETS["tiny"].language.vocab_size
+    assert (world.PAD_ID, world.EOS_ID) == (clip.PRESETS["tiny"].text.pad_token_id, clip.PRESETS["tiny"].text.eos_token_id)
+    assert (world.IMAGE_ID, world.EOS_ID) == (llava.PRESETS["tiny"].image_token_id, llava.PRESETS["tiny"].eos_token_id)
 
 
 def test_the_readme_shows_only_commands_that_exist():
