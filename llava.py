@@ -136,7 +136,7 @@ PRESETS = {
     # what train_tiny.py trains in front of you, on the toy CLIP's vision tower and a toy language model
     "tiny": LLaVAConfig(
         VisionConfig(32, 8, width=96, layers=4, heads=4, mlp_width=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        LanguageConfig(512, width=128, layers=4, heads=4, kv_heads=2, mlp_width=344, context=256),
+        LanguageConfig(512, width=96, layers=3, heads=2, kv_heads=1, mlp_width=256, context=256, tie_embeddings=True),
         image_token_id=499,
         eos_token_id=498,
     ),
