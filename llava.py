@@ -1172,7 +1172,7 @@ def demo(args):
     untrained = tiny.untrained_llava(args.device)
     said = tiny.answers(untrained, [scene for scene, _, _ in asked[:3]], [question for _, question, _ in asked[:3]])
     print(f"before training it says: {', '.join(repr(text[:24]) for text in said)}")
-    model = tiny.toy_llava(args.device)
+    model = tiny.demo_llava(args.device)
     if own or args.prompt:
         for question in args.prompt or [tiny.DESCRIBE]:
             images = own or [tiny.draw(asked[0][0])]

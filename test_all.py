@@ -1826,6 +1826,47 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(runs, capsys):
     assert log_of(runs / "halves") == log_of(runs / "whole"), "no line twice, none lost"
 
 
+class Hidden(torch.nn.Module):
+    """An embedding, a matrix between, a norm and an output: what Muon takes is the matrix between."""
+    config = "hidden"
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens, self.up = torch.nn.Embedding(6, 4), torch.nn.Linear(4, 5)
+        self.norm, self.lm_head = torch.nn.LayerNorm(5), torch.nn.Linear(5, 6, bias=False)
+
+    def loss_of(self, step):
+        ids = torch.randint(0, 6, (8,), generator=torch.Generator().manual_seed(step))
+        logits = self.lm_head(self.norm(self.up(self.embed_tokens(ids))))
+        return torch.nn.functional.cross_entropy(logits, (ids + 1) % 6), {}
+
+
+def test_muon_takes_the_hidden_matrices_and_nothing_else():
+    model = Hidden()
+    adamw, muon = world.make_optimizers(plan("x", muon=0.02), model)
+    matrices = [p for group in muon.param_groups for p in group["params"]]
+    assert [p.shape for p in matrices] == [model.up.weight.shape] and matrices[0] is model.up.weight
+    others = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert others == {id(p) for p in model.parameters()} - {id(model.up.weight)}
+    assert len(world.make_optimizers(plan("x"), model)) == 1, "without it AdamW has them all"
+    model.up.weight.requires_grad_(False)
+    assert len(world.make_optimizers(plan("x", muon=0.02), model)) == 1, "nothing frozen is handed to Muon"
+
+
+def test_muon_resumes_to_the_bit(runs, monkeypatch):
+    whole, halves, again = Hidden(), Hidden(), Hidden()
+    world.fit(plan("whole", muon=0.02), whole, whole.loss_of)
+    stop_at = lambda step: (os.kill(os.getpid(), signal.SIGINT) if step == 20 else None, halves.loss_of(step))[1]
+    with pytest.raises(SystemExit):
+        world.fit(plan("halves", muon=0.02), halves, stop_at)
+    world.fit(plan("halves", muon=0.02), again, again.loss_of)
+    log = log_of(runs / "whole")
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_a_kill_between_checkpoints_repeats_no_line(runs):
     model = Line()
     with pytest.raises(SystemExit):
@@ -1898,8 +1939,8 @@ def test_runs_that_cannot_be_written_stop_before_training(tmp_path, monkeypatch,
 
 
 def test_learning_rate_warms_up_and_comes_down():
-    rates = [world.learning_rate(plan("x", steps=100, warmup=10), step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.01, rel=0.01) and max(rates) == pytest.approx(0.1, rel=0.03)
+    rates = [world.schedule(plan("x", steps=100, warmup=10), step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1, rel=0.01) and max(rates) == pytest.approx(1, rel=0.03)
     assert rates.index(max(rates)) == 9 and rates[-1] < 0.06 * max(rates)
 
 

@@ -924,7 +924,8 @@ def clip_ablations(args):
 # LLaVA
 # ------------------------------------------------------------------------------------------------------------------
 
-LM_STEPS, STAGE1_STEPS, STAGE2_STEPS, LLAVA_BATCH = 100, 60, 800, 16
+LM_STEPS, STAGE1_STEPS, STAGE2_STEPS, LLAVA_BATCH = 100, 60, 1500, 16
+DEMO_STEPS = 700                                                    # of stage 2, when `python llava.py --demo` trains it
 KINDS = ("colour", "shape", "size", "what", "count")                # what LLaVA is taught to answer; more in QUESTIONS.
 # "where" is left out: after these few steps it is still answered by guessing. Add it, and see how many it takes.
 
@@ -980,7 +981,10 @@ def llava_stage(model, stage, name, steps, seed=0, bar=None, draw_batch=None, da
     """One of the paper's two stages. draw_batch(step) -> (images, turns) replaces the world by other data."""
     import llava
     llava.freeze(model, stage)
-    plan = Plan(name, steps, LLAVA_BATCH, lr=5e-3 if stage == 1 else 2e-3, muon=0.0 if stage == 1 else 3e-3, seed=seed)
+    if stage == 1:
+        plan = Plan(name, steps, LLAVA_BATCH, lr=5e-3, seed=seed)
+    else:
+        plan = Plan(name, steps, LLAVA_BATCH, lr=2e-3, muon=3e-3, warmup=100, weight_decay=0.02, seed=seed)
 
     def from_world(step):
         rngs = batch_rngs(seed, (stage, step), plan.batch)
@@ -998,6 +1002,11 @@ def toy_llava(device="cpu", seed=0, steps=None):
         return llava_stage(model, 2, name, steps or STAGE2_STEPS, seed)
     llava_stage(model, 1, f"{run_name('llava', seed)}-stage1", STAGE1_STEPS, seed)
     return llava_stage(model, 2, name, steps or STAGE2_STEPS, seed)
+
+
+def demo_llava(device="cpu"):
+    """For the demo: the recipe's result if it has been trained, else that of fewer steps, since somebody is waiting."""
+    return toy_llava(device, steps=None if (RUNS / "llava" / "checkpoint.pt").exists() else DEMO_STEPS)
 
 
 @torch.no_grad()
