@@ -925,7 +925,7 @@ def clip_ablations(args):
 # ------------------------------------------------------------------------------------------------------------------
 
 LM_STEPS, STAGE1_STEPS, STAGE2_STEPS, LLAVA_BATCH = 100, 60, 1500, 16
-DEMO_STEPS = 700                                                    # of stage 2, when `python llava.py --demo` trains it
+DEMO_STEPS = ABLATION_STEPS = 700                                   # of stage 2, for the demo and for comparisons
 KINDS = ("colour", "shape", "size", "what", "count")                # what LLaVA is taught to answer; more in QUESTIONS.
 # "where" is left out: after these few steps it is still answered by guessing. Add it, and see how many it takes.
 
@@ -1099,8 +1099,8 @@ def llava_recipe(args):
 
 
 def llava_ablations(args):
-    """Stage 1 skipped, and a linear projector, against the recipe: equal stage-2 steps, mean of three seeds."""
-    steps, seeds, score = args.steps or STAGE2_STEPS, (0, 1, 2), {}
+    """Stage 1 skipped, and a linear projector, against both: equal stage-2 steps, fewer than the recipe's, mean of 3 seeds."""
+    steps, seeds, score = args.steps or ABLATION_STEPS, (0, 1, 2), {}
     asked = vqa_questions(rng_for("llava ablations"), 400)
     variants = {"recipe": ("mlp", True), "no stage 1": ("mlp", False), "linear": ("linear", True)}
     untrained_llava(args.device)                    # the towers, before the bar starts
