@@ -2104,6 +2104,10 @@ def test_demos_train_answer_and_draw(tmp_path):
         done = run(str(ROOT / f"{family}.py"), "--demo", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / family / "demo.png").exists() and "after training" in done.stdout
+        share = re.search(r"of 200 more questions (\d+)%|after training, for (\d+)%", done.stdout)
+        assert max(map(int, filter(None, share.groups()))) >= (90 if family == "clip" else 75), done.stdout
+    done = run(str(ROOT / "train_tiny.py"), "clip", cwd=tmp_path)   # trained already: only the claims are measured
+    assert done.returncode == 0 and done.stdout.count("| holds |") == 3, done.stdout
 
 
 def test_the_toy_presets_have_the_tokenizers_special_tokens():
