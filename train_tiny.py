@@ -927,7 +927,7 @@ def clip_ablations(args):
 # ------------------------------------------------------------------------------------------------------------------
 
 LM_STEPS, STAGE1_STEPS, STAGE2_STEPS, LLAVA_BATCH = 100, 60, 1500, 16
-DEMO_STEPS = ABLATION_STEPS = 700                                   # of stage 2, for the demo and for comparisons
+DEMO_STEPS, ABLATION_STEPS = 700, 300                               # of stage 2, for the demo and for comparisons
 KINDS = ("colour", "shape", "size", "what", "count")                # what LLaVA is taught to answer; more in QUESTIONS.
 # "where" is left out: after these few steps it is still answered by guessing. Add it, and see how many it takes.
 
