@@ -77,7 +77,8 @@ class VisionConfig:
     mlp_width: int = 3072
     activation: str = "quick_gelu"  # see ACTIVATIONS
     norm_eps: float = 1e-5
-    class_token: bool = True  # CLIP: yes, with a LayerNorm before the blocks and no patch bias. SigLIP: none of these
+    class_token: bool = True  # one more token, which gathers the image; SigLIP has none
+    ln_pre: bool = True  # CLIP: a LayerNorm before the blocks, and patches without a bias. SigLIP, EVA: the other way
     resize: str = "crop"  # how an image becomes a square: "crop", "squash" or "pad", see preprocess
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
@@ -295,10 +296,11 @@ class VisionTower(nn.Module):
         self.config = config
         D, P, grid = config.width, config.patch_size, config.image_size // config.patch_size
         # A convolution whose stride is its kernel is a linear map applied to every patch.
-        self.patch_embedding = nn.Conv2d(3, D, kernel_size=P, stride=P, bias=not config.class_token)
+        self.patch_embedding = nn.Conv2d(3, D, kernel_size=P, stride=P, bias=not config.ln_pre)
         self.position_embedding = nn.Embedding(grid * grid + int(config.class_token), D)
         if config.class_token:
             self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
+        if config.ln_pre:
             self.ln_pre = nn.LayerNorm(D, eps=config.norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln_post = nn.LayerNorm(D, eps=config.norm_eps)
@@ -327,7 +329,7 @@ class VisionTower(nn.Module):
         if self.config.class_token:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # [B,N+1,D]
         x = note("vision.patches + positions", x + positions)
-        if self.config.class_token:
+        if self.config.ln_pre:
             x = self.ln_pre(x)
         for i, block in enumerate(self.blocks[:depth]):
             x = note(f"vision.blocks.{i}", block(x))
@@ -893,6 +895,12 @@ def our_name(published):
     return None
 
 
+def our_tensors(published, tensor):
+    """A tensor of a published file -> [(name of our parameter, its tensor)]. Here one is always one; where a file fuses
+    query, key and value into one matrix, or splits what we keep whole, this is the place that says how."""
+    return [(our_name(published), tensor)]
+
+
 def checkpoint_folder(path):
     """A local folder as it is; a hub id ("openai/clip-vit-base-patch32") is downloaded first. Raises ValueError."""
     if Path(path).is_dir():
@@ -944,16 +952,16 @@ def load_checkpoint(model, folder, dtype, device):
             for key in reader.keys():
                 if any(re.search(pattern, key) for pattern in LEFT_OUT):
                     continue
-                name, tensor = our_name(key), reader.get_tensor(key)
-                if name not in parameters or name in filled:
-                    raise ValueError(f"{file}: unknown tensor {key!r}: not a checkpoint of this architecture?")
-                if tensor.numel() == 1:  # a scalar is published as [] by CLIP and as [1] by SigLIP
-                    tensor = tensor.reshape(parameters[name].shape)
-                if tensor.shape != parameters[name].shape:
-                    shapes = f"{list(tensor.shape)}, config.json asks for {list(parameters[name].shape)}"
-                    raise ValueError(f"{file}: {key!r} has shape {shapes}")
-                parameters[name].copy_(tensor)
-                filled.add(name)
+                for name, tensor in our_tensors(key, reader.get_tensor(key)):
+                    if name not in parameters or name in filled:
+                        raise ValueError(f"{file}: unknown tensor {key!r}: not a checkpoint of this architecture?")
+                    if tensor.squeeze().shape == parameters[name].squeeze().shape:
+                        tensor = tensor.reshape(parameters[name].shape)  # axes of length one come and go: [], [1], [1,1]
+                    if tensor.shape != parameters[name].shape:
+                        shapes = f"{list(tensor.shape)}, config.json asks for {list(parameters[name].shape)}"
+                        raise ValueError(f"{file}: {key!r} has shape {shapes}")
+                    parameters[name].copy_(tensor)
+                    filled.add(name)
     missing = sorted(set(parameters) - filled)
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is the one for {missing[0]!r}")

@@ -526,7 +526,7 @@ FAMILIES = [name for name in ALL_FAMILIES if (ROOT / f"{name}.py").exists()]
 
 OWN = {  # the same name, on purpose another body: what a family is, and what it says about itself
     "num_image_tokens", "config_from_published", "anatomy", "show_trace", "show_mask", "run_weights", "demo",
-    "VISION_NAMES", "TOWERS", "LEFT_OUT", "PRESETS",
+    "VISION_NAMES", "TOWERS", "LEFT_OUT", "PRESETS", "our_tensors",
 }  # fmt: skip
 
 

@@ -794,7 +794,7 @@ def clip_config(loss="softmax"):
     config = clip.PRESETS["tiny"]
     if loss == "softmax":
         return config
-    return replace(config, loss=loss, vision=replace(config.vision, class_token=False), text=replace(config.text, causal=False))
+    return replace(config, loss=loss, vision=replace(config.vision, class_token=False, ln_pre=False), text=replace(config.text, causal=False))
 
 
 def clip_batch(seed, step, batch):
