@@ -930,19 +930,30 @@ def checkpoint_files(folder):
     return [Path(folder) / name for name in names]
 
 
+def materialise(model, dtype, device):
+    """Give a model made on the meta device memory, not yet values. Two names for one parameter (tied embeddings) stay two
+    names for one, which torch's own to_empty would undo."""
+    made = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(p) not in made:
+                made[id(p)] = nn.Parameter(torch.empty_like(p, dtype=dtype, device=device))
+            setattr(module, name, made[id(p)])
+
+
 @torch.no_grad()
 def load_checkpoint(model, folder, dtype, device):
     """Fill a model made on the meta device, tensor by tensor: peak memory stays near one copy of the weights.
 
-    Strict. A tensor that is missing, unknown (and not in LEFT_OUT), of another shape, or there twice raises ValueError
-    with its name: a checkpoint that loads half-way would still run, and be quietly wrong.
+    Strict. A tensor that is missing, unknown (and not in LEFT_OUT), of another shape, or there twice with different
+    values raises ValueError with its name: a checkpoint that loads half-way would still run, and be quietly wrong.
     """
     try:
         from safetensors import safe_open
     except ImportError:
         raise ValueError("reading checkpoints needs: pip install safetensors tokenizers") from None
-    model = model.to(dtype).to_empty(device=device)
-    parameters, filled = dict(model.named_parameters()), set()
+    materialise(model, dtype, device)
+    parameters, filled = dict(model.named_parameters(remove_duplicate=False)), set()
     for file in checkpoint_files(folder):
         try:
             reader = safe_open(file, framework="pt")
@@ -953,16 +964,19 @@ def load_checkpoint(model, folder, dtype, device):
                 if any(re.search(pattern, key) for pattern in LEFT_OUT):
                     continue
                 for name, tensor in our_tensors(key, reader.get_tensor(key)):
-                    if name not in parameters or name in filled:
+                    if name not in parameters:
                         raise ValueError(f"{file}: unknown tensor {key!r}: not a checkpoint of this architecture?")
-                    if tensor.squeeze().shape == parameters[name].squeeze().shape:
-                        tensor = tensor.reshape(parameters[name].shape)  # axes of length one come and go: [], [1], [1,1]
-                    if tensor.shape != parameters[name].shape:
-                        shapes = f"{list(tensor.shape)}, config.json asks for {list(parameters[name].shape)}"
+                    parameter = parameters[name]
+                    if tensor.squeeze().shape == parameter.squeeze().shape:
+                        tensor = tensor.reshape(parameter.shape)  # axes of length one come and go: [], [1], [1,1]
+                    if tensor.shape != parameter.shape:
+                        shapes = f"{list(tensor.shape)}, config.json asks for {list(parameter.shape)}"
                         raise ValueError(f"{file}: {key!r} has shape {shapes}")
-                    parameters[name].copy_(tensor)
-                    filled.add(name)
-    missing = sorted(set(parameters) - filled)
+                    if id(parameter) in filled and not torch.equal(parameter, tensor.to(parameter)):
+                        raise ValueError(f"{file}: {key!r} should equal the tensor it is tied to, and does not")
+                    parameter.copy_(tensor)
+                    filled.add(id(parameter))
+    missing = sorted(name for name, parameter in parameters.items() if id(parameter) not in filled)
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is the one for {missing[0]!r}")
     return model.eval()

@@ -36,10 +36,13 @@ from PIL import Image
 import clip
 import llava
 import train_tiny as world
+import vilt
 from kernels import allowed, apply_rope, attention, backend, draw_mask, mrope, rope_1d, rope_2d
 
 ROOT = Path(__file__).resolve().parent
-MODULES = {"clip": clip, "llava": llava}
+MODULES = {"clip": clip, "vilt": vilt, "llava": llava}
+
+MODEL_CLASSES = {"clip": clip.CLIP, "vilt": vilt.ViLT, "llava": llava.LLaVA}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: three backends, one answer
@@ -528,6 +531,7 @@ OWN = {  # the same name, on purpose another body: what a family is, and what it
     "num_image_tokens", "config_from_published", "anatomy", "show_trace", "show_mask", "run_weights", "demo",
     "VISION_NAMES", "TOWERS", "LEFT_OUT", "PRESETS", "our_tensors",
 }  # fmt: skip
+OWN_IN = {"vilt": {"preprocess", "image_config_from_published"}}  # any aspect ratio, where the others make squares
 
 
 def definitions(family):
@@ -547,7 +551,7 @@ def test_repeated_parts_of_the_family_files_are_equal():
     seen = {}
     for family in FAMILIES:
         for name, source in definitions(family).items():
-            if name in OWN:
+            if name in OWN | OWN_IN.get(family, set()):
                 continue
             first, text = seen.setdefault(name, (family, source))
             assert text == source, f"{name} differs between {first}.py and {family}.py; keep it word for word, or add it to OWN"
@@ -615,9 +619,15 @@ def make_oracle(kind):
     if kind == "siglip":
         config = transformers.SiglipConfig(text_config=text_fields(), vision_config=vision_fields())
         return randomise(transformers.SiglipModel(config))
+    if kind.startswith("vilt"):
+        fields = text_fields(max_position_embeddings=14) | vision_fields(max_image_length=-1, num_labels=7)
+        config = transformers.ViltConfig(**fields)
+        heads = {"vilt mlm": "ViltForMaskedLM", "vilt vqa": "ViltForQuestionAnswering", "vilt rank": "ViltForImageAndTextRetrieval"}
+        return randomise(getattr(transformers, heads[kind])(config))
     text = transformers.LlamaConfig(
         **text_fields(max_position_embeddings=256, intermediate_size=80),
         num_key_value_heads=2 if kind == "llava with grouped heads" else 4,
+        tie_word_embeddings=kind == "llava with tied embeddings",
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
     )
@@ -627,6 +637,7 @@ def make_oracle(kind):
         image_token_index=98,
         vision_feature_select_strategy="full" if kind == "llava with class token" else "default",
         vision_feature_layer=-1 if kind == "llava with class token" else -2,
+        tie_word_embeddings=kind == "llava with tied embeddings",
     )
     return randomise(transformers.LlavaForConditionalGeneration(config))
 
@@ -707,6 +718,9 @@ PUBLISHED_COUNTS = {
     ("clip", "clip-vit-large-patch14-336"): 427_944_193,
     ("clip", "siglip-base-patch16-224"): 203_155_970,
     ("clip", "siglip-so400m-patch14-384"): 877_960_498,
+    ("vilt", "vilt-b32-mlm"): 112_217_658,
+    ("vilt", "vilt-b32-finetuned-vqa"): 117_588_537,
+    ("vilt", "vilt-b32-finetuned-coco"): 111_595_777,
     ("llava", "llava-1.5-7b"): 7_063_427_072,
     ("llava", "llava-1.5-13b"): 13_351_494_656,
 }
@@ -714,9 +728,9 @@ PUBLISHED_COUNTS = {
 
 @pytest.mark.parametrize("family, preset", PUBLISHED_COUNTS)
 def test_full_size_presets_have_exactly_the_published_parameter_count(family, preset):
-    module = {"clip": clip, "llava": llava}[family]
+    module = MODULES[family]
     with torch.device("meta"):
-        model = (module.CLIP if family == "clip" else module.LLaVA)(module.PRESETS[preset])
+        model = MODEL_CLASSES[family](module.PRESETS[preset])
     assert module.count_parameters(model) == PUBLISHED_COUNTS[family, preset]
 
 
@@ -938,6 +952,78 @@ def test_num_image_tokens_counts_what_the_towers_make():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# ViLT
+
+
+def vilt_batch(oracle, kind, seed=0):
+    """Three images of different sizes (24 x 32, 40 x 16, 32 x 32 pixels, in patches of 8), padded to 40 x 32, and three
+    texts of different length, padded on the right: pixels, pixel_mask, ids, mask."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels, pixel_mask = torch.zeros(3, 3, 40, 32), torch.zeros(3, 40, 32, dtype=torch.bool)
+    for i, (height, width) in enumerate([(24, 32), (40, 16), (32, 32)]):
+        pixels[i, :, :height, :width] = torch.randn(3, height, width, generator=generator)
+        pixel_mask[i, :height, :width] = True
+    ids = torch.randint(5, 90, (3, 9), generator=generator)
+    mask = torch.arange(9)[None] < torch.tensor([9, 5, 7])[:, None]
+    return pixels, pixel_mask, ids, mask
+
+
+VILT_HEADS = {
+    "vilt mlm": lambda model, hidden, T: model.mlm_logits(hidden[:, :T]),
+    "vilt vqa": lambda model, hidden, T: model.vqa_logits(hidden),
+    "vilt rank": lambda model, hidden, T: model.rank_score(hidden)[:, None],
+}
+
+
+@pytest.mark.parametrize("kind", VILT_HEADS)
+@torch.no_grad()
+def test_vilt_logits_equal_the_published_model(oracles, kind):
+    """One pair; then three images of different sizes with three padded texts; then an image that fills the square."""
+    oracle, folder = oracles(kind)
+    ours = vilt.ViLT.from_pretrained(folder)
+    pixels, pixel_mask, ids, mask = vilt_batch(oracle, kind)
+    for rows in (slice(0, 1), slice(0, 3), slice(2, 3)):
+        p, pm, i, m = pixels[rows], pixel_mask[rows], ids[rows], mask[rows]
+        theirs = oracle(input_ids=i, attention_mask=m.int(), pixel_values=p, pixel_mask=pm.int()).logits
+        logits = VILT_HEADS[kind](ours, ours(p, i, m, pm), 9)
+        close(logits[m], theirs[m]) if kind == "vilt mlm" else close(logits, theirs)
+    square = torch.randn(2, 3, 32, 32)
+    theirs = oracle(input_ids=ids[:2], pixel_values=square).logits
+    close(VILT_HEADS[kind](ours, ours(square, ids[:2]), 9), theirs)
+
+
+@torch.no_grad()
+def test_vilt_hidden_states_equal_the_published_model_patch_by_patch(oracles):
+    oracle, folder = oracles("vilt mlm")
+    ours = vilt.ViLT.from_pretrained(folder)
+    pixels, pixel_mask, ids, mask = vilt_batch(oracle, "vilt mlm")
+    theirs = oracle.vilt(input_ids=ids, attention_mask=mask.int(), pixel_values=pixels, pixel_mask=pixel_mask.int())
+    hidden = ours(pixels, ids, mask, pixel_mask)
+    _, real, place = ours.embed(pixels, ids, mask, pixel_mask)
+    assert hidden.shape == theirs.last_hidden_state.shape == (3, 9 + 1 + 16, 32)
+    close(hidden[real], theirs.last_hidden_state[real])
+    close(ours.pooled(hidden), theirs.pooler_output)
+    assert real[:, 10:].sum(1).tolist() == [12, 10, 16]
+    assert place[1, :10].tolist() == [0, 1, 4, 5, 8, 9, 12, 13, 16, 17]  # two columns of a grid of four
+
+
+def test_vilt_preprocessing_equals_the_published_processor():
+    transformers = quiet_transformers()
+    config, processor = vilt.PRESETS["vilt-b32-mlm"], transformers.ViltImageProcessorPil()
+    images = [image for image in pictures() if min(image.size) > 1 and max(image.size) < 9 * min(image.size)]
+    images += [Image.new("RGB", size, "red") for size in ((640, 384), (384, 640), (641, 384), (500, 375), (1000, 500))]
+    for batch in ([image] for image in images):
+        theirs = processor(batch, return_tensors="pt")
+        pixels, mask = vilt.preprocess(batch, config)
+        assert torch.equal(pixels, theirs["pixel_values"]) and torch.equal(mask, theirs["pixel_mask"].bool()), batch
+    rgb = [image.convert("RGB") for image in images]
+    theirs = processor(rgb, return_tensors="pt")
+    pixels, mask = vilt.preprocess(rgb, config)
+    assert torch.equal(pixels, theirs["pixel_values"]) and torch.equal(mask, theirs["pixel_mask"].bool())
+    assert len({vilt.target_size(*image.size, config) for image in images}) > 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # LLaVA
 
 
@@ -948,7 +1034,7 @@ def row_with_images(length, starts, seed=0, tokens=16):
     return ids
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava with grouped heads", "llava with class token"])
+@pytest.mark.parametrize("kind", ["llava", "llava with grouped heads", "llava with class token", "llava with tied embeddings"])
 @torch.no_grad()
 def test_llava_logits_equal_the_published_model(oracles, kind):
     """One image, several images in a row, none in another; with and without padding on the left and on the right."""
