@@ -923,6 +923,309 @@ def clip_ablations(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# ViLT
+# ------------------------------------------------------------------------------------------------------------------
+
+VILT_STEPS, VILT_BATCH, WPA_WEIGHT = 1300, 32, 0.7                  # (the paper's weight is 0.1, over 100 times the steps)
+DEMO_VILT_STEPS, VILT_ABLATION_STEPS = 450, 700
+
+
+def short_caption(scene):
+    """Names only, in reading order: "a red circle and a blue square"."""
+    return " and ".join(f"a {t.name}" for t in scene.things)
+
+
+def near_miss(scene, rng, phrase=caption, split="any"):
+    """The scene with one property changed, such that what `phrase` says of it changes too (a short caption has no size)."""
+    while phrase(other := change_one(scene, rng, split)) == phrase(scene):
+        pass
+    return other
+
+
+def vilt_words(text, context=40):
+    """A text as ViLT reads it -> (ids, for each id the number of its word or None): [CLS] words [SEP], cut to the context.
+    "<mask>" may stand for a word; other special tokens in the text are plain text."""
+    ids, numbers = [CLS_ID], [None]
+    for number, piece in enumerate(re.findall(f" ?<mask>|{SPLIT}", " " + text)):
+        piece_ids = [MASK_ID] if piece.strip() == "<mask>" else tokenizer().encode_ordinary(piece)
+        ids, numbers = ids + piece_ids, numbers + [number] * len(piece_ids)
+    return ids[: context - 1] + [SEP_ID], numbers[: context - 1] + [None]
+
+
+def vilt_ids(text):
+    return vilt_words(text, context=10**6)[0]       # uncut, so that a prompt too long is found
+
+
+def vilt_world_batch(seed, step, batch):
+    """What a step sees: (images, texts) for masking, mostly full captions; and (images, texts, labels) for matching, where
+    half of the images are of another scene: one of the batch (as in the paper), or, so that there is something left to
+    learn, one that differs in a single property. All scenes of a step have equally many things, as in clip_batch."""
+    import vilt
+    count, rng = rng_for(seed, step).choice((1, 2, 2, 3, 4)), rng_for(seed, ("swap", step))
+    scenes = [make_scene(one, count) for one in batch_rngs(seed, ("vilt", step), batch)]
+    told = [(short_caption if rng.random() < 0.25 else caption)(scene) for scene in scenes]
+    phrases = [short_caption if rng.random() < 0.6 else caption for _ in scenes]
+    texts = [phrase(scene) for phrase, scene in zip(phrases, scenes)]
+    index, labels = vilt.swap_images(texts, rng)
+    shown = [near_miss(scene, rng, phrase, "train") if not label and rng.random() < 0.5 else scenes[i]
+             for scene, phrase, i, label in zip(scenes, phrases, index, labels)]
+    return ([draw(scene) for scene in scenes], told), ([draw(scene) for scene in shown], texts, labels)
+
+
+def vilt_loss(model, masking, matching, rng, wpa_weight):
+    """The three losses of pretraining, in one pass over both halves of the batch (see vilt_world_batch)."""
+    import vilt
+    (images, told), (shown, texts, labels) = masking, matching
+    config, device = model.config, model.pooler.weight.device
+    rows, words = [vilt_words(text, config.context) for text in told], [vilt_words(text, config.context)[0] for text in texts]
+    masked = [vilt.mask_whole_words(*row, config, rng) for row in rows]
+    ids, mask = (x.to(device) for x in pad([ids for ids, _ in masked] + words))
+    pixels, pixel_mask = (x.to(device) for x in vilt.preprocess(images + shown, config))
+    x, real, _ = model.embed(pixels, ids, mask, pixel_mask)
+    hidden, B, T = model.encode(x, real), len(images), ids.shape[1]
+    hidden_words = torch.full((B, T), vilt.IGNORE_INDEX)
+    for row, (_, wanted) in zip(hidden_words, masked):
+        row[: len(wanted)] = torch.tensor(wanted)
+    labels = torch.tensor(labels, device=device)
+    mlm, metrics = vilt.mlm_loss(model.mlm_logits(hidden[:B, :T]), hidden_words.to(device))
+    itm, itm_metrics = vilt.itm_loss(model.itm_logits(hidden[B:]), labels)
+    wpa, wpa_metrics = vilt.wpa_loss(hidden[B:, :T], hidden[B:, T + 1:], vilt.text_words(ids[B:], config), real[B:, T + 1:], labels)
+    return mlm + itm + wpa_weight * wpa, metrics | itm_metrics | wpa_metrics
+
+
+def untrained_vilt(device="cpu", seed=0):
+    """The paper starts from a ViT pretrained on images (3.1), not from BERT; ours from the blocks of the toy CLIP's tower."""
+    import vilt
+    torch.manual_seed(seed)
+    model = vilt.ViLT(vilt.PRESETS["tiny"])
+    model.blocks.load_state_dict(toy_clip(device).vision.blocks.state_dict())
+    return model.to(device).eval()
+
+
+def train_vilt(name=None, seed=0, steps=None, wpa_weight=WPA_WEIGHT, device="cpu", bar=None, draw_batch=None, batch=VILT_BATCH, data="world"):
+    """A toy ViLT, from the cache if it is there. draw_batch(step) -> (masking, matching) replaces the world by other data."""
+    model = untrained_vilt(device, seed)
+    plan = Plan(name or run_name("vilt", seed, steps), steps or VILT_STEPS, batch, lr=3e-3, muon=3e-3, seed=seed, warmup=60, weight_decay=0.02)
+
+    def loss_of(step):
+        masking, matching = draw_batch(step) if draw_batch else vilt_world_batch(seed, step, batch)
+        return vilt_loss(model, masking, matching, rng_for(seed, ("mask", step)), wpa_weight)
+
+    return fit(plan, model, loss_of, ("ln V + ln 2", math.log(2 * VOCAB_SIZE)), f"{data}, wpa {wpa_weight}", bar=bar)
+
+
+def demo_vilt(device="cpu"):
+    """For the demo: the recipe's result if it has been trained, else that of fewer steps, since somebody is waiting."""
+    return train_vilt(steps=None if (RUNS / "vilt" / "checkpoint.pt").exists() else DEMO_VILT_STEPS, device=device)
+
+
+@torch.no_grad()
+def vilt_read(model, images, texts):
+    """-> (hidden [B,T+1+N,D], ids [B,T]) of images (PIL) and texts (str), on the CPU."""
+    import vilt
+    ids, mask = pad([vilt_words(text, model.config.context)[0] for text in texts])
+    pixels, pixel_mask = vilt.preprocess(images, model.config)
+    device = model.pooler.weight.device
+    return model(*(x.to(device) for x in (pixels, ids, mask, pixel_mask))), ids
+
+
+def hide(text, word):
+    """The text with the first occurrence of a word masked."""
+    return re.sub(rf"\b{word}\b", "<mask>", text, count=1)
+
+
+def vilt_respond(model, image, text):
+    """A text with <mask> filled in, or the chance that a text without belongs to the image; as a line to print."""
+    hidden, ids = vilt_read(model, [image], [text])
+    if MASK_ID in ids:
+        found = model.mlm_logits(hidden[:, : ids.shape[1]][ids == MASK_ID]).argmax(-1).tolist()
+        for token in found:
+            text = text.replace("<mask>", f"[{tokenizer().decode([token]).strip()}]", 1)
+        return text
+    return f"{model.itm_logits(hidden).softmax(-1)[0, 1]:4.0%} yes: {text}"
+
+
+def possible_words(scene, thing, key):
+    """How many words could stand for a hidden colour, shape or place, for whoever sees the rest of the text only: pairs
+    never occur that training never shows, no pair occurs twice, and places come in reading order."""
+    i, others = scene.things.index(thing), [t.pair for t in scene.things if t is not thing]
+    if key == "place":
+        before = PLACES.index(scene.things[i - 1].place) if i else -1
+        after = PLACES.index(scene.things[i + 1].place) if i + 1 < len(scene.things) else len(PLACES)
+        return after - before - 1
+    values = COLOURS if key == "colour" else SHAPES
+    pairs = [replace(thing, **{key: value}).pair for value in values]
+    return sum(pair in SEEN_PAIRS and pair not in others for pair in pairs)
+
+
+def masked_words(rng, count):
+    """[(scene, its caption with one colour, shape or place hidden, the hidden word, in how many ways it could be filled)]."""
+    items = []
+    for _ in range(count):
+        scene = make_scene(rng, split="test")
+        thing, key = rng.choice(scene.things), rng.choice(("colour", "shape", "place"))
+        word = getattr(thing, key)
+        said = [f"{t.place} a {t.full_name}" for t in scene.things]
+        i = scene.things.index(thing)
+        said[i] = hide(said[i], word)
+        items.append((scene, ", ".join(said), word, possible_words(scene, thing, key)))
+    return items
+
+
+@torch.no_grad()
+def recovered(model, items, wrong_image=False):
+    """The share of masked_words that is filled in rightly; wrong_image: each beside the image of another."""
+    images = [draw(scene) for scene, _, _, _ in items]
+    hidden, ids = vilt_read(model, images[1:] + images[:1] if wrong_image else images, [text for _, text, _, _ in items])
+    found = model.mlm_logits(hidden[:, : ids.shape[1]][ids == MASK_ID]).argmax(-1).tolist()
+    return sum(tokenizer().decode([token]).strip() == word for token, (_, _, word, _) in zip(found, items)) / len(items)
+
+
+def near_misses(rng, count):
+    """[(image, right text, text with one word changed)] of unseen scenes: half of them full captions, half short ones."""
+    items = []
+    for i in range(count):
+        scene, phrase = make_scene(rng, split="test"), (caption, short_caption)[i % 2]
+        items.append((draw(scene), phrase(scene), phrase(near_miss(scene, rng, phrase))))
+    return items
+
+
+@torch.no_grad()
+def match_scores(model, items):
+    """Two lists for near_misses: ViLT's log odds of "they belong together" for the right texts, and for the wrong ones."""
+    scores = []
+    for which in (1, 2):
+        logits = model.itm_logits(vilt_read(model, [item[0] for item in items], [item[which] for item in items])[0])
+        scores.append((logits[:, 1] - logits[:, 0]).tolist())
+    return scores
+
+
+def matching_accuracy(model, items):
+    """Of near_misses, right texts and wrong ones alike: the share that is judged rightly."""
+    right, wrong = match_scores(model, items)
+    return (sum(score > 0 for score in right) + sum(score <= 0 for score in wrong)) / (2 * len(items))
+
+
+@torch.no_grad()
+def vilt_plan(model, scene, phrase=caption):
+    """The transport plan between the words of a scene's text and its patches -> (words, plan [words,N])."""
+    import vilt
+    hidden, ids = vilt_read(model, [draw(scene)], [phrase(scene)])
+    T, words = ids.shape[1], vilt.text_words(ids, model.config)
+    image = hidden[:, T + 1:]
+    _, plan = vilt.transport(hidden[:, :T], image, words.to(image.device), torch.ones(image.shape[:2], device=image.device))
+    return [tokenizer().decode([token]).strip() for token in ids[words].tolist()], plan[0].cpu()[words[0]]
+
+
+def words_landing(model, scenes):
+    """(share of colour and shape words whose largest mass lies on a patch that their thing touches, share of the patches
+    that it touches: what throwing darts would give). Words that fit two things of a scene are left out."""
+    P = model.config.patch_size
+    columns, hits, chance = 32 // P, [], []
+    for scene in scenes:
+        words, plan = vilt_plan(model, scene)
+        for thing in scene.things:
+            x0, y0, x1, y1 = pixel_box(thing, 32, 32)
+            touched = {row * columns + column for row in range(y0 // P, (y1 - 1) // P + 1) for column in range(x0 // P, (x1 - 1) // P + 1)}
+            for key in ("colour", "shape"):
+                if len(only(scene, **{key: getattr(thing, key)})) == 1:
+                    hits.append(int(plan[words.index(getattr(thing, key))].argmax()) in touched)
+                    chance.append(len(touched) / plan.shape[1])
+    return sum(hits) / len(hits), sum(chance) / len(chance)
+
+
+def embedding_ratio():
+    """How many times the FLOPs of ViLT's whole encoder, and of its patch projection, a ResNet-101 takes on the same image of
+    384 x 608 pixels, at published scale; and the second ratio again in seconds, measured here."""
+    import vilt
+    config = vilt.PRESETS["vilt-b32-mlm"]
+    flops = vilt.embedding_costs(config, 384, 608)
+    pixels, seconds = torch.zeros(1, 3, 384, 608), []
+    with torch.no_grad():
+        for part in (torch.nn.Conv2d(3, config.width, config.patch_size, config.patch_size), vilt.ResNetStem().eval()):
+            times = []
+            for _ in range(4):                      # the first one warms up
+                start = time.perf_counter()
+                part(pixels)
+                times.append(time.perf_counter() - start)
+            seconds.append(min(times[1:]))
+    return flops["resnet"] / flops["encoder"], flops["resnet"] / flops["patches"], seconds[1] / seconds[0]
+
+
+def vilt_claims(model):
+    words, misses = masked_words(rng_for("vilt words"), 400), near_misses(rng_for("vilt matching"), 400)
+    rng = rng_for("vilt landing")
+    landing, darts = words_landing(model, [make_scene(rng, split="test") for _ in range(200)])
+    text_only = sum(1 / ways for _, _, _, ways in words) / len(words)
+    missed = 1 - recovered(model, words, wrong_image=True)
+    of_encoder, of_patches, seconds = embedding_ratio()
+    say(f"a ResNet-101 takes {of_patches:.0f} times the FLOPs of the patch projection on the same image; {seconds:.0f} times the seconds, here")
+    return [Claim("vilt: masked colour, shape or place recovered", text_only, recovered(model, words), 0.95),
+            Claim("vilt: masked word missed beside a wrong image", 1 - text_only, missed, 0.9 - text_only),
+            Claim("vilt: matching, one word changed", 0.5, matching_accuracy(model, misses), 0.95),
+            Claim("vilt: colour and shape words land on their thing", darts, landing, 0.80),
+            Claim("vilt-b32: FLOPs of a ResNet-101 stem / of the encoder", 0.0, of_encoder, 1.0)]
+
+
+def vilt_samples(model, folder):
+    rng = rng_for("vilt samples")
+    pictures = []
+    for _ in range(8):
+        scene = make_scene(rng, split="test")
+        text = hide(caption(scene), rng.choice(scene.things).colour)
+        pictures.append((draw(scene), vilt_respond(model, draw(scene), text).replace(", ", ",\n")))
+    sheet(pictures, folder / "samples.png")
+
+
+def vilt_recipe(args):
+    model = train_vilt(seed=args.seed, steps=args.steps, device=args.device)
+    vilt_samples(model, RUNS / "vilt")
+    return vilt_claims(model)
+
+
+def clip_near_misses(seed, batch):
+    """draw_batch for a CLIP that is to learn what ViLT's matching learns: half a batch of scenes, and their near misses."""
+    def draw_batch(step):
+        count, rng = rng_for(seed, step).choice((1, 2, 2, 3, 4)), rng_for(seed, ("swap", step))
+        scenes = [make_scene(one, count) for one in batch_rngs(seed, ("vilt", step), batch // 2)]
+        phrases = [short_caption if rng.random() < 0.6 else caption for _ in scenes]
+        pairs = [(s, phrase) for scene, phrase in zip(scenes, phrases) for s in (scene, near_miss(scene, rng, phrase, "train"))]
+        return [draw(scene) for scene, _ in pairs], [phrase(scene) for scene, phrase in pairs]
+    return draw_batch
+
+
+@torch.no_grad()
+def clip_prefers(model, items):
+    """Of near_misses, the share where CLIP's dot product is larger for the right text."""
+    right, wrong = ((image * text).sum(1) for image, text in
+                    (clip_features(model, [item[0] for item in items], [item[which] for item in items]) for which in (1, 2)))
+    return (right > wrong).float().mean().item()
+
+
+def vilt_ablations(args):
+    """With WPA and without: where words land. ViLT's matching and CLIP's dot product: which of two texts fits, one word
+    apart. Equal steps, equally many images a step, the same near misses in training; mean of 3 seeds."""
+    steps, seeds, images = args.steps or VILT_ABLATION_STEPS, (0, 1, 2), 2 * VILT_BATCH
+    rng, score = rng_for("vilt ablations"), dict.fromkeys(("with WPA", "without WPA", "vilt", "clip"), 0.0)
+    scenes, misses = [make_scene(rng, split="test") for _ in range(200)], near_misses(rng, 400)
+    toy_clip(args.device)                           # the tower, before the bar starts
+    with tqdm(total=len(seeds) * steps * (2 * VILT_BATCH + images), unit=" samples", desc="vilt ablations", disable=None) as bar:
+        for seed in seeds:
+            for weight, which in ((WPA_WEIGHT, "with WPA"), (0.0, "without WPA")):
+                model = train_vilt(f"vilt-ablations/wpa{weight}-seed{seed}-steps{steps}", seed, steps, weight, args.device, bar)
+                score[which] += words_landing(model, scenes)[0] / len(seeds)
+                if weight:
+                    right, wrong = match_scores(model, misses)
+                    score["vilt"] += sum(r > w for r, w in zip(right, wrong)) / len(misses) / len(seeds)
+            model = train_clip(f"vilt-ablations/clip-seed{seed}-steps{steps}", seed, steps, images, device=args.device, bar=bar,
+                               draw_batch=clip_near_misses(seed, images), data="near misses")
+            score["clip"] += clip_prefers(model, misses) / len(seeds)
+    say(*(f"{which}: {value:.3f}" for which, value in score.items()))
+    return [Claim("vilt: words land better with WPA than without", score["without WPA"], score["with WPA"], score["without WPA"]),
+            Claim("vilt: right text preferred, above CLIP's dot product", score["clip"], score["vilt"], score["clip"])]
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # LLaVA
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -1197,6 +1500,37 @@ def report_own_retrieval(model, rows, which):
     say(f"right text found for {right} of {len(rows)} images {which}; guessing finds about 1")
 
 
+def vilt_own_data(args):
+    """`python train_tiny.py vilt --data FOLDER`: rows with a text; images of any aspect ratio. Every tenth row is kept for
+    a test, if there are twenty or more."""
+    import vilt
+    rows, config = read_folder(args.data, ("text",)), vilt.PRESETS["tiny"]
+    cut = sum(len(vilt_ids(row["text"])) > config.context for _, row in rows)
+    if cut:
+        say(f"{cut} texts are longer than {config.context} tokens and are cut: the toy vocabulary spells words it does not know")
+    held = rows[::10] if len(rows) >= 20 else []
+    rest = [row for i, row in enumerate(rows) if i % 10] if held else rows
+    batch = min(VILT_BATCH, len(rest))
+
+    def draw_batch(step):
+        rng = rng_for(args.seed, ("own", step))
+        chosen = rng.sample(rest, batch)
+        images, texts = [image for image, _ in chosen], [row["text"] for _, row in chosen]
+        index, labels = vilt.swap_images(texts, rng)
+        return (images, texts), ([images[i] for i in index], texts, labels)
+
+    model = train_vilt(run_name("vilt-own", args.seed, args.steps), args.seed, args.steps, device=args.device,
+                       draw_batch=draw_batch, batch=batch, data=fingerprint(rows))
+    tested = held or rest[:512]
+    (images, texts), yes = zip(*((image, row["text"]) for image, row in tested)), 0
+    for image, text in zip(images, texts):
+        hidden, _ = vilt_read(model, [image], [text])
+        yes += int(model.itm_logits(hidden).argmax()) == 1
+    which = "kept back from training" if held else "trained on (too few to keep any back)"
+    say(f"{yes} of {len(tested)} texts {which} are judged to belong to their image")
+    return []
+
+
 def llava_own_data(args):
     """`python train_tiny.py llava --data FOLDER`: rows with question and answer too; stage 2 on them, from the toy LLaVA."""
     rows = read_folder(args.data, ("question", "answer"))
@@ -1224,6 +1558,7 @@ def llava_own_data(args):
 FAMILIES = ("clip", "vilt", "flamingo", "cogvlm", "blip2", "llava", "qwen2vl")
 RECIPES = {                                         # family: (level claims, ablations, own data)
     "clip": (clip_recipe, clip_ablations, clip_own_data),
+    "vilt": (vilt_recipe, vilt_ablations, vilt_own_data),
     "llava": (llava_recipe, llava_ablations, llava_own_data),
 }
 

@@ -111,7 +111,7 @@ class ViLTConfig:
 PRESETS = {
     # what train_tiny.py trains in front of you: 16 patches of a square image, ids from its 512-token vocabulary
     "tiny": ViLTConfig(
-        32, 8, width=96, layers=4, heads=4, mlp_width=384, norm_eps=1e-5, vocab_size=512, tasks=("mlm", "itm", "rank"),
+        32, 8, width=96, layers=4, heads=4, mlp_width=384, norm_eps=1e-5, vocab_size=512, tasks=("mlm", "itm"),
         pad_token_id=496, cls_token_id=504, sep_token_id=505, mask_token_id=503,
     ),
     "vilt-b32-mlm": ViLTConfig(),
@@ -299,7 +299,7 @@ class ImageEmbedding(nn.Module):
         self.patch_embedding = nn.Conv2d(3, D, kernel_size=P, stride=P)
         self.position_embedding = nn.Embedding(grid * grid + 1, D)
         self.class_embedding = nn.Parameter(0.02 * torch.randn(D))
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.1)  # patches are not normalised: 0.02 would drown in them
 
     def positions(self, rows, columns):
         """Position embeddings [rows,columns,D] for an image of rows x columns patches: the learned square, stretched
