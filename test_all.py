@@ -33,13 +33,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import blip2
 import clip
 import llava
 import train_tiny as world
 from kernels import allowed, apply_rope, attention, backend, draw_mask, mrope, rope_1d, rope_2d
 
 ROOT = Path(__file__).resolve().parent
-MODULES = {"clip": clip, "llava": llava}
+MODULES = {"blip2": blip2, "clip": clip, "llava": llava}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: three backends, one answer
@@ -526,7 +527,7 @@ FAMILIES = [name for name in ALL_FAMILIES if (ROOT / f"{name}.py").exists()]
 
 OWN = {  # the same name, on purpose another body: what a family is, and what it says about itself
     "num_image_tokens", "config_from_published", "anatomy", "show_trace", "show_mask", "run_weights", "demo",
-    "VISION_NAMES", "TOWERS", "LEFT_OUT", "PRESETS", "our_tensors",
+    "VISION_NAMES", "TOWERS", "LEFT_OUT", "PRESETS", "our_tensors", "freeze", "build_prompt", "answer",
 }  # fmt: skip
 
 
@@ -615,6 +616,8 @@ def make_oracle(kind):
     if kind == "siglip":
         config = transformers.SiglipConfig(text_config=text_fields(), vision_config=vision_fields())
         return randomise(transformers.SiglipModel(config))
+    if kind.startswith("blip2"):
+        return make_blip2_oracle(transformers, retrieval=kind == "blip2 retrieval")
     text = transformers.LlamaConfig(
         **text_fields(max_position_embeddings=256, intermediate_size=80),
         num_key_value_heads=2 if kind == "llava with grouped heads" else 4,
@@ -629,6 +632,25 @@ def make_oracle(kind):
         vision_feature_layer=-1 if kind == "llava with class token" else -2,
     )
     return randomise(transformers.LlavaForConditionalGeneration(config))
+
+
+def make_blip2_oracle(transformers, retrieval):
+    """Four Q-Former layers, so that the image is looked at twice; 6 queries, fewer than the image has patches."""
+    text = transformers.OPTConfig(
+        hidden_size=32, ffn_dim=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, max_position_embeddings=64,
+        word_embed_proj_dim=32, eos_token_id=2,
+    )  # fmt: skip
+    qformer = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3, vocab_size=90)
+    config = transformers.Blip2Config(
+        vision_config=vision_fields(),
+        qformer_config=qformer | dict(max_position_embeddings=20, use_qformer_text_input=retrieval),
+        text_config=text.to_dict(),
+        num_query_tokens=6,
+        image_text_hidden_size=16,
+        image_token_index=None if retrieval else 98,
+    )
+    kind = transformers.Blip2ForImageTextRetrieval if retrieval else transformers.Blip2ForConditionalGeneration
+    return randomise(kind(config))
 
 
 @pytest.fixture(scope="session")
@@ -707,6 +729,8 @@ PUBLISHED_COUNTS = {
     ("clip", "clip-vit-large-patch14-336"): 427_944_193,
     ("clip", "siglip-base-patch16-224"): 203_155_970,
     ("clip", "siglip-so400m-patch14-384"): 877_960_498,
+    ("blip2", "blip2-itm-vit-g"): 1_172_032_258,
+    ("blip2", "blip2-opt-2.7b"): 3_744_679_936,
     ("llava", "llava-1.5-7b"): 7_063_427_072,
     ("llava", "llava-1.5-13b"): 13_351_494_656,
 }
@@ -714,9 +738,9 @@ PUBLISHED_COUNTS = {
 
 @pytest.mark.parametrize("family, preset", PUBLISHED_COUNTS)
 def test_full_size_presets_have_exactly_the_published_parameter_count(family, preset):
-    module = {"clip": clip, "llava": llava}[family]
+    module = MODULES[family]
     with torch.device("meta"):
-        model = (module.CLIP if family == "clip" else module.LLaVA)(module.PRESETS[preset])
+        model = {"blip2": blip2.BLIP2, "clip": clip.CLIP, "llava": llava.LLaVA}[family](module.PRESETS[preset])
     assert module.count_parameters(model) == PUBLISHED_COUNTS[family, preset]
 
 
@@ -1219,6 +1243,92 @@ def test_trace_records_stages_and_costs_nothing_when_closed():
     with pytest.raises(RuntimeError), llava.trace():
         raise RuntimeError
     assert llava.trace.active is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# BLIP-2
+
+
+def row_with_queries(words, before=0, seed=0, queries=6):
+    """Ids with the placeholders of one image, `before` words in front of them, the rest behind."""
+    ids = torch.randint(3, 90, (before + queries + words,), generator=torch.Generator().manual_seed(seed))
+    ids[before : before + queries] = 98
+    return ids
+
+
+def texts_with_start(batch=3, length=9, seed=3):
+    """Random texts that begin with [CLS] = 1, of different length, and their mask (padding on the right)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 80, (batch, length), generator=generator)
+    ids[:, 0] = 1
+    lengths = torch.randint(3, length + 1, (batch, 1), generator=generator)
+    return ids, torch.arange(length)[None] < lengths
+
+
+def shift_padding_left(ids, mask):
+    """The same texts with their padding on the left."""
+    rows = [row[m] for row, m in zip(ids, mask, strict=True)]
+    return blip2.pad_rows([row.tolist() for row in rows], 0, left=True)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_blip2_logits_equal_the_published_model(oracles, batch):
+    """Words behind the image and in front of it, with and without padding on the left and on the right."""
+    oracle, folder = oracles("blip2")
+    ours = blip2.BLIP2.from_pretrained(folder)
+    pixels = torch.randn(batch, 3, 32, 32)
+    ids = torch.stack([row_with_queries(12, 4, seed) for seed in range(batch)])
+    close(ours(pixels, ids), oracle(input_ids=ids, pixel_values=pixels).logits)
+    for padding in (slice(0, 3), slice(19, 22)):
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[-1:, padding] = False
+        theirs = oracle(input_ids=ids, pixel_values=pixels, attention_mask=mask.int()).logits
+        close(ours(pixels, ids, mask)[mask], theirs[mask])
+
+
+def test_blip2_generates_the_same_greedy_tokens_as_the_published_model(oracles):
+    oracle, folder = oracles("blip2")
+    ours = blip2.BLIP2.from_pretrained(folder)
+    ids = torch.stack([row_with_queries(9, 0, 1), row_with_queries(4, 5, 2)])
+    pixels, mask = torch.randn(2, 3, 32, 32), torch.ones(2, 15, dtype=torch.bool)
+    mask[1, :5] = False
+    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = oracle.generate(pixel_values=pixels, input_ids=ids, attention_mask=mask.int(), **options)[:, 15:]
+    assert torch.equal(ours.generate(ids, pixels, mask, max_new_tokens=24), theirs)
+    assert torch.equal(ours.generate(ids, pixels, mask, max_new_tokens=24), theirs)  # and again: nothing is remembered
+    alone = oracle.generate(pixel_values=pixels[:1], input_ids=ids[:1], **options)[:, 15:]
+    assert torch.equal(ours.generate(ids[:1], pixels[:1], max_new_tokens=24), alone)
+    no_prompt = oracle.generate(pixel_values=pixels, **options)[:, 7:]  # theirs: the image and a begin-of-text token
+    bos = torch.tensor([[98] * 6 + [2]] * 2)
+    assert torch.equal(ours.generate(bos, pixels, max_new_tokens=24), no_prompt)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_blip2_retrieval_equals_the_published_model_in_both_modes(oracles, batch):
+    oracle, folder = oracles("blip2 retrieval")
+    ours = blip2.BLIP2.from_pretrained(folder)
+    ids, mask = texts_with_start(batch)
+    pixels = torch.randn(batch, 3, 32, 32)
+    for m in (mask, torch.ones_like(mask)):
+        given = dict(input_ids=ids, pixel_values=pixels, attention_mask=m.int())
+        matching = oracle(**given, use_image_text_matching_head=True)
+        close(ours.itm(pixels, ids, m), matching.logits_per_image)
+        contrast = oracle(**given, use_image_text_matching_head=False)
+        close(ours.image_features(ours.encode_image(pixels)), contrast.image_embeds)
+        close(ours.text_features(ids, m), contrast.text_embeds)
+        close(ours.itc(pixels, ids, m), contrast.logits_per_image)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 64), (43, 27)])
+@torch.no_grad()
+def test_blip2_positions_interpolate_to_other_image_sizes_as_published(oracles, size):
+    """Whatever the size, the decoder gets as many vectors as there are queries."""
+    oracle, folder = oracles("blip2")
+    ids, pixels = row_with_queries(5)[None], torch.randn(1, 3, *size)
+    theirs = oracle(input_ids=ids, pixel_values=pixels, interpolate_pos_encoding=True)
+    close(blip2.BLIP2.from_pretrained(folder)(pixels, ids), theirs.logits)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
