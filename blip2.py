@@ -771,12 +771,14 @@ class BLIP2(nn.Module):
 
     def forward(self, pixels, ids, mask=None):
         """pixels [n,3,H,W] or None, ids [B,S], mask [B,S] or None (True = real token) -> logits [B,S,V]."""
-        return note("logits", self.language.lm_head(self.language.hidden(self.embed(ids, pixels), mask)))
+        x = self.embed(ids, pixels)
+        return note("logits", self.language.lm_head(self.language.hidden(x, mask)))
 
     def generate(self, ids, pixels=None, mask=None, **options):
         """Continue each row of ids; images are encoded once. Options and result: see generate below."""
         with torch.no_grad():
-            return generate(self.language, self.embed(ids, pixels), mask, **options)
+            x = self.embed(ids, pixels)
+            return generate(self.language, x, mask, **options)
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):

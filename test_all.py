@@ -731,6 +731,7 @@ PUBLISHED_COUNTS = {
     ("clip", "siglip-so400m-patch14-384"): 877_960_498,
     ("blip2", "blip2-itm-vit-g"): 1_172_032_258,
     ("blip2", "blip2-opt-2.7b"): 3_744_679_936,
+    ("blip2", "blip2-opt-6.7b"): 7_752_738_304,
     ("llava", "llava-1.5-7b"): 7_063_427_072,
     ("llava", "llava-1.5-13b"): 13_351_494_656,
 }
@@ -1331,6 +1332,462 @@ def test_blip2_positions_interpolate_to_other_image_sizes_as_published(oracles, 
     close(blip2.BLIP2.from_pretrained(folder)(pixels, ids), theirs.logits)
 
 
+@pytest.mark.parametrize("preset", ["blip2-itm-vit-g", "blip2-opt-2.7b", "blip2-opt-6.7b"])
+def test_blip2_presets_have_the_shapes_of_the_published_classes(preset):
+    """Name by name: our preset on the meta device against the class of transformers at the same sizes."""
+    transformers = quiet_transformers()
+    config, opt = blip2.PRESETS[preset], blip2.PRESETS[preset].language
+    sizes = {}
+    if opt is not None:
+        sizes = dict(hidden_size=opt.width, num_hidden_layers=opt.layers, num_attention_heads=opt.heads, ffn_dim=opt.mlp_width)
+    whole = transformers.Blip2Config(
+        qformer_config=dict(vocab_size=config.qformer.vocab_size, use_qformer_text_input=config.qformer.text),
+        text_config=transformers.OPTConfig(**sizes).to_dict(),
+    )
+    kind = transformers.Blip2ForImageTextRetrieval if opt is None else transformers.Blip2ForConditionalGeneration
+    with torch.device("meta"):
+        oracle = kind(whole)
+        ours = {name: p.numel() for name, p in blip2.BLIP2(config).named_parameters()}
+    theirs = [pair for name, p in oracle.named_parameters() for pair in blip2.our_tensors(name, p)]
+    assert {name: tensor.numel() for name, tensor in theirs} == ours
+
+
+@torch.no_grad()
+def test_blip2_padding_on_either_side_gives_the_unpadded_answer(oracles):
+    """Of the decoder, and of the Q-Former in each of its three modes."""
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
+    ids, pixels = row_with_queries(20)[None], torch.randn(1, 3, 32, 32)
+    pad, off, on = torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.bool), torch.ones(1, 26, dtype=torch.bool)
+    expected, words = model(pixels, ids), model.generate(ids, pixels, max_new_tokens=9)
+    left, left_mask = torch.cat([pad, ids], 1), torch.cat([off, on], 1)
+    right, right_mask = torch.cat([ids, pad], 1), torch.cat([on, off], 1)
+    close(model(pixels, left, left_mask)[:, 5:], expected)
+    close(model(pixels, right, right_mask)[:, :26], expected)
+    assert torch.equal(model.generate(left, pixels, left_mask, max_new_tokens=9), words)
+    assert torch.equal(model.generate(right, pixels, right_mask, max_new_tokens=9), words)
+
+    model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
+    pixels, (ids, mask) = torch.randn(3, 3, 32, 32), texts_with_start()
+    assert len({int(n) for n in mask.sum(1)}) > 1
+    image, (left, left_mask) = model.encode_image(pixels), shift_padding_left(ids, mask)
+    for i in range(3):
+        alone = ids[i : i + 1, : int(mask[i].sum())]
+        close(model.itc(pixels, left, left_mask)[:, i], model.itc(pixels, alone)[:, 0])
+        close(model.itm(pixels, left, left_mask)[i], model.itm(pixels[i : i + 1], alone)[0])
+        expected = model.write(image[i : i + 1], alone)[0]
+        close(model.write(image, left, left_mask)[i][left_mask[i]], expected)
+        close(model.write(image, ids, mask)[i][mask[i]], expected)
+        loss = model.itg_loss(pixels[i : i + 1], alone)[0]
+        close(model.itg_loss(pixels[i : i + 1], left[i : i + 1], left_mask[i : i + 1])[0], loss)
+        close(model.itg_loss(pixels[i : i + 1], ids[i : i + 1], mask[i : i + 1])[0], loss)
+
+
+@torch.no_grad()
+def test_blip2_cached_logits_equal_uncached_ones(oracles):
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1]).language
+    ids, mask = torch.randint(0, 90, (2, 21)), torch.ones(2, 21, dtype=torch.bool)
+    mask[1, :4] = False
+    for m in (None, mask):
+        cache, pieces = blip2.Cache(model.config, 2, 21, like=model.embed_tokens.weight), []
+        for start, end in [(0, 9), (9, 10), (10, 14), (14, 21)]:
+            piece = None if m is None or start else m[:, start:end]
+            pieces.append(model.lm_head(model.hidden(model.embed_tokens(ids[:, start:end]), piece, cache)))
+        whole, stepwise = model(ids, m), torch.cat(pieces, 1)
+        real = torch.ones_like(mask) if m is None else m
+        close(stepwise[real], whole[real])
+
+
+def test_qformer_masks_against_tables_by_hand():
+    """2 queries and 3 words; the same with the first word, and with the last, being padding."""
+    table = lambda text: torch.tensor([[c == "#" for c in row] for row in text.split()])
+    hand = {
+        ("contrastive", "###"): "##... ##... ..### ..### ..###",
+        ("matching", "###"): "##### ##### ##### ##### #####",
+        ("generation", "###"): "##... ##... ###.. ####. #####",
+        ("contrastive", ".##"): "##... ##... ..... ...## ...##",
+        ("matching", "##."): "####. ####. ####. ####. .....",
+        ("generation", ".##"): "##... ##... ..... ##.#. ##.##",
+        ("generation", "##."): "##... ##... ###.. ####. .....",
+    }
+    for (attends, real), text in hand.items():
+        mask = torch.tensor([[c == "#" for c in real]])
+        assert torch.equal(allowed(5, 5, **blip2.qformer_rule(attends, 2, 3, mask))[0], table(text)), (attends, real)
+        if "." not in real:
+            assert torch.equal(allowed(5, 5, **blip2.qformer_rule(attends, 2, 3))[0], table(text))
+            lines = [line.strip() for line in blip2.__doc__.splitlines()]  # and the head of the file shows the same
+            assert text.replace(" ", "") in "".join(c for line in lines for c in pick_column(line, attends))
+    with pytest.raises(ValueError, match="unknown attention 'causal'; known: contrastive, matching, generation"):
+        blip2.qformer_rule("causal", 2, 3)
+
+
+def pick_column(line, attends):
+    """The five signs of a row of one of the three tables in blip2's docstring, which stand side by side."""
+    tables = re.match(r"((?:[#.] ){4}[#.]) +((?:[#.] ){4}[#.]) +((?:[#.] ){4}[#.])", line)
+    return tables[1 + blip2.ATTENDS.index(attends)].replace(" ", "") if tables else ""
+
+
+@torch.no_grad()
+def test_blip2_itc_queries_and_words_do_not_meet_and_itg_words_see_no_later_word(oracles):
+    """Leaks are looked for in the outputs: what may not be seen leaves every bit as it was, what may be seen does not."""
+    model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(3, 80, (2, 8))
+    image, queries = model.encode_image(pixels), model.query_tokens.expand(2, -1, -1)
+    changed, other = ids.clone(), model.encode_image(pixels + 1)
+    changed[:, 5] = 81
+
+    def outputs(attends, image, ids):
+        return model.qformer(queries, image, ids, attends=attends)
+
+    for attends, query_sees_text, text_sees_image in (("contrastive", False, False), ("matching", True, True), ("generation", False, True)):
+        before, later, elsewhere = outputs(attends, image, ids), outputs(attends, image, changed), outputs(attends, other, ids)
+        assert torch.equal(before[0], later[0]) != query_sees_text, attends
+        assert torch.equal(before[1], elsewhere[1]) != text_sees_image, attends
+        assert torch.equal(before[1][:, :5], later[1][:, :5]) == (attends == "generation"), attends
+    assert torch.equal(model.write(image, ids)[:, :5], model.write(image, changed)[:, :5])
+    assert not torch.equal(model.write(image, ids)[:, 5], model.write(image, changed)[:, 5])
+    # side by side under the contrastive mask, queries and words give what they give alone
+    together = outputs("contrastive", image, ids)
+    close(together[0], model.query(image))
+    close(together[1], model.qformer(None, None, ids)[1])
+
+
+@torch.no_grad()
+def test_blip2_a_later_word_or_another_image_changes_only_what_follows(oracles):
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
+    ids, pixels = row_with_queries(20, 4)[None], torch.randn(1, 3, 32, 32)
+    before = model(pixels, ids)
+    changed = ids.clone()
+    changed[0, 25] = 1
+    assert torch.equal(model(pixels, changed)[:, :25], before[:, :25])
+    after = model(pixels + 1, ids)
+    assert torch.equal(after[:, :4], before[:, :4]) and not torch.equal(after[:, 4:], before[:, 4:])
+    assert torch.equal(model(None, ids[:, 10:]), model.language(ids[:, 10:]))  # without an image it is its language model
+
+
+@torch.no_grad()
+def test_blip2_the_decoder_gets_as_many_vectors_as_there_are_queries(oracles):
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
+    for size in ((32, 32), (8, 8), (90, 41)):
+        pixels, ids = torch.randn(2, 3, *size), torch.stack([row_with_queries(3, 2, 1), row_with_queries(3, 2, 2)])
+        x = model.embed(ids, pixels)
+        assert blip2.num_image_tokens(*size, model.config) == 6
+        assert torch.equal(x[:, 2:8], model.language_projection(model.query(model.encode_image(pixels))))
+        for wrong, found in ((ids.masked_fill(torch.arange(11) == 3, 5), 10), (ids.masked_fill(torch.arange(11) == 9, 98), 14)):
+            with pytest.raises(ValueError, match=rf"{found} image tokens.*2 image\(s\) need 12: 6 queries each.*{size[0]} x {size[1]}"):
+                model(pixels, wrong)
+    with pytest.raises(ValueError, match="6 image tokens in the ids, but no image"):
+        model(None, ids[:1])
+    with pytest.raises(ValueError, match="smaller than one patch"):
+        blip2.num_image_tokens(7, 32, model.config)
+
+
+def toy_pairs(batch, seed=0):
+    """Random pixels, ids that begin with <cls> and end with <sep>, of the tiny preset."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 400, (batch, 7), generator=generator)
+    ids[:, 0], ids[:, -1] = world.CLS_ID, world.SEP_ID
+    return torch.randn(batch, 3, 32, 32, generator=generator), ids
+
+
+def with_placeholders(ids, config):
+    return torch.cat([torch.full((len(ids), config.qformer.queries), config.image_token_id), ids], dim=1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_blip2_training_moves_what_freeze_says_and_not_one_bit_else(stage):
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, ids = toy_pairs(4)
+    both = ("query_tokens", "vision.ln_post.", "qformer.")
+    trained = both + (("vision_projection.", "text_projection.", "itm_head.") if stage == 1 else ("language_projection.",))
+    text_side = r"qformer\.(word|position)_embeddings|_text\."
+    moves = {n for n, _ in model.named_parameters() if n.startswith(trained) and (stage == 1 or not re.search(text_side, n))}
+    parameters = blip2.freeze(model, stage)
+    assert len(parameters) == len(moves)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        if stage == 1:
+            loss = model.stage1_loss(pixels, ids, generator=torch.Generator().manual_seed(step))[0]
+        else:
+            loss = blip2.language_loss(model(pixels, with_placeholders(ids, model.config)), with_placeholders(ids, model.config))[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == (name in moves), name
+        assert torch.equal(p, before[name]) != (name in moves), name
+    with pytest.raises(ValueError, match="stages 1 and 2"):
+        blip2.freeze(model, 3)
+
+
+def test_blip2_a_model_without_a_side_refuses_what_needs_it(oracles):
+    generative = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
+    retrieval = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
+    pixels, ids = torch.randn(1, 3, 32, 32), torch.randint(3, 80, (1, 5))
+    with pytest.raises(ValueError, match="no text side"):
+        generative.qformer(None, None, ids)
+    with pytest.raises(ValueError, match="cannot train in stage 1: it has no text side"):
+        blip2.freeze(generative, 1)
+    with pytest.raises(ValueError, match="no language model"):
+        retrieval.generate(ids, pixels)
+    with pytest.raises(ValueError, match="cannot train in stage 2: it has no language model"):
+        blip2.freeze(retrieval, 2)
+    with pytest.raises(ValueError, match="nothing to train on"):
+        blip2.BLIP2Config(qformer=blip2.QFormerConfig(text=False))
+
+
+def test_blip2_a_text_longer_than_the_context_is_an_error_with_both_numbers(oracles):
+    model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
+    with pytest.raises(ValueError, match="text of 21 tokens does not fit the Q-Former's context of 20"):
+        model.itc(torch.randn(1, 3, 32, 32), torch.ones(1, 21, dtype=torch.long))
+    model.itc(torch.randn(1, 3, 32, 32), torch.ones(1, 20, dtype=torch.long))
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
+    with pytest.raises(ValueError, match="65 tokens .* context of 64"):
+        model(None, torch.ones(1, 65, dtype=torch.long))
+
+
+def test_blip2_losses_start_where_nothing_is_known():
+    """ln B, ln 2 and ln V; always "no" is not punished more than that in matching."""
+    assert blip2.itc_loss(torch.full((6, 6), 0.3))[0].item() == pytest.approx(math.log(6))
+    assert blip2.itm_loss(torch.zeros(6, 2), 2)[0].item() == pytest.approx(math.log(2))
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, ids = toy_pairs(8)
+    assert model.itg_loss(pixels, ids)[0].item() == pytest.approx(math.log(512), abs=0.2)
+    model.requires_grad_(False)
+    loss = blip2.language_loss(model(pixels, with_placeholders(ids, model.config)), with_placeholders(ids, model.config))[0]
+    assert loss.item() == pytest.approx(math.log(512), abs=0.2)
+
+
+def test_blip2_itc_loss_equals_a_loop_and_the_best_query_speaks_for_its_image():
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.randn(3, 4, 16), dim=-1), F.normalize(torch.randn(3, 16), dim=-1)
+    cosines = blip2.similarity(image, text)
+    for i in range(3):
+        for t in range(3):
+            assert cosines[i, t].item() == pytest.approx(max(float(image[i, q] @ text[t]) for q in range(4)), abs=1e-6)
+    logits = cosines / blip2.ITC_TEMPERATURE
+    rows = [-logits[i].log_softmax(0)[i] for i in range(3)] + [-logits[:, i].log_softmax(0)[i] for i in range(3)]
+    assert blip2.itc_loss(cosines)[0].item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-5)
+    loss, metrics = blip2.itm_loss(torch.tensor([[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]), 1)
+    expected = sum(math.log1p(math.exp(-margin)) for margin in (2, 1, 3)) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and metrics["accuracy"] == 1
+
+
+def test_hard_negatives_are_drawn_in_proportion_to_similarity_and_never_the_same_text():
+    cosines = torch.tensor([[0.9, 0.1, 0.2, 0.2], [0.3, 0.9, 0.3, 0.9], [0.0, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    ids = torch.tensor([[1, 5, 6, 9], [1, 7, 9, 9], [1, 8, 9, 9], [1, 7, 9, 0]])  # 1 and 3 are equal, but for padding
+    same = blip2.same_text(ids, torch.tensor([[True] * 4, [True, True, True, False], [True] * 4, [True, True, True, False]]))
+    assert same.int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(4, 4)
+    for _ in range(4000):
+        index, found = blip2.draw_hard_negatives(cosines, same, generator)
+        counts[torch.arange(4), index] += 1
+        assert found.all()
+    expected = (cosines / blip2.ITC_TEMPERATURE).masked_fill(same, -torch.inf).softmax(-1)
+    assert not counts[same].any() and (counts / 4000 - expected).abs().max() < 0.03
+    index, found = blip2.draw_hard_negatives(cosines, torch.ones(4, 4, dtype=torch.bool))
+    assert not found.any()
+
+
+def test_blip2_every_loss_works_for_a_batch_of_one_and_for_equal_captions():
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    blip2.freeze(model, 1)
+    pixels, ids = toy_pairs(1)
+    loss, metrics = model.stage1_loss(pixels, ids)
+    loss.backward()
+    assert loss.isfinite() and metrics["itc"] == 0  # nothing to tell apart, and no negative: ITM has its positive alone
+    assert metrics["itm"].item() == pytest.approx(F.cross_entropy(model.itm(pixels, ids), torch.ones(1).long()).item(), abs=1e-5)
+    pixels, ids = torch.randn(4, 3, 32, 32), ids.expand(4, -1)
+    loss, metrics = model.stage1_loss(pixels, ids)
+    assert loss.isfinite() and metrics["itc"] >= math.log(4) - 1e-4
+    assert metrics["itm"].item() == pytest.approx(F.cross_entropy(model.itm(pixels, ids), torch.ones(4).long()).item(), abs=1e-5)
+    for p in model.parameters():
+        assert p.grad is None or p.grad.isfinite().all()
+
+
+def test_blip2_stage_1_judges_every_pair_and_its_hard_negatives(monkeypatch):
+    """3B rows: the pairs, each image with a wrong text, each text with a wrong image."""
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, ids = toy_pairs(5)
+    image, judged = model.encode_image(pixels), []
+    match = model.match
+    monkeypatch.setattr(model, "match", lambda *rows: judged.extend(rows) or match(*rows))
+    model.stage1_loss(pixels, ids, generator=torch.Generator().manual_seed(1))
+    which_image = (judged[0][:, None] == image[None]).all(-1).all(-1).int().argmax(1).tolist()
+    which_text = (judged[1][:, None] == ids[None]).all(-1).int().argmax(1).tolist()
+    pairs = list(zip(which_image, which_text, strict=True))
+    assert len(pairs) == 15 and pairs[:5] == [(i, i) for i in range(5)]
+    assert [i for i, _ in pairs[5:10]] == [t for _, t in pairs[10:]] == list(range(5))
+    assert all(i != t for i, t in pairs[5:])
+
+
+def test_blip2_can_learn_one_batch_by_heart():
+    """Four images whose texts differ in their last word only: both stages can tell them by the image alone."""
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, ids = toy_pairs(4)
+    ids[:, :] = ids[0]
+    ids[:, 5] = torch.tensor([5, 6, 7, 8])
+    optimizer = torch.optim.AdamW(blip2.freeze(model, 1), lr=2e-3)
+    for step in range(80):
+        loss, metrics = model.stage1_loss(pixels, ids, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert metrics["itc_accuracy"] == 1 and metrics["itm_accuracy"] == 1 and metrics["itg_accuracy"] == 1 and loss < 0.3
+    assert torch.equal(model.caption(pixels, 9), ids[:, 1:])
+    model.language.embed_tokens.weight.data *= 30  # a fresh decoder's words are too short to ever be sure of one
+    optimizer = torch.optim.AdamW(blip2.freeze(model, 2), lr=2e-3)
+    both = with_placeholders(ids, model.config)
+    labels = torch.full_like(both, -100)
+    labels[:, 13] = ids[:, 5]
+    for _ in range(80):
+        loss, metrics = blip2.language_loss(model(pixels, both), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05 and metrics["accuracy"] == 1
+
+
+@torch.no_grad()
+def test_blip2_the_qformers_own_caption_is_greedy_and_ends_with_sep():
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, c = torch.randn(3, 3, 32, 32), model.config.qformer
+    words = model.caption(pixels, 6)
+    ids = torch.cat([torch.full((3, 1), world.CLS_ID), words], dim=1)
+    assert words.shape == (3, 6) and torch.equal(model.write(model.encode_image(pixels), ids)[:, :-1].argmax(-1), words)
+    ended = int(words[0, 2])  # let a word it says be the end
+    model.config = replace(model.config, qformer=replace(c, sep_token_id=ended))
+    for row, full in zip(model.caption(pixels, 6).tolist(), words.tolist(), strict=True):
+        stop = full.index(ended) + 1 if ended in full else len(row)
+        assert row[:stop] == full[:stop] and set(row[stop:]) <= {ended}
+
+
+def test_blip2_generate_encodes_the_image_once():
+    model, calls = blip2.BLIP2(blip2.PRESETS["tiny"]), []
+    model.vision.register_forward_hook(lambda *_: calls.append(1))
+    model.qformer.register_forward_hook(lambda *_: calls.append(2))
+    pixels, ids = toy_pairs(1)
+    model.generate(with_placeholders(ids, model.config), pixels, max_new_tokens=8)
+    assert calls == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_blip2_in_sixteen_bits_stays_finite_and_near_float32(oracles, dtype):
+    ids, pixels = row_with_queries(9)[None], 3 * torch.randn(1, 3, 32, 32)
+    expected = blip2.BLIP2.from_pretrained(oracles("blip2")[1])(pixels, ids)
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1], dtype=dtype)
+    close(model(pixels, ids).float(), expected, 0.05 if dtype == torch.bfloat16 else 0.01)
+    assert model.generate(ids, pixels, max_new_tokens=4).shape == (1, 4)
+    texts, mask = texts_with_start()
+    full = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
+    half = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1], dtype=dtype)
+    pixels = pixels.expand(3, -1, -1, -1)
+    for mode in ("itc", "itm"):
+        close(getattr(half, mode)(pixels, texts, mask).float(), getattr(full, mode)(pixels, texts, mask), 0.05)
+
+
+def test_blip2_preprocessing_equals_the_published_processor():
+    transformers = quiet_transformers()
+    processor = transformers.BlipImageProcessorPil(size={"height": 224, "width": 224})
+    for image in pictures():
+        theirs = processor(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(blip2.preprocess([image], blip2.PRESETS["blip2-opt-2.7b"].vision), theirs), image
+
+
+def test_blip2_prompts_are_the_papers():
+    assert blip2.build_prompt("what is this?") == "Question: what is this? Answer:"
+    assert blip2.build_prompt(" a photo of ") == "a photo of" and blip2.build_prompt("") == ""
+    with pytest.raises(ValueError, match="leave <image> out"):
+        blip2.build_prompt("<image> what is this?")
+    assert blip2.prompt_ids([2, 7], blip2.PRESETS["blip2-opt-2.7b"]) == [50265] * 32 + [2, 7]
+
+
+def test_blip2_cross_attention_maps_are_of_the_layers_that_look_at_the_image():
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, ids = toy_pairs(2)
+    with torch.no_grad(), blip2.trace(maps=True) as t:
+        model.itm(pixels, ids)
+    crosses = [x for name, x in t.rows if name == "cross-attention weights"]
+    selves = [x for name, x in t.rows if name == "self-attention weights"]
+    assert [list(x.shape) for x in crosses] == [[2, 2, 8, 17]] * 2 and [list(x.shape) for x in selves] == [[2, 2, 15, 15]] * 4
+    assert all(torch.allclose(x.sum(-1), torch.ones(()), atol=1e-5) for x in crosses + selves)
+
+
+BROKEN_BLIP2 = {
+    "tensor is missing": (lambda t: {k: v for k, v in t.items() if k != "query_tokens"}, "1 tensors are missing.*query_tokens"),
+    "fused matrix is missing": (
+        lambda t: {k: v for k, v in t.items() if k != "vision_model.encoder.layers.1.self_attn.qkv.weight"},
+        "3 tensors are missing.*vision.blocks.1.attn.k_proj.weight",
+    ),
+    "tensor is unknown": (lambda t: t | {"qformer.gate": torch.ones(2)}, "unknown tensor 'qformer.gate'"),
+    "text side stands in a checkpoint of stage 2": (
+        lambda t: t | {"qformer.encoder.layer.0.output.dense.bias": torch.ones(24)},
+        "unknown tensor 'qformer.encoder.layer.0.output.dense.bias'",
+    ),
+    "cross-attention stands in a layer without": (
+        lambda t: t | {"qformer.encoder.layer.1.crossattention.output.dense.bias": torch.ones(24)},
+        "unknown tensor 'qformer.encoder.layer.1.crossattention.output.dense.bias'",
+    ),
+    "shape is wrong": (lambda t: t | {"query_tokens": torch.ones(1, 5, 24)}, r"has shape \[1, 5, 24\].*\[1, 6, 24\]"),
+    "fused shape is wrong": (
+        lambda t: t | {"vision_model.encoder.layers.0.self_attn.qkv.bias": torch.ones(93)},
+        r"'vision_model.encoder.layers.0.self_attn.qkv.bias' has shape \[31\].*\[32\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_BLIP2)
+def test_a_blip2_checkpoint_is_refused_when_a(what, oracles, tmp_path):
+    change, message = BROKEN_BLIP2[what]
+    with pytest.raises(ValueError, match=message):
+        blip2.BLIP2.from_pretrained(resave(oracles("blip2")[1], tmp_path / "broken", change))
+
+
+def test_blip2_reads_old_files_and_refuses_other_language_models(oracles, tmp_path):
+    """Old files carry the output matrix a second time and a buffer of positions; sharded ones come in pieces."""
+    oracle, folder = oracles("blip2")
+    expected = dict(blip2.BLIP2.from_pretrained(folder).named_parameters())
+
+    def old(tensors):
+        table = tensors["language_model.model.decoder.embed_tokens.weight"]
+        return tensors | {"language_model.lm_head.weight": table.clone(), "embeddings.position_ids": torch.arange(20)[None]}
+
+    oracle.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    for loaded in (resave(folder, tmp_path / "old", old), tmp_path / "shards"):
+        for name, parameter in blip2.BLIP2.from_pretrained(loaded).named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+    raw = json.loads((folder / "config.json").read_text())
+    for change, message in [
+        ({"model_type": "t5"}, "'t5' language model; blip2.py reads 'opt'"),
+        ({"do_layer_norm_before": False}, "norms after the layers"),
+        ({"word_embed_proj_dim": 16}, "word embeddings of width 16 in an OPT of 32"),
+        ({"tie_word_embeddings": False}, "output matrix is not its word embedding"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            blip2.config_from_published(raw | {"text_config": raw["text_config"] | change}, tmp_path)
+    with pytest.raises(ValueError, match="holds a 'llava' checkpoint; blip2.py reads 'blip-2'"):
+        blip2.BLIP2.from_pretrained(oracles("llava")[1])
+
+
+def test_the_short_published_blip2_configs_mean_the_presets(tmp_path):
+    text = dict(model_type="opt", hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32)
+    text |= dict(word_embed_proj_dim=2560, eos_token_id=50118)
+    raw = {"model_type": "blip-2", "vision_config": {}, "qformer_config": {}, "text_config": text, "image_token_index": 50265}
+    ours = blip2.config_from_published(raw, tmp_path)
+    assert replace(ours, qformer=blip2.QUERIES_ONLY) == blip2.PRESETS["blip2-opt-2.7b"]
+    assert not ours.qformer.text and ours.qformer.queries == 32
+    raw = {"model_type": "blip-2", "qformer_config": {"vocab_size": 30523, "use_qformer_text_input": True}}
+    assert replace(blip2.config_from_published(raw, tmp_path), eos_token_id=50118) == blip2.PRESETS["blip2-itm-vit-g"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: every way to be wrong has its own sentence
 
@@ -1501,7 +1958,8 @@ def fails_in_one_line(call, capsys, *words):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_mask_and_anatomy_print_something_true(family, capsys):
     module = MODULES[family]
-    for option, words in (("--trace", ["[2, 16, 96]"]), ("--show-mask", ["# #", "# ."]), ("--anatomy", ["blocks x 4"])):
+    blocks = {"blip2": "blocks x 3"}.get(family, "blocks x 4")  # of the tiny vision tower
+    for option, words in (("--trace", ["[2, 16, 96]"]), ("--show-mask", ["# #", "# ."]), ("--anatomy", [blocks])):
         module.main([option])
         out = capsys.readouterr().out
         assert all(word in out for word in words), out
