@@ -55,7 +55,7 @@ Paper / published code / this file
       input, bidirectionally, and only the decoder would be causal; loss on the decoder's side. And OPT-350m, the one OPT
       with its norms after the layers.
 
-What to try: --show-mask; give the tiny model 2 queries instead of 8; use the matching mask for ITC and watch the loss
+What to try: --show-mask; give the tiny model 2 queries instead of 16; use the matching mask for ITC and watch the loss
 collapse (why?); leave out ITG and look at the captions; skip stage 1 (train_tiny.py blip2 --ablations).
 """
 
@@ -178,13 +178,13 @@ QUERIES_ONLY = QFormerConfig(text=False)
 OPT_6_7B = OPTConfig(width=4096, mlp_width=16384)
 
 PRESETS = {
-    # what train_tiny.py trains in front of you: the toy CLIP's tower without its last block, 8 queries, a toy OPT
+    # what train_tiny.py trains in front of you: the toy CLIP's tower without its last block, 16 queries, a toy OPT
     "tiny": BLIP2Config(
         VisionConfig(32, 8, width=96, layers=3, heads=4, mlp_width=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         QFormerConfig(
-            8, 512, 64, width=96, layers=4, heads=2, mlp_width=256, dec_token_id=506, sep_token_id=505, pad_token_id=496
+            16, 512, 64, width=96, layers=4, heads=2, mlp_width=256, cross_every=1, dec_token_id=506, sep_token_id=505, pad_token_id=496
         ),
-        OPTConfig(512, width=96, layers=3, heads=2, mlp_width=256, context=256),
+        OPTConfig(512, width=96, layers=3, heads=4, mlp_width=256, context=256),
         embed_dim=64,
         image_token_id=499,
         bos_token_id=497,
@@ -1465,6 +1465,94 @@ def run_weights(args):
         print(f"{path}: do they belong together (ITM), and their cosine (ITC)")
         for i in belongs.argsort(descending=True).tolist():
             print(f"  {100 * belongs[i]:5.1f} %  {cosines[i]:6.3f}  {args.prompt[i]}")
+
+
+@torch.no_grad()
+def query_attention(model, pixels):
+    """What each query looks at: its cross-attention to the patches, mean over heads and layers, [L,rows,columns].
+    pixels [1,3,H,W]; the share that goes to the class token is left out."""
+    with trace(maps=True) as t:
+        model.query(model.encode_image(pixels))
+    maps = torch.stack([x for name, x in t.rows if name == "cross-attention weights"])  # [layers,1,H,L,N+1]
+    maps = maps.mean((0, 2))[0, :, int(model.config.vision.class_token) :]  # [L,N]
+    return maps.view(-1, *patch_grid(*pixels.shape[2:], model.config.vision)).cpu()
+
+
+def heat_picture(image, heat, size):
+    """The image, darkened where little attention falls."""
+    shade = (255 * heat / heat.max()).to(torch.uint8).numpy()
+    shade = Image.fromarray(shade).resize((size, size), Image.Resampling.NEAREST)
+    image = image.resize((size, size), Image.Resampling.NEAREST)
+    return Image.composite(image, Image.new("RGB", image.size), shade)
+
+
+def draw_queries(rows, file, size=64):
+    """PNG: for each (image, heat of every query [L,rows,columns], text) the image, what each query looks at, the text."""
+    across = 1 + min(8, len(rows[0][1]))
+    deep = -(-len(rows[0][1]) // (across - 1))  # lines of queries per image
+    page = Image.new("RGB", (across * (size + 4) + 280, len(rows) * (deep * (size + 4) + 8) + 24), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((4, 4), "image", fill="black")
+    pen.text((size + 8, 4), "what query 0, 1, 2 ... looks at", fill="black")
+    for i, (image, heats, text) in enumerate(rows):
+        y = 24 + i * (deep * (size + 4) + 8)
+        page.paste(image.resize((size, size), Image.Resampling.NEAREST), (4, y))
+        for q, heat in enumerate(heats):
+            line, column = divmod(q, across - 1)
+            page.paste(heat_picture(image, heat, size), ((column + 1) * (size + 4) + 4, y + line * (size + 4)))
+        pen.multiline_text((across * (size + 4) + 12, y + 4), text.replace(", ", ",\n"), fill="black", spacing=4)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page.save(file)
+
+
+def demo(args):
+    """Train the toy BLIP-2 in front of the reader if it is not cached, then show what each stage has taught it."""
+    import train_tiny as tiny
+
+    device, config = check_device(args.device), PRESETS["tiny"]
+    own = [load_image(path) for path in args.image]  # wrong input is found before the training
+    for prompt in args.prompt:
+        if not prompt.strip() or "<image>" in prompt:
+            raise ValueError("the prompt must be words, as in --prompt 'describe the picture.'; the image stands in front by itself")
+        check_room(len(tiny.blip2_prompt(config, prompt)), 16, config)
+    L, rng = config.qformer.queries, tiny.rng_for("blip2 demo")
+    scenes = [tiny.make_scene(rng, split="test") for _ in range(3)]
+    print(f"In goes an image of 32 x 32 pixels: 17 features. {L} queries look at them, and OPT, which never saw an image, reads")
+    print(f"their outputs as if they were words:\n    'USER: ({L} vectors)\\n{tiny.DESCRIBE} ASSISTANT:'")
+    untrained = tiny.untrained_blip2(args.device)
+    print(f"before training OPT says: {tiny.blip2_captions(untrained, scenes[:1])[0]!r}")
+    stage1, model = tiny.demo_blip2(args.device)
+    if own or args.prompt:
+        for prompt in args.prompt or [tiny.DESCRIBE]:
+            for image in own or [tiny.draw(scenes[0])]:
+                print(f"{prompt} -> {answer(model, image, tiny.blip2_prompt(config, prompt), tiny.decode)}")
+        return
+    written, said, rows = tiny.qformer_captions(stage1, scenes), tiny.blip2_captions(model, scenes), []
+    print("\nthree images it has never seen; after stage 1 the Q-Former can write by itself, after stage 2 OPT writes:")
+    for scene, first, second in zip(scenes, written, said, strict=True):
+        right = tiny.caption(scene)
+        print(f"    [{right}]")
+        for stage, text in ((1, first), (2, second)):
+            print(f"        stage {stage}: {text if text != right else 'exactly that'}")
+        heats = query_attention(model, preprocess([tiny.draw(scene)], config.vision).to(device))
+        rows.append((tiny.draw(scene), heats, second))
+    many = [tiny.make_scene(rng, split="test") for _ in range(200)]
+    for stage, texts in ((1, tiny.qformer_captions(stage1, many)), (2, tiny.blip2_captions(model, many))):
+        things, whole = tiny.things_right(texts, many), tiny.exactly_right(texts, many)
+        print(f"after stage {stage}, of 200 more images: {things:.0%} of the things described rightly, {whole:.0%} of the images")
+    contrast, matching = tiny.reranking(stage1, 100)
+    print(f"the right caption among near misses is found by contrast for {contrast:.0%}, by matching for {matching:.0%}")
+    if not (tiny.RUNS / "blip2" / "checkpoint.pt").exists():
+        print("(this model was trained briefly; python train_tiny.py blip2 does all of it, and the demo then shows that one)")
+    print("\nwhere the queries look in the first image (each query's number stands on the patch it looks at most):")
+    heats = rows[0][1]
+    busiest = heats.flatten(1).argmax(1).tolist()
+    for r in range(heats.shape[1]):
+        cells = [",".join(str(q) for q, at in enumerate(busiest) if at == r * heats.shape[2] + c) for c in range(heats.shape[2])]
+        print("    " + " ".join(f"{cell or '.':^14}" for cell in cells))
+    file = tiny.RUNS / "blip2" / "demo.png"
+    draw_queries(rows, file)
+    print(f"written: {file} (three images, and what each query looks at)")
 
 
 class CommandLine(argparse.ArgumentParser):
