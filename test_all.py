@@ -2090,6 +2090,74 @@ def test_llava_weights_from_the_command_line_say_what_the_published_model_says(o
     fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing")
 
 
+def test_blip2_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
+    """End to end: a caption, a question, a beginning to go on from; each as the published processor would ask."""
+    oracle = oracles("blip2")[0]
+    oracle.save_pretrained(tmp_path, max_shard_size="100KB")
+    words = word_list({"<image>": 98, "</s>": 2, "Question": 20, "Answer": 21})
+    tokenizer = save_tokenizer(tmp_path, words, "</s> $A")
+    processor = quiet_transformers().BlipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6])
+    processor.save_pretrained(tmp_path)
+    picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    pixels, image = processor(picture, return_tensors="pt")["pixel_values"], str(tmp_path / "photo.png")
+    expected = []
+    for prompt in ("", "Question: what is this? Answer:", "a red circle in"):
+        ids = torch.tensor([[98] * 6 + tokenizer.encode(prompt).ids])
+        new = oracle.generate(pixel_values=pixels, input_ids=ids, max_new_tokens=32, do_sample=False, eos_token_id=2, pad_token_id=0)
+        expected.append(tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip())
+    assert len(set(expected)) == 3 and min(map(len, expected)) > 20
+    blip2.main(["--weights", str(tmp_path), "--image", image])
+    assert capsys.readouterr().out == expected[0] + "\n"
+    blip2.main(["--weights", str(tmp_path), "--image", image, "--prompt", "what is this?", "--prompt", "a red circle in"])
+    assert capsys.readouterr().out == "\n".join(expected[1:]) + "\n"
+
+    def wrong(*options):
+        return lambda: blip2.main(["--weights", str(tmp_path), *options])
+
+    fails_in_one_line(wrong("--prompt", "what ?"), capsys, "--image")
+    fails_in_one_line(wrong("--image", image, "--prompt", "<image> what ?"), capsys, "leave <image> out")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "67 tokens, the context holds 64")
+    (tmp_path / "tokenizer.json").unlink()
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing")
+
+
+def test_blip2_retrieval_weights_from_the_command_line_judge_as_the_published_model(oracles, tmp_path, capsys):
+    oracle = oracles("blip2 retrieval")[0]
+    oracle.save_pretrained(tmp_path)
+    tokenizer = save_tokenizer(tmp_path, word_list({"<cls>": 30, "<sep>": 31}, 90), "<cls> $A <sep>")
+    processor = quiet_transformers().BlipImageProcessorPil(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    prompts, image = ["a red circle", "what is this", "a blue square in the image"], str(tmp_path / "photo.png")
+    pixels, rows = processor(picture, return_tensors="pt")["pixel_values"], []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        given = dict(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
+        with torch.no_grad():
+            match = oracle(**given, use_image_text_matching_head=True).logits_per_image.softmax(-1)[0, 1].item()
+            cosine = oracle(**given, use_image_text_matching_head=False).logits_per_image.item()
+        rows.append((match, f"  {100 * match:5.1f} %  {cosine:6.3f}  {prompt}"))
+    options = [option for prompt in prompts for option in ("--prompt", prompt)]
+    blip2.main(["--weights", str(tmp_path), "--image", image, *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [line for _, line in sorted(rows, reverse=True)] and image in lines[0]
+    fails_in_one_line(lambda: blip2.main(["--weights", str(tmp_path), "--image", image]), capsys, "--prompt")
+    too_long = ["--weights", str(tmp_path), "--image", image, "--prompt", "red " * 19]
+    fails_in_one_line(lambda: blip2.main(too_long), capsys, "21 tokens, the context holds 20")
+
+
+def test_blip2_anatomy_says_what_trains_and_what_an_image_costs(capsys):
+    blip2.main(["--anatomy", "blip2-opt-2.7b"])
+    out = capsys.readouterr().out
+    assert "stage 2: 107,133,696 trained (2.9 %)" in out and "257 features -> 32 queries" in out and "stage 1" not in out
+    assert "327,680 bytes a token" in out
+    blip2.main(["--anatomy", "blip2-itm-vit-g"])
+    out = capsys.readouterr().out
+    assert "stage 1: 186,082,818 trained (15.9 %)" in out and "stage 2" not in out
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_clip_weights_from_the_command_line_rank_as_the_published_model(oracles, tmp_path, capsys, kind):
     oracle = oracles(kind)[0]
@@ -2685,6 +2753,11 @@ def test_demos_train_answer_and_draw(tmp_path):
 def test_the_toy_presets_have_the_tokenizers_special_tokens():
     assert world.VOCAB_SIZE == clip.PRESETS["tiny"].text.vocab_size == llava.PRESETS["tiny"].language.vocab_size
     assert (world.PAD_ID, world.EOS_ID) == (clip.PRESETS["tiny"].text.pad_token_id, clip.PRESETS["tiny"].text.eos_token_id)
+    tiny = blip2.PRESETS["tiny"]
+    assert world.VOCAB_SIZE == tiny.qformer.vocab_size == tiny.language.vocab_size
+    assert (world.IMAGE_ID, world.BOS_ID, world.EOS_ID) == (tiny.image_token_id, tiny.bos_token_id, tiny.eos_token_id)
+    ids = (tiny.qformer.dec_token_id, tiny.qformer.sep_token_id, tiny.qformer.pad_token_id)
+    assert (world.DEC_ID, world.SEP_ID, world.PAD_ID) == ids
     assert (world.IMAGE_ID, world.EOS_ID) == (llava.PRESETS["tiny"].image_token_id, llava.PRESETS["tiny"].eos_token_id)
 
 
