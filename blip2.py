@@ -182,7 +182,7 @@ PRESETS = {
     "tiny": BLIP2Config(
         VisionConfig(32, 8, width=96, layers=3, heads=4, mlp_width=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         QFormerConfig(
-            16, 512, 64, width=96, layers=4, heads=2, mlp_width=256, cross_every=1, dec_token_id=506, sep_token_id=505, pad_token_id=496
+            16, 512, 64, width=96, layers=4, heads=2, mlp_width=256, dec_token_id=506, sep_token_id=505, pad_token_id=496
         ),
         OPTConfig(512, width=96, layers=3, heads=4, mlp_width=256, context=256),
         embed_dim=64,

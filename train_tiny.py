@@ -1125,7 +1125,7 @@ def llava_ablations(args):
 # BLIP-2
 # ------------------------------------------------------------------------------------------------------------------
 
-OPT_STEPS, QFORMER_STEPS, BLIP2_STEPS, BLIP2_BATCH = 500, 400, 1000, 16
+OPT_STEPS, QFORMER_STEPS, BLIP2_STEPS, BLIP2_BATCH = 500, 450, 1200, 16
 DEMO_BLIP2_STEPS, BLIP2_ABLATION_STEPS = (100, 300), 200            # of both stages for the demo; of stage 2, to compare
 
 
@@ -1192,17 +1192,21 @@ def blip2_stage(model, stage, name, steps, seed=0, bar=None, draw_batch=None, da
     """One of the paper's two stages. draw_batch(step) -> (images, texts) replaces the world by other data."""
     import blip2
     blip2.freeze(model, stage)
-    plan = Plan(name, steps, BLIP2_BATCH, lr=2e-3, muon=1e-2, weight_decay=0.05, seed=seed)
+    plan = Plan(name, steps, BLIP2_BATCH, lr=3e-3, muon=6e-3 if stage == 1 else 1.2e-2, weight_decay=0.1 if stage == 1 else 0.02, seed=seed)
 
     def from_world(step):
-        scenes = [make_scene(rng) for rng in batch_rngs(seed, (stage, step), plan.batch)]
+        rngs = batch_rngs(seed, (stage, step), plan.batch)
+        scenes = [make_scene(rng) for rng in rngs]
+        if stage == 1:                              # two near misses, or contrast and matching would soon have nothing to learn
+            scenes[-2:] = [change_one(scene, rng) for scene, rng in zip(scenes, rngs[-2:])]
         return [draw(scene) for scene in scenes], [caption(scene) for scene in scenes]
 
     def loss_of(step):
         images, texts = (draw_batch or from_world)(step)
         return blip2_loss(model, stage, images, texts, torch.Generator().manual_seed(1_000_003 * seed + step))
 
-    return fit(plan, model, loss_of, data=data, bar=bar)
+    expected = ("ln B + ln 2 + ln V", math.log(2 * BLIP2_BATCH * VOCAB_SIZE)) if stage == 1 else None     # of ITC, ITM, ITG
+    return fit(plan, model, loss_of, expected, data, bar=bar)
 
 
 def toy_qformer(device="cpu", seed=0, steps=None):
@@ -1428,7 +1432,7 @@ def blip2_own_data(args):
     rows = read_folder(args.data, ("text",))
     model = toy_blip2(args.device)
     longest = model.config.language.context - len(blip2_prompt(model.config)) - 2
-    fits = [row for row in rows if len(encode(row[1]["text"])) < longest]
+    fits = [row for row in rows if len(tokenizer().encode_ordinary(row[1]["text"])) < longest]
     if len(fits) < len(rows):
         say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text and are left out")
     if not fits:
