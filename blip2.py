@@ -162,8 +162,7 @@ class BLIP2Config:
     language: OPTConfig | None = None  # None: a model of stage 1 only, for retrieval and matching
     embed_dim: int = 256  # E, where ITC compares
     image_token_id: int = 50265
-    bos_token_id: int = 2  # OPT begins and ends a text with the same token
-    eos_token_id: int = 50118  # "\n", after which BLIP-2 has nothing more to say; see config_from_published
+    eos_token_id: int = 50118  # "\n": an answer is one line
 
     def __post_init__(self):
         if self.language is None and not self.qformer.text:
@@ -187,7 +186,6 @@ PRESETS = {
         OPTConfig(512, width=96, layers=3, heads=4, mlp_width=256, context=256),
         embed_dim=64,
         image_token_id=499,
-        bos_token_id=497,
         eos_token_id=498,
     ),
     "blip2-itm-vit-g": BLIP2Config(),

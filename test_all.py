@@ -2779,7 +2779,7 @@ def test_the_toy_presets_have_the_tokenizers_special_tokens():
     assert (world.PAD_ID, world.EOS_ID) == (clip.PRESETS["tiny"].text.pad_token_id, clip.PRESETS["tiny"].text.eos_token_id)
     tiny = blip2.PRESETS["tiny"]
     assert world.VOCAB_SIZE == tiny.qformer.vocab_size == tiny.language.vocab_size
-    assert (world.IMAGE_ID, world.BOS_ID, world.EOS_ID) == (tiny.image_token_id, tiny.bos_token_id, tiny.eos_token_id)
+    assert (world.IMAGE_ID, world.EOS_ID) == (tiny.image_token_id, tiny.eos_token_id)
     ids = (tiny.qformer.dec_token_id, tiny.qformer.sep_token_id, tiny.qformer.pad_token_id)
     assert (world.DEC_ID, world.SEP_ID, world.PAD_ID) == ids
     assert (world.IMAGE_ID, world.EOS_ID) == (llava.PRESETS["tiny"].image_token_id, llava.PRESETS["tiny"].eos_token_id)

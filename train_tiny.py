@@ -1129,24 +1129,26 @@ OPT_STEPS, QFORMER_STEPS, BLIP2_STEPS, BLIP2_BATCH = 500, 450, 1200, 16
 DEMO_BLIP2_STEPS, BLIP2_ABLATION_STEPS = (100, 300), 200            # of both stages for the demo; of stage 2, to compare
 
 
-def told_line(rng):
-    """A scene told in words, in any order, then described in reading order: for a language model that must find what it
-    needs in what it has been told. In stage 2 of BLIP-2 it is told by vectors instead of words, and does the same."""
+def told_scene(rng):
+    """A scene told in words, in any order, then described in reading order, as (text, is_answer) pieces: for a language
+    model that must find what it needs in what it is told. In stage 2 it is told by vectors, and does the same with them."""
     scene = make_scene(rng)
     told = ", ".join(f"{t.place} a {t.full_name}" for t in rng.sample(scene.things, len(scene.things)))
-    return "".join(text for text, _ in chat(told, [(DESCRIBE, caption(scene))]))
+    return chat(told, [(DESCRIBE, caption(scene))])
 
 
 def toy_opt(device="cpu"):
-    """A decoder pretrained on text alone, half of it told_line, half text_line; BLIP-2 never changes it. In runs/opt."""
+    """A decoder pretrained to describe what it is told, on text alone; BLIP-2 never changes it. In runs/opt. The loss counts
+    what it answers: what it is told is random, and to guess at it would be time lost."""
     import blip2
     torch.manual_seed(0)
     model = blip2.OPT(blip2.PRESETS["tiny"].language).to(device)
 
     def loss_of(step):
-        lines = [told_line(rng) if rng.random() < 0.5 else text_line(rng) for rng in batch_rngs(0, ("opt", step), 32)]
-        ids, mask = pad([encode(line) for line in lines])
-        return blip2.language_loss(model(ids.to(device)), ids.masked_fill(~mask, blip2.IGNORE_INDEX).to(device))
+        lines = [[(encode(text), is_answer) for text, is_answer in told_scene(rng)] for rng in batch_rngs(0, ("opt", step), 32)]
+        ids = pad([sum((part for part, _ in line), []) for line in lines])[0]
+        labels = [sum((part if answer else [blip2.IGNORE_INDEX] * len(part) for part, answer in line), []) for line in lines]
+        return blip2.language_loss(model(ids.to(device)), pad(labels, blip2.IGNORE_INDEX)[0].to(device))
 
     return fit(Plan("opt", OPT_STEPS, 32, lr=3e-3, muon=6e-3), model, loss_of, ("ln V", math.log(VOCAB_SIZE)))
 
@@ -1169,7 +1171,7 @@ def qformer_rows(texts):
 
 
 def blip2_prompt(config, question=DESCRIBE):
-    """The ids of a question about an image: the chat of text_line, told by queries where it is told in words there."""
+    """The ids of a question about an image: as in told_scene, but told by queries in the place of words."""
     return encode(f"USER: {'<image>' * config.qformer.queries}\n{question} ASSISTANT:")
 
 
