@@ -50,7 +50,7 @@ Paper / published code / this file
       constant, and `itc` returns plain cosines, as the published model does.
     - The ITG head. The authors put BERT's transform before the tied output matrix; the published checkpoint has no ITG
       head at all. Here it is the word embedding matrix itself, so ITG costs no parameter.
-    - Label smoothing (0.1 in ITC and ITG) and the momentum queue of BLIP are left out.
+    - Label smoothing (0.1 in ITC and ITG, in the authors' code) is left out. BLIP's momentum queue already was, by BLIP-2.
     - Left out: the encoder-decoder language model (FlanT5). It would get the queries' outputs in front of the *encoder's*
       input, bidirectionally, and only the decoder would be causal; loss on the decoder's side. And OPT-350m, the one OPT
       with its norms after the layers.
@@ -660,7 +660,7 @@ class BLIP2(nn.Module):
         """image [B,N+1,Dv] -> what the queries have found in it, [B,L,D]; no text is involved."""
         return self.qformer(self.query_tokens.expand(len(image), -1, -1), image)[0]
 
-    # Stage 1: three ways to hold an image against a text ...........................................................
+    # Stage 1: three ways to hold an image against a text
 
     def image_features(self, image):
         """image [B,N+1,Dv] -> one vector per query, [B,L,E], of length one."""
@@ -739,7 +739,7 @@ class BLIP2(nn.Module):
                 break
         return ids[:, 1:]
 
-    # Stage 2: the queries' outputs as a prompt ......................................................................
+    # Stage 2: the queries' outputs as a prompt
 
     def embed(self, ids, pixels=None):
         """ids [B,S] with L image_token_ids per image, pixels [n,3,H,W] -> embeddings [B,S,Dt].

@@ -1125,7 +1125,7 @@ def llava_ablations(args):
 # BLIP-2
 # ------------------------------------------------------------------------------------------------------------------
 
-OPT_STEPS, QFORMER_STEPS, BLIP2_STEPS, BLIP2_BATCH = 500, 450, 1200, 16
+OPT_STEPS, QFORMER_STEPS, BLIP2_STEPS, BLIP2_BATCH = 500, 450, 1500, 16
 DEMO_BLIP2_STEPS, BLIP2_ABLATION_STEPS = (100, 300), 200            # of both stages for the demo; of stage 2, to compare
 
 
@@ -1198,7 +1198,8 @@ def blip2_stage(model, stage, name, steps, seed=0, bar=None, draw_batch=None, da
 
     def from_world(step):
         rngs = batch_rngs(seed, (stage, step), plan.batch)
-        scenes = [make_scene(rng) for rng in rngs]
+        # stage 2: many scenes of three and four things, for which 16 vectors must say the most
+        scenes = [make_scene(rng, None if stage == 1 else rng.choice((1, 2, 3, 3, 4, 4))) for rng in rngs]
         if stage == 1:                              # two near misses, or contrast and matching would soon have nothing to learn
             scenes[-2:] = [change_one(scene, rng) for scene, rng in zip(scenes, rngs[-2:])]
         return [draw(scene) for scene in scenes], [caption(scene) for scene in scenes]
