@@ -1515,7 +1515,7 @@ def demo(args):
         check_room(len(tiny.blip2_prompt(config, prompt)), 16, config)
     L, rng = config.qformer.queries, tiny.rng_for("blip2 demo")
     scenes = [tiny.make_scene(rng, split="test") for _ in range(3)]
-    print(f"In goes an image of 32 x 32 pixels: 17 features. {L} queries look at them, and OPT, which never saw an image, reads")
+    print(f"In goes an image of 32 x 32 pixels, 17 features. {L} queries look at them, and OPT, which never saw an image, reads")
     print(f"their outputs as if they were words:\n    'USER: ({L} vectors)\\n{tiny.DESCRIBE} ASSISTANT:'")
     untrained = tiny.untrained_blip2(args.device)
     print(f"before training OPT says: {tiny.blip2_captions(untrained, scenes[:1])[0]!r}")
@@ -1538,11 +1538,12 @@ def demo(args):
     for stage, texts in ((1, tiny.qformer_captions(stage1, many)), (2, tiny.blip2_captions(model, many))):
         things, whole = tiny.things_right(texts, many), tiny.exactly_right(texts, many)
         print(f"after stage {stage}, of 200 more images: {things:.0%} of the things described rightly, {whole:.0%} of the images")
-    contrast, matching = tiny.reranking(stage1, 100)
-    print(f"the right caption among near misses is found by contrast for {contrast:.0%}, by matching for {matching:.0%}")
-    if not (tiny.RUNS / "blip2" / "checkpoint.pt").exists():
-        print("(this model was trained briefly; python train_tiny.py blip2 does all of it, and the demo then shows that one)")
-    print("\nwhere the queries look in the first image (each query's number stands on the patch it looks at most):")
+    if (tiny.RUNS / "blip2" / "checkpoint.pt").exists():
+        contrast, matching = tiny.reranking(stage1, 100)
+        print(f"the right caption among near misses is found by contrast for {contrast:.0%}, by matching for {matching:.0%}")
+    else:
+        print("(both stages were cut short, for you; python train_tiny.py blip2 trains them fully, and the demo then shows that)")
+    print("\nwhere the queries look in the first image (a query's number stands on the patch it looks at most):")
     heats = rows[0][1]
     busiest = heats.flatten(1).argmax(1).tolist()
     for r in range(heats.shape[1]):

@@ -2662,6 +2662,21 @@ def test_blip2_stage_1_repeats_itself_to_the_bit_and_own_captions_train_stage_2(
     assert "short enough" in capsys.readouterr().err
 
 
+def test_blip2_captions_are_counted_right_and_told_scenes_tell_all():
+    scenes = [world.make_scene(random.Random(i), count) for i, count in enumerate((1, 2, 4, 3))]
+    said = [world.caption(scene) for scene in scenes]
+    assert world.things_right(said, scenes) == world.exactly_right(said, scenes) == 1
+    said[2] = ", ".join(said[2].split(", ")[:2])  # two of ten things are not mentioned
+    said[3] = said[3] + ", bottom-right a small red ring"  # one too many: all things are right, the caption is not
+    assert world.things_right(said, scenes) == 0.8 and world.exactly_right(said, scenes) == 0.5
+    for i in range(50):
+        (told, no), (answer, yes) = world.told_scene(random.Random(i))
+        pieces = told.removeprefix("USER: ").split(f"\n{world.DESCRIBE} ASSISTANT:")[0].split(", ")
+        assert (no, yes) == (False, True) and sorted(pieces) == sorted(answer.removesuffix("<eos>").strip().split(", "))
+    assert world.blip2_prompt(blip2.PRESETS["tiny"]).count(world.IMAGE_ID) == 16
+    assert world.frozen_share("blip2-opt-2.7b", 2) == pytest.approx(1 - 107_133_696 / 3_744_679_936)
+
+
 def test_clip_starts_near_ln_b(runs):
     world.train_clip("first", steps=1, batch=64)
     assert log_of(runs / "first")[0]["loss"] == pytest.approx(math.log(64), abs=0.6)
