@@ -1264,7 +1264,7 @@ def things_right(said, scenes):
 
 
 @torch.no_grad()
-def reranking(model, count=200, top=16):
+def reranking(model, count=400, top=16):
     """(recall@1 by contrast alone, recall@1 when matching reorders its first `top`): unseen scenes, each to be found by its
     caption among those of all, and of three scenes each that differ from one of them in a single property."""
     import blip2
