@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import blip2
 import clip
 import llava
 import train_tiny as world
@@ -40,9 +41,8 @@ import vilt
 from kernels import allowed, apply_rope, attention, backend, draw_mask, mrope, rope_1d, rope_2d
 
 ROOT = Path(__file__).resolve().parent
-MODULES = {"clip": clip, "vilt": vilt, "llava": llava}
-
-MODEL_CLASSES = {"clip": clip.CLIP, "vilt": vilt.ViLT, "llava": llava.LLaVA}
+MODULES = {"clip": clip, "vilt": vilt, "blip2": blip2, "llava": llava}
+MODEL_CLASSES = {"clip": clip.CLIP, "vilt": vilt.ViLT, "blip2": blip2.BLIP2, "llava": llava.LLaVA}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: three backends, one answer
@@ -529,7 +529,7 @@ FAMILIES = [name for name in ALL_FAMILIES if (ROOT / f"{name}.py").exists()]
 
 OWN = {  # the same name, on purpose another body: what a family is, and what it says about itself
     "num_image_tokens", "config_from_published", "anatomy", "show_trace", "show_mask", "run_weights", "demo",
-    "VISION_NAMES", "TOWERS", "LEFT_OUT", "PRESETS", "our_tensors",
+    "VISION_NAMES", "TOWERS", "LEFT_OUT", "PRESETS", "our_tensors", "freeze", "build_prompt", "answer",
 }  # fmt: skip
 OWN_IN = {"vilt": {"preprocess", "image_config_from_published"}}  # any aspect ratio, where the others make squares
 
@@ -624,6 +624,8 @@ def make_oracle(kind):
         config = transformers.ViltConfig(**fields)
         heads = {"vilt mlm": "ViltForMaskedLM", "vilt vqa": "ViltForQuestionAnswering", "vilt rank": "ViltForImageAndTextRetrieval"}
         return randomise(getattr(transformers, heads[kind])(config))
+    if kind.startswith("blip2"):
+        return make_blip2_oracle(transformers, retrieval=kind == "blip2 retrieval")
     text = transformers.LlamaConfig(
         **text_fields(max_position_embeddings=256, intermediate_size=80),
         num_key_value_heads=2 if kind == "llava with grouped heads" else 4,
@@ -640,6 +642,26 @@ def make_oracle(kind):
         tie_word_embeddings=kind == "llava with tied embeddings",
     )
     return randomise(transformers.LlavaForConditionalGeneration(config))
+
+
+def make_blip2_oracle(transformers, retrieval):
+    """Four Q-Former layers, so that the image is looked at twice; 6 queries, fewer than the image has patches."""
+    torch.manual_seed(0)
+    text = transformers.OPTConfig(
+        hidden_size=32, ffn_dim=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, max_position_embeddings=64,
+        word_embed_proj_dim=32, eos_token_id=2,
+    )  # fmt: skip
+    qformer = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3, vocab_size=90)
+    config = transformers.Blip2Config(
+        vision_config=vision_fields(),
+        qformer_config=qformer | dict(max_position_embeddings=20, use_qformer_text_input=retrieval),
+        text_config=text.to_dict(),
+        num_query_tokens=6,
+        image_text_hidden_size=16,
+        image_token_index=None if retrieval else 98,
+    )
+    kind = transformers.Blip2ForImageTextRetrieval if retrieval else transformers.Blip2ForConditionalGeneration
+    return randomise(kind(config))
 
 
 @pytest.fixture(scope="session")
@@ -721,6 +743,9 @@ PUBLISHED_COUNTS = {
     ("vilt", "vilt-b32-mlm"): 112_217_658,
     ("vilt", "vilt-b32-finetuned-vqa"): 117_588_537,
     ("vilt", "vilt-b32-finetuned-coco"): 111_595_777,
+    ("blip2", "blip2-itm-vit-g"): 1_172_032_258,
+    ("blip2", "blip2-opt-2.7b"): 3_744_679_936,
+    ("blip2", "blip2-opt-6.7b"): 7_752_738_304,
     ("llava", "llava-1.5-7b"): 7_063_427_072,
     ("llava", "llava-1.5-13b"): 13_351_494_656,
 }
@@ -1311,6 +1336,555 @@ def test_trace_records_stages_and_costs_nothing_when_closed():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# BLIP-2
+
+
+def row_with_queries(words, before=0, seed=0, queries=6):
+    """Ids with the placeholders of one image, `before` words in front of them, the rest behind."""
+    ids = torch.randint(3, 90, (before + queries + words,), generator=torch.Generator().manual_seed(seed))
+    ids[before : before + queries] = 98
+    return ids
+
+
+def texts_with_start(batch=3, length=9, seed=3):
+    """Random texts that begin with [CLS] = 1, of different length, and their mask (padding on the right)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 80, (batch, length), generator=generator)
+    ids[:, 0] = 1
+    lengths = torch.randint(3, length + 1, (batch, 1), generator=generator)
+    return ids, torch.arange(length)[None] < lengths
+
+
+def shift_padding_left(ids, mask):
+    """The same texts with their padding on the left."""
+    rows = [row[m] for row, m in zip(ids, mask, strict=True)]
+    return blip2.pad_rows([row.tolist() for row in rows], 0, left=True)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_blip2_logits_equal_the_published_model(oracles, batch):
+    """Words behind the image and in front of it, with and without padding on the left and on the right."""
+    oracle, folder = oracles("blip2")
+    ours = blip2.BLIP2.from_pretrained(folder)
+    pixels = torch.randn(batch, 3, 32, 32)
+    ids = torch.stack([row_with_queries(12, 4, seed) for seed in range(batch)])
+    close(ours(pixels, ids), oracle(input_ids=ids, pixel_values=pixels).logits)
+    for padding in (slice(0, 3), slice(19, 22)):
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[-1:, padding] = False
+        theirs = oracle(input_ids=ids, pixel_values=pixels, attention_mask=mask.int()).logits
+        close(ours(pixels, ids, mask)[mask], theirs[mask])
+
+
+def test_blip2_generates_the_same_greedy_tokens_as_the_published_model(oracles):
+    oracle, folder = oracles("blip2")
+    ours = blip2.BLIP2.from_pretrained(folder)
+    ids = torch.stack([row_with_queries(9, 0, 1), row_with_queries(4, 5, 2)])
+    pixels, mask = torch.randn(2, 3, 32, 32), torch.ones(2, 15, dtype=torch.bool)
+    mask[1, :5] = False
+    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = oracle.generate(pixel_values=pixels, input_ids=ids, attention_mask=mask.int(), **options)[:, 15:]
+    assert torch.equal(ours.generate(ids, pixels, mask, max_new_tokens=24), theirs)
+    assert torch.equal(ours.generate(ids, pixels, mask, max_new_tokens=24), theirs)  # and again: nothing is remembered
+    alone = oracle.generate(pixel_values=pixels[:1], input_ids=ids[:1], **options)[:, 15:]
+    assert torch.equal(ours.generate(ids[:1], pixels[:1], max_new_tokens=24), alone)
+    no_prompt = oracle.generate(pixel_values=pixels, **options)[:, 7:]  # theirs: the image and a begin-of-text token
+    bos = torch.tensor([[98] * 6 + [2]] * 2)
+    assert torch.equal(ours.generate(bos, pixels, max_new_tokens=24), no_prompt)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_blip2_retrieval_equals_the_published_model_in_both_modes(oracles, batch):
+    oracle, folder = oracles("blip2 retrieval")
+    ours = blip2.BLIP2.from_pretrained(folder)
+    ids, mask = texts_with_start(batch)
+    pixels = torch.randn(batch, 3, 32, 32)
+    for m in (mask, torch.ones_like(mask)):
+        given = dict(input_ids=ids, pixel_values=pixels, attention_mask=m.int())
+        matching = oracle(**given, use_image_text_matching_head=True)
+        close(ours.itm(pixels, ids, m), matching.logits_per_image)
+        contrast = oracle(**given, use_image_text_matching_head=False)
+        close(ours.image_features(ours.encode_image(pixels)), contrast.image_embeds)
+        close(ours.text_features(ids, m), contrast.text_embeds)
+        close(ours.itc(pixels, ids, m), contrast.logits_per_image)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 64), (43, 27)])
+@torch.no_grad()
+def test_blip2_positions_interpolate_to_other_image_sizes_as_published(oracles, size):
+    """Whatever the size, the decoder gets as many vectors as there are queries."""
+    oracle, folder = oracles("blip2")
+    ids, pixels = row_with_queries(5)[None], torch.randn(1, 3, *size)
+    theirs = oracle(input_ids=ids, pixel_values=pixels, interpolate_pos_encoding=True)
+    close(blip2.BLIP2.from_pretrained(folder)(pixels, ids), theirs.logits)
+
+
+@pytest.mark.parametrize("preset", ["blip2-itm-vit-g", "blip2-opt-2.7b", "blip2-opt-6.7b"])
+def test_blip2_presets_have_the_shapes_of_the_published_classes(preset):
+    """Name by name: our preset on the meta device against the class of transformers at the same sizes."""
+    transformers = quiet_transformers()
+    config, opt = blip2.PRESETS[preset], blip2.PRESETS[preset].language
+    sizes = {}
+    if opt is not None:
+        sizes = dict(hidden_size=opt.width, num_hidden_layers=opt.layers, num_attention_heads=opt.heads, ffn_dim=opt.mlp_width)
+    whole = transformers.Blip2Config(
+        qformer_config=dict(vocab_size=config.qformer.vocab_size, use_qformer_text_input=config.qformer.text),
+        text_config=transformers.OPTConfig(**sizes).to_dict(),
+    )
+    kind = transformers.Blip2ForImageTextRetrieval if opt is None else transformers.Blip2ForConditionalGeneration
+    with torch.device("meta"):
+        oracle = kind(whole)
+        ours = {name: p.numel() for name, p in blip2.BLIP2(config).named_parameters()}
+    theirs = [pair for name, p in oracle.named_parameters() for pair in blip2.our_tensors(name, p)]
+    assert {name: tensor.numel() for name, tensor in theirs} == ours
+
+
+@torch.no_grad()
+def test_blip2_padding_on_either_side_gives_the_unpadded_answer(oracles):
+    """Of the decoder, and of the Q-Former in each of its three modes."""
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
+    ids, pixels = row_with_queries(20)[None], torch.randn(1, 3, 32, 32)
+    pad, off, on = torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.bool), torch.ones(1, 26, dtype=torch.bool)
+    expected, words = model(pixels, ids), model.generate(ids, pixels, max_new_tokens=9)
+    left, left_mask = torch.cat([pad, ids], 1), torch.cat([off, on], 1)
+    right, right_mask = torch.cat([ids, pad], 1), torch.cat([on, off], 1)
+    close(model(pixels, left, left_mask)[:, 5:], expected)
+    close(model(pixels, right, right_mask)[:, :26], expected)
+    assert torch.equal(model.generate(left, pixels, left_mask, max_new_tokens=9), words)
+    assert torch.equal(model.generate(right, pixels, right_mask, max_new_tokens=9), words)
+
+    model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
+    pixels, (ids, mask) = torch.randn(3, 3, 32, 32), texts_with_start()
+    assert len({int(n) for n in mask.sum(1)}) > 1
+    image, (left, left_mask) = model.encode_image(pixels), shift_padding_left(ids, mask)
+    for i in range(3):
+        alone = ids[i : i + 1, : int(mask[i].sum())]
+        close(model.itc(pixels, left, left_mask)[:, i], model.itc(pixels, alone)[:, 0])
+        close(model.itm(pixels, left, left_mask)[i], model.itm(pixels[i : i + 1], alone)[0])
+        expected = model.write(image[i : i + 1], alone)[0]
+        close(model.write(image, left, left_mask)[i][left_mask[i]], expected)
+        close(model.write(image, ids, mask)[i][mask[i]], expected)
+        loss = model.itg_loss(pixels[i : i + 1], alone)[0]
+        close(model.itg_loss(pixels[i : i + 1], left[i : i + 1], left_mask[i : i + 1])[0], loss)
+        close(model.itg_loss(pixels[i : i + 1], ids[i : i + 1], mask[i : i + 1])[0], loss)
+
+
+@torch.no_grad()
+def test_blip2_cached_logits_equal_uncached_ones(oracles):
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1]).language
+    ids, mask = torch.randint(0, 90, (2, 21)), torch.ones(2, 21, dtype=torch.bool)
+    mask[1, :4] = False
+    for m in (None, mask):
+        cache, pieces = blip2.Cache(model.config, 2, 21, like=model.embed_tokens.weight), []
+        for start, end in [(0, 9), (9, 10), (10, 14), (14, 21)]:
+            piece = None if m is None or start else m[:, start:end]
+            pieces.append(model.lm_head(model.hidden(model.embed_tokens(ids[:, start:end]), piece, cache)))
+        whole, stepwise = model(ids, m), torch.cat(pieces, 1)
+        real = torch.ones_like(mask) if m is None else m
+        close(stepwise[real], whole[real])
+
+
+def test_qformer_masks_against_tables_by_hand():
+    """2 queries and 3 words; the same with the first word, and with the last, being padding."""
+    table = lambda text: torch.tensor([[c == "#" for c in row] for row in text.split()])
+    hand = {
+        ("contrastive", "###"): "##... ##... ..### ..### ..###",
+        ("matching", "###"): "##### ##### ##### ##### #####",
+        ("generation", "###"): "##... ##... ###.. ####. #####",
+        ("contrastive", ".##"): "##... ##... ..... ...## ...##",
+        ("matching", "##."): "####. ####. ####. ####. .....",
+        ("generation", ".##"): "##... ##... ..... ##.#. ##.##",
+        ("generation", "##."): "##... ##... ###.. ####. .....",
+    }
+    for (attends, real), text in hand.items():
+        mask = torch.tensor([[c == "#" for c in real]])
+        assert torch.equal(allowed(5, 5, **blip2.qformer_rule(attends, 2, 3, mask))[0], table(text)), (attends, real)
+        if "." not in real:
+            assert torch.equal(allowed(5, 5, **blip2.qformer_rule(attends, 2, 3))[0], table(text))
+            lines = [line.strip() for line in blip2.__doc__.splitlines()]  # and the head of the file shows the same
+            assert text.replace(" ", "") in "".join(c for line in lines for c in pick_column(line, attends))
+    with pytest.raises(ValueError, match="unknown attention 'causal'; known: contrastive, matching, generation"):
+        blip2.qformer_rule("causal", 2, 3)
+
+
+def pick_column(line, attends):
+    """The five signs of a row of one of the three tables in blip2's docstring, which stand side by side."""
+    tables = re.match(r"((?:[#.] ){4}[#.]) +((?:[#.] ){4}[#.]) +((?:[#.] ){4}[#.])", line)
+    return tables[1 + blip2.ATTENDS.index(attends)].replace(" ", "") if tables else ""
+
+
+@torch.no_grad()
+def test_blip2_itc_queries_and_words_do_not_meet_and_itg_words_see_no_later_word(oracles):
+    """Leaks are looked for in the outputs: what may not be seen leaves every bit as it was, what may be seen does not."""
+    model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(3, 80, (2, 8))
+    image, queries = model.encode_image(pixels), model.query_tokens.expand(2, -1, -1)
+    changed, other = ids.clone(), model.encode_image(pixels + 1)
+    changed[:, 5] = 81
+
+    def outputs(attends, image, ids):
+        return model.qformer(queries, image, ids, attends=attends)
+
+    for attends, query_sees_text, text_sees_image in (("contrastive", False, False), ("matching", True, True), ("generation", False, True)):
+        before, later, elsewhere = outputs(attends, image, ids), outputs(attends, image, changed), outputs(attends, other, ids)
+        assert torch.equal(before[0], later[0]) != query_sees_text, attends
+        assert torch.equal(before[1], elsewhere[1]) != text_sees_image, attends
+        assert torch.equal(before[1][:, :5], later[1][:, :5]) == (attends == "generation"), attends
+    assert torch.equal(model.write(image, ids)[:, :5], model.write(image, changed)[:, :5])
+    assert not torch.equal(model.write(image, ids)[:, 5], model.write(image, changed)[:, 5])
+    # side by side under the contrastive mask, queries and words give what they give alone
+    together = outputs("contrastive", image, ids)
+    close(together[0], model.query(image))
+    close(together[1], model.qformer(None, None, ids)[1])
+
+
+@torch.no_grad()
+def test_blip2_a_later_word_or_another_image_changes_only_what_follows(oracles):
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
+    ids, pixels = row_with_queries(20, 4)[None], torch.randn(1, 3, 32, 32)
+    before = model(pixels, ids)
+    changed = ids.clone()
+    changed[0, 25] = 1
+    assert torch.equal(model(pixels, changed)[:, :25], before[:, :25])
+    after = model(pixels + 1, ids)
+    assert torch.equal(after[:, :4], before[:, :4]) and not torch.equal(after[:, 4:], before[:, 4:])
+    assert torch.equal(model(None, ids[:, 10:]), model.language(ids[:, 10:]))  # without an image it is its language model
+
+
+@torch.no_grad()
+def test_blip2_the_decoder_gets_as_many_vectors_as_there_are_queries(oracles):
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
+    for size in ((32, 32), (8, 8), (90, 41)):
+        pixels, ids = torch.randn(2, 3, *size), torch.stack([row_with_queries(3, 2, 1), row_with_queries(3, 2, 2)])
+        x = model.embed(ids, pixels)
+        assert blip2.num_image_tokens(*size, model.config) == 6
+        assert torch.equal(x[:, 2:8], model.language_projection(model.query(model.encode_image(pixels))))
+        for wrong, found in ((ids.masked_fill(torch.arange(11) == 3, 5), 10), (ids.masked_fill(torch.arange(11) == 9, 98), 14)):
+            with pytest.raises(ValueError, match=rf"{found} image tokens.*2 image\(s\) need 12: 6 queries each.*{size[0]} x {size[1]}"):
+                model(pixels, wrong)
+    with pytest.raises(ValueError, match="6 image tokens in the ids, but no image"):
+        model(None, ids[:1])
+    with pytest.raises(ValueError, match="smaller than one patch"):
+        blip2.num_image_tokens(7, 32, model.config)
+
+
+def toy_pairs(batch, seed=0):
+    """Random pixels, ids that begin with <cls> and end with <sep>, of the tiny preset."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 400, (batch, 7), generator=generator)
+    ids[:, 0], ids[:, -1] = world.CLS_ID, world.SEP_ID
+    return torch.randn(batch, 3, 32, 32, generator=generator), ids
+
+
+def with_placeholders(ids, config):
+    return torch.cat([torch.full((len(ids), config.qformer.queries), config.image_token_id), ids], dim=1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_blip2_training_moves_what_freeze_says_and_not_one_bit_else(stage):
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, ids = toy_pairs(4)
+    both = ("query_tokens", "vision.ln_post.", "qformer.")
+    trained = both + (("vision_projection.", "text_projection.", "itm_head.") if stage == 1 else ("language_projection.",))
+    text_side = r"qformer\.(word|position)_embeddings|_text\."
+    moves = {n for n, _ in model.named_parameters() if n.startswith(trained) and (stage == 1 or not re.search(text_side, n))}
+    parameters = blip2.freeze(model, stage)
+    assert len(parameters) == len(moves)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        if stage == 1:
+            loss = model.stage1_loss(pixels, ids, generator=torch.Generator().manual_seed(step))[0]
+        else:
+            loss = blip2.language_loss(model(pixels, with_placeholders(ids, model.config)), with_placeholders(ids, model.config))[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == (name in moves), name
+        assert torch.equal(p, before[name]) != (name in moves), name
+    with pytest.raises(ValueError, match="stages 1 and 2"):
+        blip2.freeze(model, 3)
+
+
+def test_blip2_a_model_without_a_side_refuses_what_needs_it(oracles):
+    generative = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
+    retrieval = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
+    pixels, ids = torch.randn(1, 3, 32, 32), torch.randint(3, 80, (1, 5))
+    with pytest.raises(ValueError, match="no text side"):
+        generative.qformer(None, None, ids)
+    with pytest.raises(ValueError, match="cannot train in stage 1: it has no text side"):
+        blip2.freeze(generative, 1)
+    with pytest.raises(ValueError, match="no language model"):
+        retrieval.generate(ids, pixels)
+    with pytest.raises(ValueError, match="cannot train in stage 2: it has no language model"):
+        blip2.freeze(retrieval, 2)
+    with pytest.raises(ValueError, match="nothing to train on"):
+        blip2.BLIP2Config(qformer=blip2.QFormerConfig(text=False))
+
+
+def test_blip2_a_text_longer_than_the_context_is_an_error_with_both_numbers(oracles):
+    model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
+    with pytest.raises(ValueError, match="text of 21 tokens does not fit the Q-Former's context of 20"):
+        model.itc(torch.randn(1, 3, 32, 32), torch.ones(1, 21, dtype=torch.long))
+    model.itc(torch.randn(1, 3, 32, 32), torch.ones(1, 20, dtype=torch.long))
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
+    with pytest.raises(ValueError, match="65 tokens .* context of 64"):
+        model(None, torch.ones(1, 65, dtype=torch.long))
+
+
+def test_blip2_losses_start_where_nothing_is_known():
+    """ln B, ln 2 and ln V; always "no" is not punished more than that in matching."""
+    assert blip2.itc_loss(torch.full((6, 6), 0.3))[0].item() == pytest.approx(math.log(6))
+    assert blip2.itm_loss(torch.zeros(6, 2), 2)[0].item() == pytest.approx(math.log(2))
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, ids = toy_pairs(8)
+    assert model.itg_loss(pixels, ids)[0].item() == pytest.approx(math.log(512), abs=0.2)
+    model.requires_grad_(False)
+    loss = blip2.language_loss(model(pixels, with_placeholders(ids, model.config)), with_placeholders(ids, model.config))[0]
+    assert loss.item() == pytest.approx(math.log(512), abs=0.2)
+
+
+def test_blip2_itc_loss_equals_a_loop_and_the_best_query_speaks_for_its_image():
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.randn(3, 4, 16), dim=-1), F.normalize(torch.randn(3, 16), dim=-1)
+    cosines = blip2.similarity(image, text)
+    for i in range(3):
+        for t in range(3):
+            assert cosines[i, t].item() == pytest.approx(max(float(image[i, q] @ text[t]) for q in range(4)), abs=1e-6)
+    logits = cosines / blip2.ITC_TEMPERATURE
+    rows = [-logits[i].log_softmax(0)[i] for i in range(3)] + [-logits[:, i].log_softmax(0)[i] for i in range(3)]
+    assert blip2.itc_loss(cosines)[0].item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-5)
+    loss, metrics = blip2.itm_loss(torch.tensor([[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]), 1)
+    expected = sum(math.log1p(math.exp(-margin)) for margin in (2, 1, 3)) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and metrics["accuracy"] == 1
+
+
+def test_hard_negatives_are_drawn_in_proportion_to_similarity_and_never_the_same_text():
+    cosines = torch.tensor([[0.9, 0.1, 0.2, 0.2], [0.3, 0.9, 0.3, 0.9], [0.0, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    ids = torch.tensor([[1, 5, 6, 9], [1, 7, 9, 9], [1, 8, 9, 9], [1, 7, 9, 0]])  # 1 and 3 are equal, but for padding
+    same = blip2.same_text(ids, torch.tensor([[True] * 4, [True, True, True, False], [True] * 4, [True, True, True, False]]))
+    assert same.int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(4, 4)
+    for _ in range(4000):
+        index, found = blip2.draw_hard_negatives(cosines, same, generator)
+        counts[torch.arange(4), index] += 1
+        assert found.all()
+    expected = (cosines / blip2.ITC_TEMPERATURE).masked_fill(same, -torch.inf).softmax(-1)
+    assert not counts[same].any() and (counts / 4000 - expected).abs().max() < 0.03
+    index, found = blip2.draw_hard_negatives(cosines, torch.ones(4, 4, dtype=torch.bool))
+    assert not found.any()
+
+
+def test_blip2_every_loss_works_for_a_batch_of_one_and_for_equal_captions():
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    blip2.freeze(model, 1)
+    pixels, ids = toy_pairs(1)
+    loss, metrics = model.stage1_loss(pixels, ids)
+    loss.backward()
+    assert loss.isfinite() and metrics["itc"] == 0  # nothing to tell apart, and no negative: ITM has its positive alone
+    assert metrics["itm"].item() == pytest.approx(F.cross_entropy(model.itm(pixels, ids), torch.ones(1).long()).item(), abs=1e-5)
+    pixels, ids = torch.randn(4, 3, 32, 32), ids.expand(4, -1)
+    loss, metrics = model.stage1_loss(pixels, ids)
+    assert loss.isfinite() and metrics["itc"] >= math.log(4) - 1e-4
+    assert metrics["itm"].item() == pytest.approx(F.cross_entropy(model.itm(pixels, ids), torch.ones(4).long()).item(), abs=1e-5)
+    for p in model.parameters():
+        assert p.grad is None or p.grad.isfinite().all()
+
+
+def test_blip2_stage_1_judges_every_pair_and_its_hard_negatives(monkeypatch):
+    """3B rows: the pairs, each image with a wrong text, each text with a wrong image."""
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, ids = toy_pairs(5)
+    image, judged = model.encode_image(pixels), []
+    match = model.match
+    monkeypatch.setattr(model, "match", lambda *rows: judged.extend(rows) or match(*rows))
+    model.stage1_loss(pixels, ids, generator=torch.Generator().manual_seed(1))
+    which_image = (judged[0][:, None] == image[None]).all(-1).all(-1).int().argmax(1).tolist()
+    which_text = (judged[1][:, None] == ids[None]).all(-1).int().argmax(1).tolist()
+    pairs = list(zip(which_image, which_text, strict=True))
+    assert len(pairs) == 15 and pairs[:5] == [(i, i) for i in range(5)]
+    assert [i for i, _ in pairs[5:10]] == [t for _, t in pairs[10:]] == list(range(5))
+    assert all(i != t for i, t in pairs[5:])
+
+
+def test_blip2_can_learn_one_batch_by_heart():
+    """Four images whose texts differ in their last word only: both stages can tell them by the image alone."""
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, ids = toy_pairs(4)
+    ids[:, :] = ids[0]
+    ids[:, 5] = torch.tensor([5, 6, 7, 8])
+    optimizer = torch.optim.AdamW(blip2.freeze(model, 1), lr=2e-3)
+    for step in range(80):
+        loss, metrics = model.stage1_loss(pixels, ids, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert metrics["itc_accuracy"] == 1 and metrics["itm_accuracy"] == 1 and metrics["itg_accuracy"] == 1 and loss < 0.3
+    assert torch.equal(model.caption(pixels, 9), ids[:, 1:])
+    model.language.embed_tokens.weight.data *= 30  # a fresh decoder's words are too short to ever be sure of one
+    optimizer = torch.optim.AdamW(blip2.freeze(model, 2), lr=2e-3)
+    both = with_placeholders(ids, model.config)
+    labels = torch.full_like(both, -100)
+    labels[:, 21] = ids[:, 5]
+    for _ in range(80):
+        loss, metrics = blip2.language_loss(model(pixels, both), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05 and metrics["accuracy"] == 1
+
+
+@torch.no_grad()
+def test_blip2_the_qformers_own_caption_is_greedy_and_ends_with_sep():
+    torch.manual_seed(0)
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, c = torch.randn(3, 3, 32, 32), model.config.qformer
+    words = model.caption(pixels, 6)
+    ids = torch.cat([torch.full((3, 1), world.CLS_ID), words], dim=1)
+    assert words.shape == (3, 6) and torch.equal(model.write(model.encode_image(pixels), ids)[:, :-1].argmax(-1), words)
+    ids[:, 0] = c.dec_token_id  # which is what write puts in the place of [CLS]
+    queries = model.query_tokens.expand(3, -1, -1)
+    _, told = model.qformer(queries, model.encode_image(pixels), ids[:, :-1], attends="generation")
+    assert torch.equal(F.linear(told, model.qformer.word_embeddings.weight).argmax(-1), words)
+    ended = int(words[0, 2])  # let a word it says be the end
+    model.config = replace(model.config, qformer=replace(c, sep_token_id=ended))
+    for row, full in zip(model.caption(pixels, 6).tolist(), words.tolist(), strict=True):
+        stop = full.index(ended) + 1 if ended in full else len(row)
+        assert row[:stop] == full[:stop] and set(row[stop:]) <= {ended}
+
+
+def test_blip2_generate_encodes_the_image_once():
+    model, calls = blip2.BLIP2(blip2.PRESETS["tiny"]), []
+    model.vision.register_forward_hook(lambda *_: calls.append(1))
+    model.qformer.register_forward_hook(lambda *_: calls.append(2))
+    pixels, ids = toy_pairs(1)
+    model.generate(with_placeholders(ids, model.config), pixels, max_new_tokens=8)
+    assert calls == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_blip2_in_sixteen_bits_stays_finite_and_near_float32(oracles, dtype):
+    ids, pixels = row_with_queries(9)[None], 3 * torch.randn(1, 3, 32, 32)
+    expected = blip2.BLIP2.from_pretrained(oracles("blip2")[1])(pixels, ids)
+    model = blip2.BLIP2.from_pretrained(oracles("blip2")[1], dtype=dtype)
+    close(model(pixels, ids).float(), expected, 0.05 if dtype == torch.bfloat16 else 0.01)
+    assert model.generate(ids, pixels, max_new_tokens=4).shape == (1, 4)
+    texts, mask = texts_with_start()
+    full = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
+    half = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1], dtype=dtype)
+    pixels = pixels.expand(3, -1, -1, -1)
+    for mode in ("itc", "itm"):
+        close(getattr(half, mode)(pixels, texts, mask).float(), getattr(full, mode)(pixels, texts, mask), 0.05)
+
+
+def test_blip2_preprocessing_equals_the_published_processor():
+    transformers = quiet_transformers()
+    processor = transformers.BlipImageProcessorPil(size={"height": 224, "width": 224})
+    for image in pictures():
+        theirs = processor(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(blip2.preprocess([image], blip2.PRESETS["blip2-opt-2.7b"].vision), theirs), image
+
+
+def test_blip2_prompts_are_the_papers():
+    assert blip2.build_prompt("what is this?") == "Question: what is this? Answer:"
+    assert blip2.build_prompt(" a photo of ") == "a photo of" and blip2.build_prompt("") == ""
+    with pytest.raises(ValueError, match="leave <image> out"):
+        blip2.build_prompt("<image> what is this?")
+    assert blip2.prompt_ids([2, 7], blip2.PRESETS["blip2-opt-2.7b"]) == [50265] * 32 + [2, 7]
+
+
+def test_blip2_cross_attention_maps_are_of_the_layers_that_look_at_the_image():
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    pixels, ids = toy_pairs(2)
+    with torch.no_grad(), blip2.trace(maps=True) as t:
+        model.itm(pixels, ids)
+    crosses = [x for name, x in t.rows if name == "cross-attention weights"]
+    selves = [x for name, x in t.rows if name == "self-attention weights"]
+    assert [list(x.shape) for x in crosses] == [[2, 2, 16, 17]] * 2 and [list(x.shape) for x in selves] == [[2, 2, 23, 23]] * 4
+    assert all(torch.allclose(x.sum(-1), torch.ones(()), atol=1e-5) for x in crosses + selves)
+
+
+BROKEN_BLIP2 = {
+    "tensor is missing": (lambda t: {k: v for k, v in t.items() if k != "query_tokens"}, "1 tensors are missing.*query_tokens"),
+    "fused matrix is missing": (
+        lambda t: {k: v for k, v in t.items() if k != "vision_model.encoder.layers.1.self_attn.qkv.weight"},
+        "3 tensors are missing.*vision.blocks.1.attn.k_proj.weight",
+    ),
+    "tensor is unknown": (lambda t: t | {"qformer.gate": torch.ones(2)}, "unknown tensor 'qformer.gate'"),
+    "text side stands in a checkpoint of stage 2": (
+        lambda t: t | {"qformer.encoder.layer.0.output.dense.bias": torch.ones(24)},
+        "unknown tensor 'qformer.encoder.layer.0.output.dense.bias'",
+    ),
+    "cross-attention stands in a layer without": (
+        lambda t: t | {"qformer.encoder.layer.1.crossattention.output.dense.bias": torch.ones(24)},
+        "unknown tensor 'qformer.encoder.layer.1.crossattention.output.dense.bias'",
+    ),
+    "shape is wrong": (lambda t: t | {"query_tokens": torch.ones(1, 5, 24)}, r"has shape \[1, 5, 24\].*\[1, 6, 24\]"),
+    "fused shape is wrong": (
+        lambda t: t | {"vision_model.encoder.layers.0.self_attn.qkv.bias": torch.ones(93)},
+        r"'vision_model.encoder.layers.0.self_attn.qkv.bias' has shape \[31\].*\[32\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_BLIP2)
+def test_a_blip2_checkpoint_is_refused_when_a(what, oracles, tmp_path):
+    change, message = BROKEN_BLIP2[what]
+    with pytest.raises(ValueError, match=message):
+        blip2.BLIP2.from_pretrained(resave(oracles("blip2")[1], tmp_path / "broken", change))
+
+
+def test_blip2_reads_old_files_and_refuses_other_language_models(oracles, tmp_path):
+    """Old files carry the output matrix a second time and a buffer of positions; sharded ones come in pieces."""
+    oracle, folder = oracles("blip2")
+    expected = dict(blip2.BLIP2.from_pretrained(folder).named_parameters())
+
+    def old(tensors):
+        table = tensors["language_model.model.decoder.embed_tokens.weight"]
+        return tensors | {"language_model.lm_head.weight": table.clone(), "embeddings.position_ids": torch.arange(20)[None]}
+
+    oracle.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    for loaded in (resave(folder, tmp_path / "old", old), tmp_path / "shards"):
+        for name, parameter in blip2.BLIP2.from_pretrained(loaded).named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+    wrong = resave(folder, tmp_path / "untied", lambda tensors: {n: t + (n.endswith("lm_head.weight")) for n, t in old(tensors).items()})
+    with pytest.raises(ValueError, match="lm_head.weight' should equal the tensor it is tied to"):
+        blip2.BLIP2.from_pretrained(wrong)
+    raw = json.loads((folder / "config.json").read_text())
+    for change, message in [
+        ({"model_type": "t5"}, "'t5' language model; blip2.py reads 'opt'"),
+        ({"do_layer_norm_before": False}, "norms after the layers"),
+        ({"word_embed_proj_dim": 16}, "word embeddings of width 16 in an OPT of 32"),
+        ({"tie_word_embeddings": False}, "output matrix is not its word embedding"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            blip2.config_from_published(raw | {"text_config": raw["text_config"] | change}, tmp_path)
+    with pytest.raises(ValueError, match="holds a 'llava' checkpoint; blip2.py reads 'blip-2'"):
+        blip2.BLIP2.from_pretrained(oracles("llava")[1])
+
+
+def test_the_short_published_blip2_configs_mean_the_presets(tmp_path):
+    text = dict(model_type="opt", hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32)
+    text |= dict(word_embed_proj_dim=2560, eos_token_id=50118)
+    raw = {"model_type": "blip-2", "vision_config": {}, "qformer_config": {}, "text_config": text, "image_token_index": 50265}
+    ours = blip2.config_from_published(raw, tmp_path)
+    assert replace(ours, qformer=blip2.QUERIES_ONLY) == blip2.PRESETS["blip2-opt-2.7b"]
+    assert not ours.qformer.text and ours.qformer.queries == 32
+    raw = {"model_type": "blip-2", "qformer_config": {"vocab_size": 30523, "use_qformer_text_input": True}}
+    assert replace(blip2.config_from_published(raw, tmp_path), eos_token_id=50118) == blip2.PRESETS["blip2-itm-vit-g"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: every way to be wrong has its own sentence
 
 
@@ -1480,8 +2054,9 @@ def fails_in_one_line(call, capsys, *words):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_mask_and_anatomy_print_something_true(family, capsys):
     module = MODULES[family]
-    tokens = "[2, 24, 96]" if family == "vilt" else "[2, 16, 96]"
-    for option, words in (("--trace", [tokens]), ("--show-mask", ["# #", "# ."]), ("--anatomy", ["blocks x 4"])):
+    tokens = {"vilt": "[2, 24, 96]"}.get(family, "[2, 16, 96]")  # ViLT's stream has 7 words in it too
+    blocks = {"blip2": "blocks x 3"}.get(family, "blocks x 4")  # of the tiny vision tower
+    for option, words in (("--trace", [tokens]), ("--show-mask", ["# #", "# ."]), ("--anatomy", [blocks])):
         module.main([option])
         out = capsys.readouterr().out
         assert all(word in out for word in words), out
@@ -1610,6 +2185,74 @@ def test_llava_weights_from_the_command_line_say_what_the_published_model_says(o
     fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json cannot be read")
     (tmp_path / "tokenizer.json").unlink()
     fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing")
+
+
+def test_blip2_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
+    """End to end: a caption, a question, a beginning to go on from; each as the published processor would ask."""
+    oracle = oracles("blip2")[0]
+    oracle.save_pretrained(tmp_path, max_shard_size="100KB")
+    words = word_list({"<image>": 98, "</s>": 2, "Question": 20, "Answer": 21})
+    tokenizer = save_tokenizer(tmp_path, words, "</s> $A")
+    processor = quiet_transformers().BlipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6])
+    processor.save_pretrained(tmp_path)
+    picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    pixels, image = processor(picture, return_tensors="pt")["pixel_values"], str(tmp_path / "photo.png")
+    expected = []
+    for prompt in ("", "Question: what is this? Answer:", "a red circle in"):
+        ids = torch.tensor([[98] * 6 + tokenizer.encode(prompt).ids])
+        new = oracle.generate(pixel_values=pixels, input_ids=ids, max_new_tokens=32, do_sample=False, eos_token_id=2, pad_token_id=0)
+        expected.append(tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip())
+    assert len(set(expected)) > 1 and min(map(len, expected)) > 20
+    blip2.main(["--weights", str(tmp_path), "--image", image])
+    assert capsys.readouterr().out == expected[0] + "\n"
+    blip2.main(["--weights", str(tmp_path), "--image", image, "--prompt", "what is this?", "--prompt", "a red circle in"])
+    assert capsys.readouterr().out == "\n".join(expected[1:]) + "\n"
+
+    def wrong(*options):
+        return lambda: blip2.main(["--weights", str(tmp_path), *options])
+
+    fails_in_one_line(wrong("--prompt", "what ?"), capsys, "--image")
+    fails_in_one_line(wrong("--image", image, "--prompt", "<image> what ?"), capsys, "leave <image> out")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "67 tokens, the context holds 64")
+    (tmp_path / "tokenizer.json").unlink()
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing")
+
+
+def test_blip2_retrieval_weights_from_the_command_line_judge_as_the_published_model(oracles, tmp_path, capsys):
+    oracle = oracles("blip2 retrieval")[0]
+    oracle.save_pretrained(tmp_path)
+    tokenizer = save_tokenizer(tmp_path, word_list({"<cls>": 30, "<sep>": 31}, 90), "<cls> $A <sep>")
+    processor = quiet_transformers().BlipImageProcessorPil(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    prompts, image = ["a red circle", "what is this", "a blue square in the image"], str(tmp_path / "photo.png")
+    pixels, rows = processor(picture, return_tensors="pt")["pixel_values"], []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        given = dict(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
+        with torch.no_grad():
+            match = oracle(**given, use_image_text_matching_head=True).logits_per_image.softmax(-1)[0, 1].item()
+            cosine = oracle(**given, use_image_text_matching_head=False).logits_per_image.item()
+        rows.append((match, f"  {100 * match:5.1f} %  {cosine:6.3f}  {prompt}"))
+    options = [option for prompt in prompts for option in ("--prompt", prompt)]
+    blip2.main(["--weights", str(tmp_path), "--image", image, *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [line for _, line in sorted(rows, reverse=True)] and image in lines[0]
+    fails_in_one_line(lambda: blip2.main(["--weights", str(tmp_path), "--image", image]), capsys, "--prompt")
+    too_long = ["--weights", str(tmp_path), "--image", image, "--prompt", "red " * 19]
+    fails_in_one_line(lambda: blip2.main(too_long), capsys, "21 tokens, the context holds 20")
+
+
+def test_blip2_anatomy_says_what_trains_and_what_an_image_costs(capsys):
+    blip2.main(["--anatomy", "blip2-opt-2.7b"])
+    out = capsys.readouterr().out
+    assert "stage 2: 107,133,696 trained (2.9 %)" in out and "257 features -> 32 queries" in out and "stage 1" not in out
+    assert "327,680 bytes a token" in out
+    blip2.main(["--anatomy", "blip2-itm-vit-g"])
+    out = capsys.readouterr().out
+    assert "stage 1: 186,082,818 trained (15.9 %)" in out and "stage 2" not in out
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -2092,6 +2735,41 @@ def test_clip_interrupted_and_resumed_is_the_same_to_the_bit(runs, monkeypatch):
         assert torch.equal(a, b), name
 
 
+def test_blip2_stage_1_repeats_itself_to_the_bit_and_own_captions_train_stage_2(runs, tmp_path, monkeypatch, capsys):
+    """Hard negatives are drawn too: they must depend on the step alone. Own data: the towers are random here, to be quick."""
+    def fresh(*_):
+        torch.manual_seed(0)
+        return blip2.BLIP2(blip2.PRESETS["tiny"])
+
+    once, again = (world.blip2_stage(fresh(), 1, name, 3).state_dict() for name in ("once", "again"))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    monkeypatch.setattr(world, "toy_blip2", fresh)
+    good = [json.dumps({"file_name": "a.png", "text": f"text {i} <image>"}) for i in range(5)]
+    long = json.dumps({"file_name": "a.png", "text": "word " * 200})
+    folder = make_folder(tmp_path / "own", [*good, long, '{"file_name": "a.png"}'], ["a.png"])
+    assert world.main(["blip2", "--data", str(folder), "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "6 rows, 1 left out" in out and "1 rows have more than" in out
+    with pytest.raises(SystemExit):
+        world.main(["blip2", "--data", str(make_folder(tmp_path / "long", [long], ["a.png"])), "--steps", "2"])
+    assert "short enough" in capsys.readouterr().err
+
+
+def test_blip2_captions_are_counted_right_and_told_scenes_tell_all():
+    scenes = [world.make_scene(random.Random(i), count) for i, count in enumerate((1, 2, 4, 3))]
+    said = [world.caption(scene) for scene in scenes]
+    assert world.things_right(said, scenes) == world.exactly_right(said, scenes) == 1
+    said[2] = ", ".join(said[2].split(", ")[:2])  # two of ten things are not mentioned
+    said[3] = said[3] + ", bottom-right a small red ring"  # one too many: all things are right, the caption is not
+    assert world.things_right(said, scenes) == 0.8 and world.exactly_right(said, scenes) == 0.5
+    for i in range(50):
+        (told, no), (answer, yes) = world.told_scene(random.Random(i))
+        pieces = told.removeprefix("USER: ").split(f"\n{world.DESCRIBE} ASSISTANT:")[0].split(", ")
+        assert (no, yes) == (False, True) and sorted(pieces) == sorted(answer.removesuffix("<eos>").strip().split(", "))
+    assert world.blip2_prompt(blip2.PRESETS["tiny"]).count(world.IMAGE_ID) == 16
+    assert world.frozen_share("blip2-opt-2.7b", 2) == pytest.approx(1 - 107_133_696 / 3_744_679_936)
+
+
 def test_clip_starts_near_ln_b(runs):
     world.train_clip("first", steps=1, batch=64)
     assert log_of(runs / "first")[0]["loss"] == pytest.approx(math.log(64), abs=0.6)
@@ -2194,12 +2872,12 @@ def test_the_claims_table_and_the_exit_status(runs, monkeypatch, capsys):
 
 @pytest.mark.skipif("CI" not in os.environ and "SLOW" not in os.environ, reason="trains for minutes; set SLOW=1")
 def test_demos_train_answer_and_draw(tmp_path):
-    for family in ("clip", "llava"):
+    for family in ("clip", "llava", "blip2"):
         done = run(str(ROOT / f"{family}.py"), "--demo", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / "runs" / family / "demo.png").exists() and "after training" in done.stdout
-        share = re.search(r"of 200 more questions (\d+)%|after training, for (\d+)%", done.stdout)
-        assert max(map(int, filter(None, share.groups()))) >= (90 if family == "clip" else 75), done.stdout
+        assert (tmp_path / "runs" / family / "demo.png").exists() and re.search("after (training|stage 2)", done.stdout)
+        share = re.search(r"of 200 more questions (\d+)%|after training, for (\d+)%|after stage 2, .* (\d+)% of the things", done.stdout)
+        assert max(map(int, filter(None, share.groups()))) >= {"clip": 90, "llava": 75, "blip2": 70}[family], done.stdout
     done = run(str(ROOT / "train_tiny.py"), "clip", cwd=tmp_path)   # trained already: only the claims are measured
     assert done.returncode == 0 and done.stdout.count("| holds |") == 3, done.stdout
 
@@ -2207,6 +2885,11 @@ def test_demos_train_answer_and_draw(tmp_path):
 def test_the_toy_presets_have_the_tokenizers_special_tokens():
     assert world.VOCAB_SIZE == clip.PRESETS["tiny"].text.vocab_size == llava.PRESETS["tiny"].language.vocab_size
     assert (world.PAD_ID, world.EOS_ID) == (clip.PRESETS["tiny"].text.pad_token_id, clip.PRESETS["tiny"].text.eos_token_id)
+    tiny = blip2.PRESETS["tiny"]
+    assert world.VOCAB_SIZE == tiny.qformer.vocab_size == tiny.language.vocab_size
+    assert (world.IMAGE_ID, world.EOS_ID) == (tiny.image_token_id, tiny.eos_token_id)
+    ids = (tiny.qformer.dec_token_id, tiny.qformer.sep_token_id, tiny.qformer.pad_token_id)
+    assert (world.DEC_ID, world.SEP_ID, world.PAD_ID) == ids
     assert (world.IMAGE_ID, world.EOS_ID) == (llava.PRESETS["tiny"].image_token_id, llava.PRESETS["tiny"].eos_token_id)
 
 
