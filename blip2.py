@@ -56,8 +56,8 @@ Paper / published code / this file
       with its norms after the layers.
 
 What to try: --show-mask; give the tiny model 2 queries instead of 16; use the matching mask for ITC and watch the loss
-collapse (why?); leave out ITG and look at the captions; skip stage 1 (train_tiny.py blip2 --ablations) and explain why
-the toy does not miss it: how alike are the queries' outputs after stage 1, and after stage 2?
+collapse (why?); leave out ITG and look at the captions; skip stage 1 (train_tiny.py blip2 --ablations), or make
+it half as long: how alike are the queries' outputs after stage 1, and after stage 2?
 """
 
 import argparse
