@@ -4,10 +4,10 @@ ViLT: one transformer reads words and patches together, and nothing is done to e
     ViLT    Kim et al. 2021, ViLT: Vision-and-Language Transformer Without Convolution or Region Supervision,
             arXiv 2102.03334
 
-The idea. Before ViLT an image first went through an object detector or a deep ResNet, which cost many times more than
-the transformer that then compared it with the text. ViLT leaves all of that out: a patch is embedded as cheaply as a
-word, by one linear map, and a single encoder does all the rest -- seeing, reading, and relating the two. From the first
-layer on, every word looks at every patch and every patch at every word (early fusion, single stream).
+The idea. Before ViLT an image first went through a deep ResNet, and often an object detector behind it, which cost more
+than the transformer that then compared it with the text. ViLT leaves all of that out: a patch is embedded as cheaply as
+a word, by one linear map, and a single encoder does all the rest -- seeing, reading, and relating the two. From the
+first layer on, every word looks at every patch and every patch at every word (early fusion, single stream).
 
     "a red circle"  ids [B,T]                        image [B,3,H,W], any aspect ratio
       | word + position + segment, LayerNorm           | PxP patches, one linear map each
@@ -1142,7 +1142,7 @@ def demo(args):
     print("{patches} GFLOP to embed and {encoder} to read together with the text; a ResNet-101 before it, {resnet} more.".format(**gflops))
     torch.manual_seed(0)
     untrained = ViLT(config).to(device).eval()
-    words = tiny.masked_words(rng, 100)
+    words = tiny.masked_words(rng, 200)
     print(f"before training {tiny.recovered(untrained, words):.0%} of masked colours, shapes and places are guessed")
     model = tiny.demo_vilt(args.device)
     if images or prompts:
@@ -1152,6 +1152,8 @@ def demo(args):
                 print(f"    {tiny.vilt_respond(model, image, prompt)}")
         return
     print(f"after training, {tiny.recovered(model, words):.0%}; with a wrong image beside the text, {tiny.recovered(model, words, wrong_image=True):.0%}")
+    if not (tiny.RUNS / "vilt" / "checkpoint.pt").exists():
+        print("(this model had a third of the training; python train_tiny.py vilt gives it all, and the demo then shows that one)")
     print("\nhidden words of images it has never seen:")
     for scene in scenes[:2]:
         text = tiny.caption(scene)
