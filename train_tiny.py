@@ -928,7 +928,7 @@ def clip_ablations(args):
 
 VILT_STEPS, VILT_BATCH = 1300, 32
 WPA_WEIGHT, WPA_NEAR, WPA_FAR = 1.5, 0.3, 1.0                       # (the paper's weight is 0.1, over 100 times the steps)
-DEMO_VILT_STEPS, VILT_ABLATION_STEPS = 450, 800
+DEMO_VILT_STEPS, VILT_ABLATION_STEPS = 450, 700
 
 
 def short_caption(scene):
