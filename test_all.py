@@ -2386,6 +2386,12 @@ def test_wrong_use_of_the_command_line_costs_one_line_and_status_2(family, capsy
     fails_in_one_line(lambda: main(["--weights", "/no/where", "--image", "x", "--prompt", "y"]), capsys, "no such image")
 
 
+def test_vilts_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(runs, capsys):
+    fails_in_one_line(lambda: vilt.main(["--demo", "--prompt", "red " * 60]), capsys, "63 tokens, the context holds 40")
+    fails_in_one_line(lambda: vilt.main(["--demo", "--prompt", " "]), capsys, "empty")
+    assert not list(runs.iterdir())
+
+
 def test_a_mistake_in_a_real_shell_leaves_no_traceback(tmp_path):
     done = run(str(ROOT / "llava.py"), "--demo", "--image", "missing.png", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == "llava.py: no such image: missing.png\n" and not done.stdout
@@ -3335,6 +3341,10 @@ def test_demos_train_answer_and_draw(tmp_path):
 def test_the_toy_presets_have_the_tokenizers_special_tokens():
     assert world.VOCAB_SIZE == clip.PRESETS["tiny"].text.vocab_size == llava.PRESETS["tiny"].language.vocab_size
     assert (world.PAD_ID, world.EOS_ID) == (clip.PRESETS["tiny"].text.pad_token_id, clip.PRESETS["tiny"].text.eos_token_id)
+    tiny = vilt.PRESETS["tiny"]
+    assert world.VOCAB_SIZE == tiny.vocab_size
+    ids = (tiny.pad_token_id, tiny.cls_token_id, tiny.sep_token_id, tiny.mask_token_id)
+    assert (world.PAD_ID, world.CLS_ID, world.SEP_ID, world.MASK_ID) == ids
     tiny = blip2.PRESETS["tiny"]
     assert world.VOCAB_SIZE == tiny.qformer.vocab_size == tiny.language.vocab_size
     assert (world.IMAGE_ID, world.EOS_ID) == (tiny.image_token_id, tiny.eos_token_id)
