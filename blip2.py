@@ -31,12 +31,16 @@ what differs is who may look at whom (rows look at columns; here 2 queries, then
     . . # # #             # # # # #             # # # # .      ITG: a word sees the queries and the words before it:
     . . # # #             # # # # #             # # # # #           only through the queries can the image help to write
 
+ITC needs no mask in the code: queries alone and words alone, in two passes, are the same as that picture, and then any
+image can be held against any text.
+
 Stage 2 (paper 3.3) puts the queries' outputs in front of the frozen language model, as a prompt made of vectors, and
 trains Q-Former and projection on the loss of the text that follows.
 
 Axis letters, here and in all seven files: B batch, T text length, S joint length, N images or patches, P patch size,
 D width, H heads, K key/value heads, Dh head width, L latents or queries, F frames, V vocabulary, E shared embedding
-width. Two of them, H and W, are also an image's height and width: [B,3,H,W] is always pixels.
+width. Two of them, H and W, are also an image's height and width: [B,3,H,W] is always pixels. Here D is the Q-Former's
+width, Dv the vision tower's, Dt the decoder's; Bi and Bt count images and texts where they may differ.
 
 Three conventions on which code in this field disagrees
     masks   True means "may attend" or "real token".
@@ -44,19 +48,25 @@ Three conventions on which code in this field disagrees
     norms   the towers normalise before a layer (pre-norm), the Q-Former after it, because BERT did.
 
 Paper / published code / this file
+    - Where the Q-Former begins. It starts as BERT-base, cross-attention new (paper 3.1), the queries' feed-forward a copy of
+      the text's (the authors' code). Here it starts from random weights: the toy world has no BERT.
     - What is frozen. The LayerNorm on top of the vision tower (ln_post) is new and does train, as in the authors' code,
       though the paper says "frozen image encoder"; their ViT-g stops one layer early (39 of 40, paper 3.4).
     - The temperature of ITC is learned in the authors' code and missing in the published checkpoint. Here it is a
       constant, and `itc` returns plain cosines, as the published model does.
     - The ITG head. The authors put BERT's transform before the tied output matrix; the published checkpoint has no ITG
       head at all. Here it is the word embedding matrix itself, so ITG costs no parameter.
-    - Label smoothing (0.1 in ITC and ITG, in the authors' code) is left out. BLIP's momentum queue already was, by BLIP-2.
+    - Hard negatives. The authors exclude only the pair itself, so that an equal caption can be called wrong, and add 1e-4 to
+      every chance. Here equal texts are never drawn, and nothing is added.
+    - Left out: label smoothing (0.1 in ITC and ITG in the authors' code), and beam search (they write captions with 5 beams;
+      decoding here is greedy or sampled). BLIP's momentum queue was dropped by BLIP-2 itself.
     - Left out: the encoder-decoder language model (FlanT5). It would get the queries' outputs in front of the *encoder's*
       input, bidirectionally, and only the decoder would be causal; loss on the decoder's side. And OPT-350m, the one OPT
       with its norms after the layers.
 
-What to try: --show-mask; give the tiny model 2 queries instead of 16; use the matching mask for ITC and watch the loss
-collapse (why?); leave out ITG and look at the captions; skip stage 1 (train_tiny.py blip2 --ablations), or make
+What to try: --show-mask; give the tiny model 2 queries instead of 16; let ITC's queries and words go through the Q-Former
+together, pair by pair, with the matching mask, and watch the loss collapse (why?); leave out ITG and look at the captions
+(the cache does not notice a changed loss: train with --fresh); skip stage 1 (train_tiny.py blip2 --ablations), or make
 it half as long: how alike are the queries' outputs after stage 1, and after stage 2?
 """
 
@@ -196,7 +206,7 @@ PRESETS = {
 
 
 def patch_grid(height, width, config):
-    """(rows, columns) of whole patches in an image of height x width pixels (config: VisionConfig). A border narrower
+    """(rows, columns) of whole patches in an image of height x width pixels, patch_size taken from config. A border narrower
     than a patch is dropped, as the convolution does. Raises ValueError when not even one patch fits."""
     rows, columns = height // config.patch_size, width // config.patch_size
     if rows < 1 or columns < 1:
@@ -396,8 +406,8 @@ ATTENDS = ("contrastive", "matching", "generation")
 def qformer_rule(attends, L, T, mask=None):
     """Who may look at whom among L queries and T words behind them (paper 3.2, Figure 2) -> arguments of kernels.attention.
 
-    attends: "contrastive", "matching" or "generation"; mask [B,T] (True = real word; None: all) or, for the arguments of
-    one row, nothing. Padding is in segment -1, which nobody looks at and which looks at nobody.
+    attends: "contrastive", "matching" or "generation"; mask [B,T], True = real word; without a mask all words are real and
+    B is 1. Padding is in segment -1, which nobody looks at and which looks at nobody.
     """
     if attends not in ATTENDS:
         raise ValueError(f"unknown attention {attends!r}; known: {', '.join(ATTENDS)}")
@@ -486,10 +496,13 @@ class QFormer(nn.Module):
             elif name.endswith("proj.bias") or ".fc" in name:
                 nn.init.zeros_(parameter)
 
-    def embed(self, ids, mask=None):
-        """ids [B,T], mask [B,T] -> word and position embeddings [B,T,D]."""
+    def check_text(self):
         if not self.config.text:
             raise ValueError("this Q-Former has no text side (a checkpoint of stage 2): no ITC, ITM or ITG with it")
+
+    def embed(self, ids, mask=None):
+        """ids [B,T], mask [B,T] -> word and position embeddings [B,T,D]."""
+        self.check_text()
         if ids.shape[1] > self.config.context:
             raise ValueError(f"a text of {ids.shape[1]} tokens does not fit the Q-Former's context of {self.config.context}")
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -498,6 +511,10 @@ class QFormer(nn.Module):
         return self.word_embeddings(ids) + self.position_embeddings(positions)
 
     def forward(self, queries=None, image=None, ids=None, mask=None, attends="contrastive"):
+        if queries is None and ids is None or queries is not None and image is None:
+            raise ValueError("the Q-Former needs queries with the features of an image, or ids, or both")
+        if queries is not None and ids is not None and len(queries) != len(ids):
+            raise ValueError(f"{len(queries)} images and {len(ids)} texts: matching and generation read pairs, one text per image")
         L, T = 0 if queries is None else queries.shape[1], 0 if ids is None else ids.shape[1]
         parts = ([] if queries is None else [queries]) + ([] if ids is None else [self.embed(ids, mask)])
         x = self.layernorm(torch.cat(parts, dim=1))  # [B,L+T,D]
@@ -665,6 +682,7 @@ class BLIP2(nn.Module):
 
     def image_features(self, image):
         """image [B,N+1,Dv] -> one vector per query, [B,L,E], of length one."""
+        self.qformer.check_text()
         return note("image features to compare", F.normalize(self.vision_projection(self.query(image)), dim=-1))
 
     def text_features(self, ids, mask=None):
@@ -675,6 +693,7 @@ class BLIP2(nn.Module):
 
     def itc(self, pixels, ids, mask=None):
         """Image-text contrast: pixels [Bi,3,H,W], ids [Bt,T] -> cosines [Bi,Bt], the best query speaking for its image."""
+        self.qformer.check_text()  # before the vision tower runs
         return note("ITC cosines", similarity(self.image_features(self.encode_image(pixels)), self.text_features(ids, mask)))
 
     def match(self, image, ids, mask=None):
@@ -702,7 +721,7 @@ class BLIP2(nn.Module):
     def stage1_loss(self, pixels, ids, mask=None, generator=None):
         """The sum of the three losses (paper 3.2) for B pairs; the image is encoded once. -> loss, metrics.
 
-        generator: of the hard negatives, a torch.Generator on the CPU. ITM judges up to 3B pairs: each image with its
+        generator: a torch.Generator on the CPU, from which the hard negatives are drawn. ITM judges up to 3B pairs: each image with its
         text, with a wrong text that ITC finds similar, and each text with such a wrong image. What has no wrong partner
         (a batch of one, or of equal texts) goes without.
         """
@@ -756,6 +775,8 @@ class BLIP2(nn.Module):
             if found:
                 raise ValueError(f"{found} image tokens in the ids, but no image was given")
             return x
+        if pixels.ndim != 4:
+            raise ValueError(f"pixels must be [n,3,H,W], got {list(pixels.shape)}")
         n, _, height, width = pixels.shape
         each = num_image_tokens(height, width, self.config)
         if found != n * each:
@@ -793,12 +814,14 @@ def freeze(model, stage):
     """Set what trains (paper 3.2 and 3.3). Stage 1: queries, Q-Former and the heads of its losses. Stage 2: queries, the
     Q-Former without its text side, and the projection to the language model. In both also ln_post, the vision tower's
     last LayerNorm, as in the authors' code. Never anything else: the towers' knowledge is what is borrowed, and at the
-    published sizes there is no money to relearn it. Returns the parameters that train."""
+    published sizes relearning it would cost too much. Returns the parameters that train."""
     if stage not in (1, 2):
         raise ValueError(f"BLIP-2 trains in stages 1 and 2, not {stage!r}")
     c = model.config
-    if not c.qformer.text if stage == 1 else c.language is None:
-        raise ValueError(f"this model cannot train in stage {stage}: it has no {'text side' if stage == 1 else 'language model'}")
+    if stage == 1 and not c.qformer.text:
+        raise ValueError("this model cannot train in stage 1: it has no text side")
+    if stage == 2 and c.language is None:
+        raise ValueError("this model cannot train in stage 2: it has no language model")
     model.requires_grad_(False)
     model.query_tokens.requires_grad_(True)
     trained = [model.vision.ln_post, model.qformer]
@@ -936,7 +959,7 @@ def generate(language, x, mask=None, max_new_tokens=64, temperature=0.0, top_k=N
 
 
 def build_prompt(question):
-    """The paper's form of a question (appendix); any other text is continued as it stands; none gives a caption.
+    """The paper's form of a question to OPT (4.1); any other text is continued as it stands; none asks for a caption.
 
     >>> build_prompt("what is this?")
     'Question: what is this? Answer:'
@@ -1370,7 +1393,7 @@ def anatomy(name):
         cache = 2 * c.layers * c.kv_heads * c.head_width  # numbers per token: keys and values of every layer
         lines += [
             f"FLOPs: {count_flops(lambda: model.language.hidden(prompt)):,} for the decoder to read them with {words} words,",
-            f"{2 * (count_parameters(model.language) - c.context * c.width):,} for each new word (and its attention)",
+            f"{2 * (count_parameters(model.language) - (c.context + OPT.OFFSET) * c.width):,} for each new word, but for its attention",
             f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cache * tokens:,} for one image",
         ]
     return "\n".join(lines)
@@ -1470,7 +1493,9 @@ def run_weights(args):
     model = BLIP2.from_pretrained(folder, getattr(torch, args.dtype), check_device(args.device))
     for path, image in zip(args.image, images, strict=True):
         if config.language is not None:
-            print("\n".join(answer(model, image, row, tokenizer.decode) for row in rows))
+            for prompt, row in zip(prompts or [""], rows, strict=True):
+                asked = f"{path}: {prompt} -> " if len(images) * len(rows) > 1 else ""  # one answer needs no label
+                print(asked + answer(model, image, row, tokenizer.decode))
             continue
         belongs, cosines = judge_prompts(model, image, rows)
         print(f"{path}: do they belong together (ITM), and their cosine (ITC)")
@@ -1551,7 +1576,7 @@ def demo(args):
     for stage, texts in ((1, tiny.qformer_captions(stage1, many)), (2, tiny.blip2_captions(model, many))):
         things, whole = tiny.things_right(texts, many), tiny.exactly_right(texts, many)
         print(f"after stage {stage}, of 200 more images: {things:.0%} of the things described rightly, {whole:.0%} of the images")
-    if not (tiny.RUNS / "blip2" / "checkpoint.pt").exists():
+    if not tiny.recipe_is_done("blip2"):
         print("(both stages were cut short, for you; python train_tiny.py blip2 trains them fully, and the demo then shows that)")
     print("\nwhere the queries look in the first image (a query's number stands on the patch it looks at most):")
     heats = rows[0][1]

@@ -150,7 +150,7 @@ PRESETS = {
 
 
 def patch_grid(height, width, config):
-    """(rows, columns) of whole patches in an image of height x width pixels (config: VisionConfig). A border narrower
+    """(rows, columns) of whole patches in an image of height x width pixels, patch_size taken from config. A border narrower
     than a patch is dropped, as the convolution does. Raises ValueError when not even one patch fits."""
     rows, columns = height // config.patch_size, width // config.patch_size
     if rows < 1 or columns < 1:

@@ -147,7 +147,7 @@ PRESETS = {
 }
 
 def patch_grid(height, width, config):
-    """(rows, columns) of whole patches in an image of height x width pixels (config: VisionConfig). A border narrower
+    """(rows, columns) of whole patches in an image of height x width pixels, patch_size taken from config. A border narrower
     than a patch is dropped, as the convolution does. Raises ValueError when not even one patch fits."""
     rows, columns = height // config.patch_size, width // config.patch_size
     if rows < 1 or columns < 1:
@@ -1072,7 +1072,7 @@ def anatomy(name):
             f"{', and the class token' if config.keep_class_token else ''})",
             f"FLOPs: {count_flops(lambda: model.encode_image(pixels)):,} to encode an image,"
             f" {count_flops(lambda: model.language.hidden(prompt)):,} to read it with {words} words,",
-            f"{2 * (count_parameters(model.language) - c.vocab_size * c.width):,} for each new word (and its attention)",
+            f"{2 * (count_parameters(model.language) - c.vocab_size * c.width):,} for each new word, but for its attention",
             f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cache * tokens:,} for one image",
         ]
     )
@@ -1212,7 +1212,7 @@ def demo(args):
         rows.append((tiny.draw(scene), *heats, f"{question}\n{text}\n({verdict})"))
     many = tiny.vqa_questions(tiny.rng_for("llava demo, many"), 200)
     print(f"of 200 more questions {tiny.accuracy(model, many):.0%} are answered rightly (guessing: {tiny.guess(many):.0%})")
-    if not (tiny.RUNS / "llava" / "checkpoint.pt").exists():
+    if not tiny.recipe_is_done("llava"):
         print("(this model had half the training; python train_tiny.py llava gives it all, and the demo then shows that one)")
     print("\nwhere the answer to the first question looked, untrained and trained (attention on 16 patches, in 1/100):")
     for left, right in zip(rows[0][1].tolist(), rows[0][2].tolist(), strict=True):

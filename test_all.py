@@ -1129,6 +1129,12 @@ def test_vilt_bad_input_is_an_error_that_says_what_is_wrong():
         model(pixels, torch.zeros(2, 41, dtype=torch.long))
     with pytest.raises(ValueError, match="2 images and 1 texts"):
         model(pixels, ids[:1])
+    with pytest.raises(ValueError, match=r"pixel_mask must be \[2, 32, 32\], one value per pixel, got \[2, 4, 4\]"):
+        model(pixels, ids, pixel_mask=torch.ones(2, 4, 4))
+    with pytest.raises(ValueError, match=r"mask must be \[2, 7\] like ids"):
+        model(pixels, ids, torch.ones(2, 6))
+    with pytest.raises(ValueError, match="no rank head"):
+        model.start_rank_head()
     with pytest.raises(ValueError, match="leaves no patch of image 1"):
         model(pixels, ids, pixel_mask=torch.arange(2)[:, None, None].expand(2, 32, 32) == 0)
     with pytest.raises(ValueError, match="smaller than one patch"):
@@ -1920,6 +1926,16 @@ def test_blip2_a_model_without_a_side_refuses_what_needs_it(oracles):
     pixels, ids = torch.randn(1, 3, 32, 32), torch.randint(3, 80, (1, 5))
     with pytest.raises(ValueError, match="no text side"):
         generative.qformer(None, None, ids)
+    for needs_text in (generative.itc, generative.itm, generative.itg_loss, generative.stage1_loss):
+        with pytest.raises(ValueError, match="no text side"):
+            needs_text(pixels, ids)
+    with pytest.raises(ValueError, match="1 images and 2 texts: matching and generation read pairs"):
+        retrieval.itm(pixels, ids.repeat(2, 1))
+    for nothing in ({}, {"queries": retrieval.query_tokens}):
+        with pytest.raises(ValueError, match="queries with the features of an image"):
+            retrieval.qformer(**nothing)
+    with pytest.raises(ValueError, match=r"pixels must be \[n,3,H,W\], got \[3, 32, 32\]"):
+        generative(pixels[0], ids)
     with pytest.raises(ValueError, match="cannot train in stage 1: it has no text side"):
         blip2.freeze(generative, 1)
     with pytest.raises(ValueError, match="no language model"):
@@ -2517,7 +2533,8 @@ def test_blip2_weights_from_the_command_line_say_what_the_published_model_says(o
     blip2.main(["--weights", str(tmp_path), "--image", image])
     assert capsys.readouterr().out == expected[0] + "\n"
     blip2.main(["--weights", str(tmp_path), "--image", image, "--prompt", "what is this?", "--prompt", "a red circle in"])
-    assert capsys.readouterr().out == "\n".join(expected[1:]) + "\n"
+    asked = [f"{image}: {prompt} -> " for prompt in ("Question: what is this? Answer:", "a red circle in")]
+    assert capsys.readouterr().out == "".join(f"{a}{e}\n" for a, e in zip(asked, expected[1:], strict=True))
 
     def wrong(*options):
         return lambda: blip2.main(["--weights", str(tmp_path), *options])
@@ -3303,7 +3320,7 @@ def test_vilt_trains_on_own_data_of_any_shape(runs, tmp_path, monkeypatch, capsy
     world.draw(many_scenes(1)[0], 20, 50).save(folder / "b.png")
     assert world.main(["vilt", "--data", str(folder), "--steps", "2"]) == 0
     out = capsys.readouterr().out
-    assert "22 rows" in out and "1 texts are longer than 40 tokens" in out and "of 3 texts kept back" in out
+    assert "22 rows" in out and "1 texts are longer than 40 tokens" in out and "3 texts kept back" in out and "to an image of another text" in out
     one = make_folder(tmp_path / "one", rows[:1], ["a.png"])
     assert world.main(["vilt", "--data", str(one), "--steps", "1"]) == 0, "one pair: nothing to mismatch, words to guess"
 

@@ -724,6 +724,11 @@ def run_name(family, seed=0, steps=None, **options):
     return "-".join([family] + [f"{k}{v}" for k, v in options.items() if v])
 
 
+def recipe_is_done(family):
+    """Has the standard run been trained to its end? Its samples are drawn last; a checkpoint may be half a one."""
+    return (RUNS / family / "checkpoint.pt").exists() and (RUNS / family / "samples.png").exists()
+
+
 def batch_rngs(seed, step, batch):
     """One random.Random per sample of this rank's slice of the joint batch: the union over ranks is always the same."""
     share = batch // WORLD_SIZE
@@ -817,15 +822,17 @@ def clip_features(model, images, texts):
 
 
 def train_clip(name=None, seed=0, steps=None, batch=CLIP_BATCH, loss="softmax", device="cpu", bar=None, draw_batch=None,
-               data="world"):
+               data="world", start=None):
     """A toy CLIP (loss "softmax") or SigLIP ("sigmoid"), from the cache if it is there.
 
-    draw_batch(step) -> (images, texts) replaces the world by other data, whose name is `data`."""
+    draw_batch(step) -> (images, texts) replaces the world by other data, whose name is `data`. start: a model to go on from."""
     import clip
     name = name or run_name("clip", seed, steps, **({} if loss == "softmax" else {"": loss}))
     plan = Plan(name, steps or CLIP_STEPS, batch, lr=1e-3, seed=seed, weight_decay=0.5, warmup=60)
     torch.manual_seed(seed)
     model = clip.CLIP(clip_config(loss)).to(device)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     if loss == "sigmoid":                           # one pair in B matches. SigLIP's -10 suits its B of 32 thousand, ln B = 10.4;
         torch.nn.init.constant_(model.logit_bias, -math.log(batch))     # from there a few hundred steps would not bring it back
 
@@ -973,7 +980,8 @@ def vilt_world_batch(seed, step, batch):
 
 
 def vilt_loss(model, masking, matching, rng, wpa_weight):
-    """The three losses of pretraining, in one pass over both halves of the batch (see vilt_world_batch)."""
+    """The three losses of pretraining, in one pass over both halves of the batch (see vilt_world_batch). WPA begins at 0.3
+    to 0.4, times its weight."""
     import vilt
     (images, told), (shown, texts, labels) = masking, matching
     config, device = model.config, model.pooler.weight.device
@@ -995,7 +1003,8 @@ def vilt_loss(model, masking, matching, rng, wpa_weight):
 
 
 def untrained_vilt(device="cpu", seed=0):
-    """The paper starts from a ViT pretrained on images (3.1), not from BERT; ours from the blocks of the toy CLIP's tower."""
+    """The paper starts from a ViT pretrained on images (3.1), not from BERT; ours from the blocks of the toy CLIP's tower, which
+    is trained first if it is not cached. (They learned with QuickGELU and go on with GELU: close enough.)"""
     import vilt
     torch.manual_seed(seed)
     model = vilt.ViLT(vilt.PRESETS["tiny"])
@@ -1012,12 +1021,12 @@ def train_vilt(name=None, seed=0, steps=None, wpa_weight=WPA_WEIGHT, device="cpu
         masking, matching = draw_batch(step) if draw_batch else vilt_world_batch(seed, step, batch)
         return vilt_loss(model, masking, matching, rng_for(seed, ("mask", step)), wpa_weight)
 
-    return fit(plan, model, loss_of, ("ln V + ln 2", math.log(2 * VOCAB_SIZE)), f"{data}, wpa {wpa_weight} {WPA_NEAR} {WPA_FAR}", bar=bar)
+    return fit(plan, model, loss_of, ("ln V + ln 2, and WPA on top", math.log(2 * VOCAB_SIZE)), f"{data}, wpa {wpa_weight} {WPA_NEAR} {WPA_FAR}", bar=bar)
 
 
 def demo_vilt(device="cpu"):
     """For the demo: the recipe's result if it has been trained, else that of fewer steps, since somebody is waiting."""
-    return train_vilt(steps=None if (RUNS / "vilt" / "checkpoint.pt").exists() else DEMO_VILT_STEPS, device=device)
+    return train_vilt(steps=None if recipe_is_done("vilt") else DEMO_VILT_STEPS, device=device)
 
 
 @torch.no_grad()
@@ -1201,11 +1210,12 @@ def clip_prefers(model, items):
 
 def vilt_ablations(args):
     """With WPA and without: where words land. ViLT's matching and CLIP's dot product: which of two texts fits, one word
-    apart. Equal steps, equally many images a step, the same near misses in training; mean of 3 seeds."""
+    apart. Equal steps, equally many images a step, near misses of the same kind in training (CLIP sees more of them), and
+    both start from the toy CLIP: ViLT's blocks from its tower, this CLIP from all of it. Mean of 3 seeds."""
     steps, seeds, images = args.steps or VILT_ABLATION_STEPS, (0, 1, 2), 2 * VILT_BATCH
     rng, score = rng_for("vilt ablations"), dict.fromkeys(("with WPA", "without WPA", "vilt", "clip"), 0.0)
     scenes, misses = [make_scene(rng, split="test") for _ in range(200)], near_misses(rng, 400)
-    toy_clip(args.device)                           # the tower, before the bar starts
+    tower = toy_clip(args.device)                   # before the bar starts
     with tqdm(total=len(seeds) * steps * (2 * VILT_BATCH + images), unit=" samples", desc="vilt ablations", disable=None) as bar:
         for seed in seeds:
             for weight, which in ((WPA_WEIGHT, "with WPA"), (0.0, "without WPA")):
@@ -1215,7 +1225,7 @@ def vilt_ablations(args):
                     right, wrong = match_scores(model, misses)
                     score["vilt"] += sum(r > w for r, w in zip(right, wrong)) / len(misses) / len(seeds)
             model = train_clip(f"vilt-ablations/clip-seed{seed}-steps{steps}", seed, steps, images, device=args.device, bar=bar,
-                               draw_batch=clip_near_misses(seed, images), data="near misses")
+                               draw_batch=clip_near_misses(seed, images), data="near misses, from the toy CLIP", start=tower)
             score["clip"] += clip_prefers(model, misses) / len(seeds)
     say(*(f"{which}: {value:.3f}" for which, value in score.items()))
     return [Claim("vilt: words land better with WPA than without", score["without WPA"], score["with WPA"], score["without WPA"]),
@@ -1293,6 +1303,8 @@ def llava_stage(model, stage, name, steps, seed=0, bar=None, draw_batch=None, da
         scenes = [make_scene(rng) for rng in rngs]
         return [draw(scene) for scene in scenes], [llava_turns(s, rng, stage) for s, rng in zip(scenes, rngs)]
 
+    if stage == 2:                                  # a longer stage 1 gives another stage 2: the cache must know
+        data = f"{data}, stage 1 of {STAGE1_STEPS} steps"
     return fit(plan, model, lambda step: conversation_loss(model, *(draw_batch or from_world)(step)), data=data, bar=bar)
 
 
@@ -1308,7 +1320,7 @@ def toy_llava(device="cpu", seed=0, steps=None):
 
 def demo_llava(device="cpu"):
     """For the demo: the recipe's result if it has been trained, else that of fewer steps, since somebody is waiting."""
-    return toy_llava(device, steps=None if (RUNS / "llava" / "checkpoint.pt").exists() else DEMO_STEPS)
+    return toy_llava(device, steps=None if recipe_is_done("llava") else DEMO_STEPS)
 
 
 @torch.no_grad()
@@ -1509,6 +1521,8 @@ def blip2_stage(model, stage, name, steps, seed=0, bar=None, draw_batch=None, da
         return blip2_loss(model, stage, images, texts, torch.Generator().manual_seed(1_000_003 * seed + step))
 
     expected = ("ln B + ln 2 + ln V", math.log(2 * BLIP2_BATCH * VOCAB_SIZE)) if stage == 1 else None     # of ITC, ITM, ITG
+    if stage == 2:                                  # a longer stage 1 gives another stage 2: the cache must know
+        data = f"{data}, stage 1 of {QFORMER_STEPS} steps"
     return fit(plan, model, loss_of, expected, data, bar=bar)
 
 
@@ -1525,7 +1539,7 @@ def toy_blip2(device="cpu", seed=0, steps=None):
 def demo_blip2(device="cpu"):
     """For the demo, the models after stage 1 and after stage 2: the recipe's if it has been trained, else those of fewer
     steps, since somebody is waiting."""
-    if (RUNS / "blip2" / "checkpoint.pt").exists():
+    if recipe_is_done("blip2"):
         return toy_qformer(device), toy_blip2(device)
     first, second = DEMO_BLIP2_STEPS
     return toy_qformer(device, 0, first), blip2_stage(toy_qformer(device, 0, first), 2, f"blip2-steps{second}", second)
@@ -1558,7 +1572,7 @@ def exactly_right(said, scenes):
 
 
 def things_right(said, scenes):
-    """The share of the things that are described rightly, at their place in the caption."""
+    """The share of the things that are described rightly, at their place in the caption. Too many words cost nothing."""
     pairs = [(text.split(", "), caption(scene).split(", ")) for text, scene in zip(said, scenes)]
     return sum(a == b for text, right in pairs for a, b in zip(text, right)) / sum(len(right) for _, right in pairs)
 
@@ -1734,12 +1748,16 @@ def vilt_own_data(args):
     model = train_vilt(run_name("vilt-own", args.seed, args.steps), args.seed, args.steps, device=args.device,
                        draw_batch=draw_batch, batch=batch, data=fingerprint(rows))
     tested = held or rest[:512]
-    (images, texts), yes = zip(*((image, row["text"]) for image, row in tested)), 0
-    for image, text in zip(images, texts):
-        hidden, _ = vilt_read(model, [image], [text])
-        yes += int(model.itm_logits(hidden).argmax()) == 1
+    images, texts = zip(*((image, row["text"]) for image, row in tested))
+    wrong, labels = vilt.swap_images(texts, rng_for(args.seed, "own wrong"), probability=1.0)
+
+    def believed(index):
+        return sum(int(model.itm_logits(vilt_read(model, [images[i]], [text])[0]).argmax()) for i, text in zip(index, texts))
+
     which = "kept back from training" if held else "trained on (too few to keep any back)"
-    say(f"{yes} of {len(tested)} texts {which} are judged to belong to their image")
+    say(f"{len(texts)} texts {which}: {believed(range(len(texts)))} are judged to belong to their own image")
+    if not any(labels):
+        say(f"and {believed(wrong)} to an image of another text; whoever guesses judges both alike")
     return []
 
 
@@ -1768,7 +1786,7 @@ def blip2_own_data(args):
     rows = read_folder(args.data, ("text",))
     model = toy_blip2(args.device)
     longest = model.config.language.context - len(blip2_prompt(model.config)) - 2
-    fits = [row for row in rows if len(tokenizer().encode_ordinary(row[1]["text"])) < longest]
+    fits = [row for row in rows if len(tokenizer().encode_ordinary(row[1]["text"])) <= longest]
     if len(fits) < len(rows):
         say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text and are left out")
     if not fits:
@@ -1778,8 +1796,9 @@ def blip2_own_data(args):
         chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), BLIP2_BATCH)]
         return [image for image, _ in chosen], [row["text"] for _, row in chosen]
 
-    blip2_stage(model, 2, run_name("blip2-own", args.seed, args.steps), args.steps or 100, args.seed,
-                draw_batch=draw_batch, data=fingerprint(rows))
+    name = run_name("blip2-own", args.seed, args.steps)
+    blip2_stage(model, 2, name, args.steps or 100, args.seed, draw_batch=draw_batch, data=fingerprint(rows))
+    say(f"the trained model is in {RUNS / name}")
     return []
 
 

@@ -35,8 +35,8 @@ D width, H heads, K key/value heads, Dh head width, L latents or queries, F fram
 width. Two of them, H and W, are also an image's height and width: [B,3,H,W] is always pixels.
 
 Paper / published code / this file
-    - Image size. The paper says shorter side 384, longer side at most 640. The published processor computes
-      int(1333 / 800 * 384) = 639, and rounds down to multiples of 32: 608. So do we.
+    - Image size. The paper says shorter side 384, longer side under 640. The published processor's limit is
+      int(1333 / 800 * 384) = 639, and it rounds down to multiples of 32: at most 608. So do we.
     - Number of patches. In pretraining at most 200 of an image's patches are read, drawn anew each time (max_patches);
       the published checkpoints read all. Outside of training we take evenly spaced ones: the same image, the same answer.
     - Two things are called token type. BERT's segments (sentence A or B; always A here) are added before its LayerNorm,
@@ -44,12 +44,13 @@ Paper / published code / this file
     - WPA. The paper adds the transport distance of the pair to the loss. The published code subtracts it for mismatched
       pairs, and so do we: the words of another image's caption should be *far* from this image's patches. How far is far
       enough is ours (wpa_loss: near, far); without it the toy's plans lose their meaning as soon as it matches well.
-    - Which masked tokens become [MASK], a random token, or stay (0.8 / 0.1 / 0.1) is decided token by token, although
-      whole words are chosen.
+    - Whole words are chosen for masking, but whether a token of one becomes [MASK], a random token, or stays (0.8, 0.1, 0.1)
+      is drawn for each token by itself, in the published code and here.
     - RandAugment, and the second image of NLVR2 (a third modality embedding), are left out.
 
 What to try: --show-mask; --demo --prompt "top-left a small [MASK] circle"; train without WPA and look at the plan again;
-mask single tokens instead of whole words (`word_numbers = range(T)`); set `beta` to 0.05 and to 5 and explain the plans.
+mask single tokens instead of whole words (number them 1, 2, 3 ... in vilt_words; own data has longer words); set `beta` to
+0.05 and to 5 and explain the plans.
 """
 
 import argparse
@@ -122,7 +123,7 @@ PRESETS = {
 
 
 def patch_grid(height, width, config):
-    """(rows, columns) of whole patches in an image of height x width pixels (config: VisionConfig). A border narrower
+    """(rows, columns) of whole patches in an image of height x width pixels, patch_size taken from config. A border narrower
     than a patch is dropped, as the convolution does. Raises ValueError when not even one patch fits."""
     rows, columns = height // config.patch_size, width // config.patch_size
     if rows < 1 or columns < 1:
@@ -279,7 +280,7 @@ class TextEmbedding(nn.Module):
             raise ValueError(f"the text has {T} tokens, the context holds {self.context}: shorten the text")
         positions = torch.arange(T, device=ids.device)
         if mask is not None:  # count real tokens only, so that padding on the left shifts nothing
-            positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B,T]
+            positions = (mask.bool().cumsum(1) - 1).clamp(min=0)  # [B,T]
         x = self.word_embedding(ids) + self.position_embedding(positions)
         return self.ln(x + self.segment_embedding.weight[0])  # one sentence: always segment A
 
@@ -313,6 +314,8 @@ class ImageEmbedding(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"pixels must be [B,3,H,W], got {list(pixels.shape)}")
         B, P, (rows, columns) = len(pixels), self.config.patch_size, patch_grid(*pixels.shape[2:], self.config)
+        if pixel_mask is not None and pixel_mask.shape != (B, *pixels.shape[2:]):
+            raise ValueError(f"pixel_mask must be {[B, *pixels.shape[2:]]}, one value per pixel, got {list(pixel_mask.shape)}")
         if pixel_mask is None:
             real = torch.ones(B, rows, columns, dtype=torch.bool, device=pixels.device)
         else:  # images are padded by whole patches, so the first pixel of a patch speaks for all of it
@@ -336,8 +339,8 @@ def choose_patches(real, limit, training):
     """Which patches are read: real [B,grid] (True = part of the image) -> place [B,N], real [B,N].
 
     Row i of `place` holds the indices of image i's patches in rising order, and 0 where `real` says padding; N is the
-    largest number needed. Above `limit` (-1: none) patches are drawn at random while training, which also makes every
-    epoch a little different (paper 3.3), and taken at even distances otherwise.
+    largest number needed. Above `limit` (-1: none) patches are drawn at random while training (paper 4.2: at most 200), and
+    taken at even distances otherwise.
 
     >>> choose_patches(torch.tensor([[True, True, False], [True, True, True]]), 2, training=False)[0].tolist()
     [[0, 1], [0, 1]]
@@ -408,6 +411,8 @@ class ViLT(nn.Module):
         """-> (x [B,S,D], real [B,S], place [B,N]): words and patches in one row, and which of them are no padding."""
         if len(pixels) != len(ids):
             raise ValueError(f"{len(pixels)} images and {len(ids)} texts: ViLT reads them in pairs, one image per text")
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(f"mask must be {list(ids.shape)} like ids (True = real token), got {list(mask.shape)}")
         words = self.text(ids, mask) + self.modality_embedding.weight[0]
         patches, real, place = self.image(pixels, pixel_mask)
         patches = patches + self.modality_embedding.weight[1]
@@ -447,22 +452,23 @@ class ViLT(nn.Module):
         return note("mlm logits", self.head("mlm")(hidden, self.text.word_embedding.weight))
 
     def itm_logits(self, hidden, mask=None):
-        """-> [B,2]: index 1 says that image and text belong together, index 0 that they do not."""
+        """hidden [B,S,D] -> [B,2]: index 1 says that image and text belong together, index 0 that they do not."""
         return note("itm logits", self.head("itm")(self.pooled(hidden, mask)))
 
     def vqa_logits(self, hidden, mask=None):
-        """-> [B,answers]; each answer is judged on its own (sigmoid), since several people were asked."""
+        """hidden [B,S,D] -> [B,answers]; each answer is judged on its own (sigmoid), since several people were asked."""
         return note("vqa logits", self.head("vqa")(self.pooled(hidden, mask)))
 
     def rank_score(self, hidden, mask=None):
-        """-> [B]: the higher, the better image and text fit. Only differences mean something (softmax over candidates)."""
+        """hidden [B,S,D] -> [B]: the higher, the better the two fit. Only differences mean something (softmax over candidates)."""
         return note("rank score", self.head("rank")(self.pooled(hidden, mask))[:, 0])
 
     @torch.no_grad()
     def start_rank_head(self):
-        """Retrieval begins where pretraining ended: the row of the matching head that says "yes" (paper 4.3)."""
-        self.rank_head.weight.copy_(self.itm_head.weight[1:])
-        self.rank_head.bias.copy_(self.itm_head.bias[1:])
+        """Retrieval begins where pretraining ended: the row of the matching head that says "yes" (paper 4.4)."""
+        rank, itm = self.head("rank"), self.head("itm")
+        rank.weight.copy_(itm.weight[1:])
+        rank.bias.copy_(itm.bias[1:])
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
@@ -544,8 +550,8 @@ def vqa_loss(logits, targets):
 
 
 def rank_loss(scores):
-    """Retrieval (paper 4.3): scores [B,C] of C candidates for each text, the right one first; the others were drawn at
-    random (15 in the paper). Before training ln C. With one candidate there is nothing to choose and the loss is 0."""
+    """Retrieval (paper 4.4): scores [B,C] of C candidate texts for each image, the right one first; the others were drawn
+    at random (15 in the paper). Before training about ln C. With one candidate there is nothing to choose: the loss is 0."""
     accuracy = (scores.argmax(1) == 0).float().mean()
     return F.cross_entropy(scores.float(), torch.zeros(len(scores), dtype=torch.long, device=scores.device)), {"rank accuracy": accuracy}
 
@@ -564,8 +570,9 @@ def ipot(cost, words, patches, beta=0.5, iterations=50):
 
     whose solution has the form a[:,None] * (exp(-cost / beta) * last plan) * b[None,:]. The factors a and b make rows and
     columns add up; one Sinkhorn update of each is enough, as the next step corrects the rest ("inexact"). After n steps
-    the cost has been counted n times, exp(-n cost / beta): the plan gets sharper and sharper without any number ever
-    being as small as exp(-n cost / beta), which is why this does not underflow where plain Sinkhorn would.
+    the cost has been counted n times: the plan gets sharper and sharper. exp(-n cost / beta) itself, which plain Sinkhorn
+    would need and in which whole rows could vanish, is never formed: only entries that the best plan does not use fade
+    to zero, and rows and columns are put right at every step.
 
     Why inside no_grad: at the best plan the distance's derivative with respect to the plan is nothing to follow (it is a
     minimum already; the envelope theorem), so the gradient of the loss flows through the cost only, and fifty iterations
@@ -597,9 +604,10 @@ def wpa_loss(text, image, words, patches, labels, near=0.0, far=2.0):
     """Word-patch alignment (paper 3.2): the distance of pairs that match (labels 1) shall fall, that of pairs that do
     not (labels 0) shall grow. Shapes as in transport, labels [B]. -> loss, metrics. The paper weighs it with 0.1.
 
-    A distance is between 0 and 2. With near 0 and far 2 this is the published loss, which never has enough: once the
-    model can tell matches from mismatches, it may move *all* words onto *all* patches of a match, and the plan no longer
-    says anything. Matches nearer than `near`, and mismatches further than `far`, are left in peace.
+    A distance is between 0 and 2. With near 0 and far 2 this is the published loss up to a constant (2 for a mismatch),
+    with the same gradient, and it never has enough: once the model can tell matches from mismatches, it may move *all*
+    words onto *all* patches of a match, and the plan no longer says anything. Matches nearer than `near`, and mismatches
+    further than `far`, are left in peace.
     """
     distance, _ = transport(text, image, words, patches)
     matched = labels.bool()
@@ -746,6 +754,8 @@ def config_from_published(raw, folder):
     heads there are is told by "architectures", since the layout is otherwise the same."""
     if raw.get("model_type") != "vilt":
         raise ValueError(f"{folder} holds a {raw.get('model_type')!r} checkpoint; vilt.py reads 'vilt'")
+    if raw.get("max_image_length") is None:  # some files write null for "all of them"
+        raw = raw | {"max_image_length": -1}
     kind = (raw.get("architectures") or ["none"])[0]
     if kind not in HEADS:
         raise ValueError(f"{folder} holds a {kind}; vilt.py reads {', '.join(HEADS)}")
@@ -1061,7 +1071,7 @@ def check_prompt(prompt, tokens, context):
 def fill_masks(model, pixels, ids, pixel_mask=None):
     """Each [MASK] in ids [1,T] becomes the likeliest token there -> (ids [1,T], how sure [number of masks])."""
     hole = ids == model.config.mask_token_id
-    share = model.mlm_logits(model(pixels, ids, None, pixel_mask)[:, : ids.shape[1]][hole]).softmax(-1)  # [masks,V]
+    share = model.mlm_logits(model(pixels, ids, None, pixel_mask)[:, : ids.shape[1]][hole]).float().softmax(-1)  # [masks,V]
     filled = ids.clone()
     filled[hole] = share.argmax(-1)
     return filled, share.max(-1).values
@@ -1142,18 +1152,19 @@ def demo(args):
     print("{patches} GFLOP to embed and {encoder} to read together with the text; a ResNet-101 before it, {resnet} more.".format(**gflops))
     torch.manual_seed(0)
     untrained = ViLT(config).to(device).eval()
-    words = tiny.masked_words(rng, 200)
-    print(f"before training {tiny.recovered(untrained, words):.0%} of masked colours, shapes and places are guessed")
+    holes = tiny.masked_words(rng, 200)
+    print(f"with random weights {tiny.recovered(untrained, holes):.0%} of masked colours, shapes and places are guessed")
     model = tiny.demo_vilt(args.device)
+    if not tiny.recipe_is_done("vilt"):
+        print("(this model has had a third of the training; python train_tiny.py vilt gives it all, and the demo then uses that)")
     if images or prompts:
         for name, image in zip(args.image or ["a scene of ours"], images or [tiny.draw(scenes[0])], strict=True):
             print(name)
             for prompt in prompts or ["a <mask> <mask>"]:
                 print(f"    {tiny.vilt_respond(model, image, prompt)}")
         return
-    print(f"after training, {tiny.recovered(model, words):.0%}; with a wrong image beside the text, {tiny.recovered(model, words, wrong_image=True):.0%}")
-    if not (tiny.RUNS / "vilt" / "checkpoint.pt").exists():
-        print("(this model had a third of the training; python train_tiny.py vilt gives it all, and the demo then shows that one)")
+    wrong = tiny.recovered(model, holes, wrong_image=True)
+    print(f"after training, {tiny.recovered(model, holes):.0%}; with a wrong image beside the text, {wrong:.0%}")
     print("\nhidden words of images it has never seen:")
     for scene in scenes[:2]:
         text = tiny.caption(scene)
