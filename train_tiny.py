@@ -822,17 +822,17 @@ def clip_features(model, images, texts):
 
 
 def train_clip(name=None, seed=0, steps=None, batch=CLIP_BATCH, loss="softmax", device="cpu", bar=None, draw_batch=None,
-               data="world", start=None):
+               data="world", tower=None):
     """A toy CLIP (loss "softmax") or SigLIP ("sigmoid"), from the cache if it is there.
 
-    draw_batch(step) -> (images, texts) replaces the world by other data, whose name is `data`. start: a model to go on from."""
+    draw_batch(step) -> (images, texts) replaces the world by other data, whose name is `data`. tower: a vision tower to start from."""
     import clip
     name = name or run_name("clip", seed, steps, **({} if loss == "softmax" else {"": loss}))
     plan = Plan(name, steps or CLIP_STEPS, batch, lr=1e-3, seed=seed, weight_decay=0.5, warmup=60)
     torch.manual_seed(seed)
     model = clip.CLIP(clip_config(loss)).to(device)
-    if start is not None:
-        model.load_state_dict(start.state_dict())
+    if tower is not None:
+        model.vision.load_state_dict(tower.state_dict())
     if loss == "sigmoid":                           # one pair in B matches. SigLIP's -10 suits its B of 32 thousand, ln B = 10.4;
         torch.nn.init.constant_(model.logit_bias, -math.log(batch))     # from there a few hundred steps would not bring it back
 
@@ -1211,11 +1211,11 @@ def clip_prefers(model, items):
 def vilt_ablations(args):
     """With WPA and without: where words land. ViLT's matching and CLIP's dot product: which of two texts fits, one word
     apart. Equal steps, equally many images a step, near misses of the same kind in training (CLIP sees more of them), and
-    both start from the toy CLIP: ViLT's blocks from its tower, this CLIP from all of it. Mean of 3 seeds."""
+    both have the toy CLIP's vision tower to start from, and a text side that starts from nothing. Mean of 3 seeds."""
     steps, seeds, images = args.steps or VILT_ABLATION_STEPS, (0, 1, 2), 2 * VILT_BATCH
     rng, score = rng_for("vilt ablations"), dict.fromkeys(("with WPA", "without WPA", "vilt", "clip"), 0.0)
     scenes, misses = [make_scene(rng, split="test") for _ in range(200)], near_misses(rng, 400)
-    tower = toy_clip(args.device)                   # before the bar starts
+    tower = toy_clip(args.device).vision            # before the bar starts
     with tqdm(total=len(seeds) * steps * (2 * VILT_BATCH + images), unit=" samples", desc="vilt ablations", disable=None) as bar:
         for seed in seeds:
             for weight, which in ((WPA_WEIGHT, "with WPA"), (0.0, "without WPA")):
@@ -1225,7 +1225,7 @@ def vilt_ablations(args):
                     right, wrong = match_scores(model, misses)
                     score["vilt"] += sum(r > w for r, w in zip(right, wrong)) / len(misses) / len(seeds)
             model = train_clip(f"vilt-ablations/clip-seed{seed}-steps{steps}", seed, steps, images, device=args.device, bar=bar,
-                               draw_batch=clip_near_misses(seed, images), data="near misses, from the toy CLIP", start=tower)
+                               draw_batch=clip_near_misses(seed, images), data="near misses, with a tower", tower=tower)
             score["clip"] += clip_prefers(model, misses) / len(seeds)
     say(*(f"{which}: {value:.3f}" for which, value in score.items()))
     return [Claim("vilt: words land better with WPA than without", score["without WPA"], score["with WPA"], score["without WPA"]),
