@@ -1576,7 +1576,7 @@ def demo(args):
     for stage, texts in ((1, tiny.qformer_captions(stage1, many)), (2, tiny.blip2_captions(model, many))):
         things, whole = tiny.things_right(texts, many), tiny.exactly_right(texts, many)
         print(f"after stage {stage}, of 200 more images: {things:.0%} of the things described rightly, {whole:.0%} of the images")
-    if not tiny.recipe_is_done("blip2"):
+    if not tiny.recipe_is_done("blip2", tiny.BLIP2_STEPS):
         print("(both stages were cut short, for you; python train_tiny.py blip2 trains them fully, and the demo then shows that)")
     print("\nwhere the queries look in the first image (a query's number stands on the patch it looks at most):")
     heats = rows[0][1]

@@ -1212,7 +1212,7 @@ def demo(args):
         rows.append((tiny.draw(scene), *heats, f"{question}\n{text}\n({verdict})"))
     many = tiny.vqa_questions(tiny.rng_for("llava demo, many"), 200)
     print(f"of 200 more questions {tiny.accuracy(model, many):.0%} are answered rightly (guessing: {tiny.guess(many):.0%})")
-    if not tiny.recipe_is_done("llava"):
+    if not tiny.recipe_is_done("llava", tiny.STAGE2_STEPS):
         print("(this model had half the training; python train_tiny.py llava gives it all, and the demo then shows that one)")
     print("\nwhere the answer to the first question looked, untrained and trained (attention on 16 patches, in 1/100):")
     for left, right in zip(rows[0][1].tolist(), rows[0][2].tolist(), strict=True):

@@ -3293,6 +3293,64 @@ def test_words_landing_counts_what_it_says(monkeypatch):
     assert darts == 4 / 16, "a small thing touches two by two patches here"
 
 
+def test_a_recipe_is_done_when_its_last_step_is_not_when_a_file_is_there(runs):
+    model = Line()
+    with pytest.raises(SystemExit):
+        world.fit(plan("vilt"), model, line_loss(model, interrupt=24))
+    assert (runs / "vilt/checkpoint.pt").exists() and not world.recipe_is_done("vilt", 60), "half of it is not all of it"
+    model = Line()
+    world.fit(plan("vilt"), model, line_loss(model))
+    assert world.recipe_is_done("vilt", 60) and not world.recipe_is_done("vilt", 61)
+    for torn in ("", "{", "[]"):
+        (runs / "vilt/log.jsonl").write_text(torn)
+        assert not world.recipe_is_done("vilt", 60)
+
+
+class Oracle:
+    """A ViLT that knows everything but for the first pair, where it believes the opposite; "hidden" is what it was shown."""
+
+    def __init__(self, right):
+        self.right = right  # (image bytes, text) -> does it belong together?
+
+    def itm_logits(self, pairs):
+        yes = torch.tensor([self.right(image, text) != (i == 0) for i, (image, text) in enumerate(pairs)]).float()
+        return torch.stack([1 - yes, yes], 1)
+
+
+def test_matching_and_preference_count_what_they_say(monkeypatch):
+    items = world.near_misses(random.Random(0), 20)
+    truth = {(image.tobytes(), text) for image, text, _ in items}
+    monkeypatch.setattr(world, "vilt_read", lambda model, images, texts: (list(zip(images, texts, strict=True)), None))
+    model = Oracle(lambda image, text: (image.tobytes(), text) in truth)
+    assert world.matching_accuracy(model, items) == 1 - 2 / 40, "one right text and one wrong text are misjudged"
+    right, wrong = world.match_scores(model, items)
+    assert [r > w for r, w in zip(right, wrong, strict=True)] == [False] + [True] * 19
+
+    def features(model, images, texts):  # the dot product is 1 for the right text, but for the first image, and 0 for the wrong
+        fits = torch.tensor([((image.tobytes(), text) in truth) != (i == 0) for i, (image, text) in enumerate(zip(images, texts))])
+        return torch.ones(len(images), 1), fits.float()[:, None]
+
+    monkeypatch.setattr(world, "clip_features", features)
+    assert world.clip_prefers(None, items) == pytest.approx(19 / 20)
+
+
+def test_recovered_counts_words_and_shows_the_wrong_image_when_asked(monkeypatch):
+    """A model that knows each image's hidden word by heart: right beside its own image, wrong beside another's."""
+    items = world.masked_words(random.Random(0), 30)
+    answers = {world.draw(scene).tobytes(): word for scene, _, word, _ in items}
+
+    def read(model, images, texts):
+        ids, _ = world.pad([world.vilt_words(text)[0] for text in texts])
+        said = torch.tensor([world.encode(" " + answers[image.tobytes()])[0] for image in images])
+        return F.one_hot(said, 512).float()[:, None].expand(-1, ids.shape[1] + 17, -1), ids
+
+    monkeypatch.setattr(world, "vilt_read", read)
+    model = type("M", (), {"mlm_logits": staticmethod(lambda hidden: hidden)})
+    assert world.recovered(model, items) == 1.0
+    lucky = sum(a[2] == b[2] for a, b in zip(items, items[1:] + items[:1])) / 30
+    assert world.recovered(model, items, wrong_image=True) == pytest.approx(lucky) and lucky < 0.5
+
+
 def test_vilt_interrupted_and_resumed_is_the_same_to_the_bit(runs, monkeypatch):
     monkeypatch.setattr(world, "untrained_vilt", lambda device, seed: (torch.manual_seed(seed), vilt.ViLT(vilt.PRESETS["tiny"]))[1])
     whole = world.train_vilt("whole", steps=4, batch=4)

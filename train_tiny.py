@@ -724,9 +724,13 @@ def run_name(family, seed=0, steps=None, **options):
     return "-".join([family] + [f"{k}{v}" for k, v in options.items() if v])
 
 
-def recipe_is_done(family):
-    """Has the standard run been trained to its end? Its samples are drawn last; a checkpoint may be half a one."""
-    return (RUNS / family / "checkpoint.pt").exists() and (RUNS / family / "samples.png").exists()
+def recipe_is_done(family, steps):
+    """Has the standard run been trained to its last step? The checkpoint alone may be half a one; its log says."""
+    try:
+        lines = (RUNS / family / "log.jsonl").read_text().splitlines()
+        return (RUNS / family / "checkpoint.pt").exists() and json.loads(lines[-1])["step"] == steps
+    except (OSError, IndexError, ValueError, KeyError, TypeError):
+        return False                                # no log, or a torn one: whoever asks is about to train anyway
 
 
 def batch_rngs(seed, step, batch):
@@ -1026,7 +1030,7 @@ def train_vilt(name=None, seed=0, steps=None, wpa_weight=WPA_WEIGHT, device="cpu
 
 def demo_vilt(device="cpu"):
     """For the demo: the recipe's result if it has been trained, else that of fewer steps, since somebody is waiting."""
-    return train_vilt(steps=None if recipe_is_done("vilt") else DEMO_VILT_STEPS, device=device)
+    return train_vilt(steps=None if recipe_is_done("vilt", VILT_STEPS) else DEMO_VILT_STEPS, device=device)
 
 
 @torch.no_grad()
@@ -1320,7 +1324,7 @@ def toy_llava(device="cpu", seed=0, steps=None):
 
 def demo_llava(device="cpu"):
     """For the demo: the recipe's result if it has been trained, else that of fewer steps, since somebody is waiting."""
-    return toy_llava(device, steps=None if recipe_is_done("llava") else DEMO_STEPS)
+    return toy_llava(device, steps=None if recipe_is_done("llava", STAGE2_STEPS) else DEMO_STEPS)
 
 
 @torch.no_grad()
@@ -1539,7 +1543,7 @@ def toy_blip2(device="cpu", seed=0, steps=None):
 def demo_blip2(device="cpu"):
     """For the demo, the models after stage 1 and after stage 2: the recipe's if it has been trained, else those of fewer
     steps, since somebody is waiting."""
-    if recipe_is_done("blip2"):
+    if recipe_is_done("blip2", BLIP2_STEPS):
         return toy_qformer(device), toy_blip2(device)
     first, second = DEMO_BLIP2_STEPS
     return toy_qformer(device, 0, first), blip2_stage(toy_qformer(device, 0, first), 2, f"blip2-steps{second}", second)

@@ -1155,7 +1155,7 @@ def demo(args):
     holes = tiny.masked_words(rng, 200)
     print(f"with random weights {tiny.recovered(untrained, holes):.0%} of masked colours, shapes and places are guessed")
     model = tiny.demo_vilt(args.device)
-    if not tiny.recipe_is_done("vilt"):
+    if not tiny.recipe_is_done("vilt", tiny.VILT_STEPS):
         print("(this model has had a third of the training; python train_tiny.py vilt gives it all, and the demo then uses that)")
     if images or prompts:
         for name, image in zip(args.image or ["a scene of ours"], images or [tiny.draw(scenes[0])], strict=True):
