@@ -3265,6 +3265,24 @@ def test_what_a_step_of_vilt_sees_is_true():
     assert again[1][1] == world.vilt_world_batch(0, 3, 16)[1][1], "a function of seed and step"
 
 
+def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
+    """Nor a near miss that is one: of the scenes that differ from a training scene in one word, an eighth are test scenes."""
+    shown, draw = [], world.draw
+    monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
+    monkeypatch.setattr(world, "blip2_loss", lambda *_: None)  # the scenes only, no model
+    monkeypatch.setattr(world, "fit", lambda plan, model, loss_of, *_, **__: [loss_of(step) for step in range(20)])
+    recipes = {
+        "clip, beside vilt": lambda: [world.clip_near_misses(0, 16)(step) for step in range(20)],
+        "vilt": lambda: [world.vilt_world_batch(0, step, 16) for step in range(20)],
+        "blip2, stage 1": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 1, "", 1),
+        "blip2, stage 2": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 2, "", 1),
+    }
+    for name, draw_batches in recipes.items():
+        shown.clear()
+        draw_batches()
+        assert len(shown) >= 320 and not any(scene.is_test for scene in shown), name
+
+
 def test_possible_words_are_those_that_leave_a_scene_of_the_world():
     a, b = world.Thing("red", "circle", "small", 0.1, 0.1), world.Thing("blue", "ring", "small", 0.9, 0.9)
     scene = world.Scene((a, b))  # top-left and bottom-right
