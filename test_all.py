@@ -3300,14 +3300,17 @@ def test_possible_words_are_those_that_leave_a_scene_of_the_world():
 
 
 def test_words_landing_counts_what_it_says(monkeypatch):
-    """With a plan written by hand: every word on patch 5, which a small thing at the top left touches."""
-    scene = world.Scene((world.Thing("red", "circle", "small", 0.2, 0.2), world.Thing("blue", "circle", "small", 0.9, 0.9)))
-    words = ["a", "red", "circle", "and", "a", "blue", "circle"]
-    plan = torch.zeros(7, 16)
-    plan[:, 5] = 1
+    """With a plan written by hand: all words on patch 5, which the thing at the top left touches, but for "circle" and
+    "blue", which fit two things each and lie on patch 12, where nothing is."""
+    things = ("red", "circle", "small", 0.2, 0.2), ("blue", "circle", "large", 0.9, 0.2), ("blue", "ring", "small", 0.9, 0.9)
+    scene = world.Scene(tuple(world.Thing(*thing) for thing in things))
+    words = "a red circle and a blue circle and a blue ring".split()
+    plan = torch.zeros(len(words), 16)
+    for word, row in zip(words, plan, strict=True):
+        row[12 if word in ("circle", "blue") else 5] = 1
     monkeypatch.setattr(world, "vilt_plan", lambda model, scene: (words, plan))
     share, darts = world.words_landing(vilt.ViLT(vilt.PRESETS["tiny"]), [scene])
-    assert share == 0.5, "red lands on its thing, blue does not; circle fits two things and is left out"
+    assert share == 0.5, "red lands on its thing, ring does not; the others are left out"
     assert darts == 4 / 16, "a small thing touches two by two patches here"
 
 
