@@ -1253,6 +1253,8 @@ def test_vilt_losses_start_where_they_should_and_equal_the_published_one(oracles
     hidden = model(torch.randn(8, 3, 32, 32), torch.randint(0, 400, (8, 9)))
     assert vilt.mlm_loss(model.mlm_logits(hidden[:, :9]), torch.randint(0, 400, (8, 9)))[0].item() == pytest.approx(math.log(512), abs=0.3)
     assert vilt.itm_loss(model.itm_logits(hidden), torch.arange(8) % 2)[0].item() == pytest.approx(math.log(2), abs=0.2)
+    loss, metrics = vilt.itm_loss(torch.tensor([[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]), torch.tensor([1, 0, 0]))  # yes, no, no
+    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-margin)) for margin in (2, 1, 3)) / 3) and metrics["itm accuracy"] == 1
     assert vilt.rank_loss(torch.zeros(3, 16))[0].item() == pytest.approx(math.log(16), abs=1e-6)
     oracle, folder = oracles("vilt vqa")
     ours = vilt.ViLT.from_pretrained(folder)
@@ -3281,6 +3283,41 @@ def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
         shown.clear()
         draw_batches()
         assert len(shown) >= 320 and not any(scene.is_test for scene in shown), name
+
+
+def test_the_loss_of_vilt_is_the_sum_of_three_that_get_what_they_should(monkeypatch):
+    """Both halves go through the model together; here each goes through by itself."""
+    torch.manual_seed(0)
+    model, given, losses = vilt.ViLT(vilt.PRESETS["tiny"]).eval(), {}, {}
+
+    def listen(name, loss):
+        def listening(*args):
+            given[name], result = args, loss(*args)
+            losses[name] = result[0].item()
+            return result
+        return listening
+
+    for name in ("mlm_loss", "itm_loss", "wpa_loss"):
+        monkeypatch.setattr(vilt, name, listen(name, getattr(vilt, name)))
+    (images, told), (shown, texts, labels) = world.vilt_world_batch(0, 1, 8)
+    with torch.no_grad():
+        total, _ = world.vilt_loss(model, (images, told), (shown, texts, labels), random.Random(0), 0.7)
+        assert total.item() == pytest.approx(losses["mlm_loss"] + losses["itm_loss"] + 0.7 * losses["wpa_loss"])
+        assert losses["wpa_loss"] > 0.1 and {*labels} == {0, 1}
+        hidden, ids = world.vilt_read(model, shown, texts)
+        T = ids.shape[1]
+        logits, matched = given["itm_loss"]
+        close(logits, model.itm_logits(hidden))
+        text, image, words, patches, matched_too = given["wpa_loss"][:5]
+        close(text[words], hidden[:, :T][vilt.text_words(ids, model.config)])
+        close(image, hidden[:, T + 1 :])
+        assert matched.tolist() == matched_too.tolist() == labels and patches.all()
+        rng, (pixels, _) = random.Random(0), vilt.preprocess(images, model.config)
+        holes, hidden_words = zip(*(vilt.mask_whole_words(*world.vilt_words(text), model.config, rng) for text in told))
+        (ids, mask), (hidden_words, _) = world.pad(holes), world.pad(hidden_words, vilt.IGNORE_INDEX)
+        T, (logits, wanted) = ids.shape[1], given["mlm_loss"]
+        close(logits[:, :T][mask], model.mlm_logits(model(pixels, ids, mask)[:, :T])[mask])
+        assert torch.equal(wanted[:, :T], hidden_words) and (wanted[:, T:] == vilt.IGNORE_INDEX).all()
 
 
 def test_possible_words_are_those_that_leave_a_scene_of_the_world():
