@@ -3143,6 +3143,21 @@ def test_blip2_captions_are_counted_right_and_told_scenes_tell_all():
     assert world.frozen_share("blip2-opt-2.7b", 2) == pytest.approx(1 - 107_133_696 / 3_744_679_936)
 
 
+def test_blip2_stage_2_learns_to_write_the_caption_behind_the_prompt(monkeypatch):
+    scenes = [world.make_scene(random.Random(i), count) for i, count in enumerate((1, 4, 2))]
+    texts, read, wanted = [world.caption(scene) for scene in scenes], [], []
+    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    monkeypatch.setattr(model, "forward", lambda pixels, ids: read.extend(ids) or ids)
+    monkeypatch.setattr(blip2, "language_loss", lambda logits, labels: wanted.extend(labels))
+    world.blip2_loss(model, 2, [world.draw(scene) for scene in scenes], texts)
+    prompt = world.blip2_prompt(model.config)
+    for ids, labels, text in zip(read, wanted, texts, strict=True):
+        counts = labels != blip2.IGNORE_INDEX
+        assert ids[: len(prompt)].tolist() == prompt and not counts[: len(prompt)].any()
+        assert torch.equal(ids[counts], labels[counts]), "what is to be said is what is read, unshifted"
+        assert ids[len(prompt) :][: counts.sum()].tolist() == world.encode(f" {text}<eos>") == labels[counts].tolist()
+
+
 def test_clip_starts_near_ln_b(runs):
     world.train_clip("first", steps=1, batch=64)
     assert log_of(runs / "first")[0]["loss"] == pytest.approx(math.log(64), abs=0.6)
