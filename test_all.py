@@ -3158,6 +3158,34 @@ def test_blip2_stage_2_learns_to_write_the_caption_behind_the_prompt(monkeypatch
         assert ids[len(prompt) :][: counts.sum()].tolist() == world.encode(f" {text}<eos>") == labels[counts].tolist()
 
 
+def test_reranking_lets_matching_choose_among_what_contrast_finds(monkeypatch):
+    """With a model that has nine scenes by heart, an image or a text being its number. Contrast puts a wrong text above the
+    right one of images 1, 3, 5 and 7, and finds every text likelier than that of image 0; matching errs for image 8 only."""
+    texts, captions, draw = [], [], world.draw
+    monkeypatch.setattr(world, "qformer_rows", lambda rows: (texts.extend(rows) or torch.arange(len(rows)), torch.ones(len(rows))))
+    monkeypatch.setattr(world, "draw", lambda scene: captions.append(world.caption(scene)) or draw(scene))
+
+    def similarities(*_):
+        rows = [[float(text == right) for text in texts] for right in captions]
+        for i in (1, 3, 5, 7):
+            rows[i][texts.index(captions[0])] = 2.0
+        rows[0][texts.index(captions[0])] = -1.0
+        return torch.tensor(rows).T  # [texts, images]: the dot product with row i of eye is the similarity to image i
+
+    def match(images, numbers, mask):
+        i = int(images[0])
+        yes = torch.tensor([(texts[n] == captions[i]) != (i == 8) for n in numbers]).float()
+        return torch.stack([1 - yes, yes], 1)
+
+    model = type("Judge", (), dict(query_tokens=torch.zeros(1), config=blip2.PRESETS["tiny"]))()
+    model.encode_image = lambda pixels: torch.arange(len(pixels))[:, None, None]
+    model.image_features = lambda images: torch.eye(len(images))[:, None]
+    model.text_features, model.match = similarities, match
+    contrast, matching = world.reranking(model, count=9, top=4)
+    assert contrast == 4 / 9, "images 2, 4, 6 and 8"
+    assert matching == 7 / 9, "1, 3, 5 and 7 are mended, 8 is spoilt, and the text of 0 is not among the four"
+
+
 def test_clip_starts_near_ln_b(runs):
     world.train_clip("first", steps=1, batch=64)
     assert log_of(runs / "first")[0]["loss"] == pytest.approx(math.log(64), abs=0.6)
