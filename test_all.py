@@ -2020,20 +2020,24 @@ def test_blip2_every_loss_works_for_a_batch_of_one_and_for_equal_captions():
 
 
 def test_blip2_stage_1_judges_every_pair_and_its_hard_negatives(monkeypatch):
-    """3B rows: the pairs, each image with a wrong text, each text with a wrong image."""
+    """3B rows: the pairs, each image with a wrong text, each text with a wrong image. Texts 0 and 3 say the same, so neither
+    is wrong beside the other's image."""
     torch.manual_seed(0)
     model = blip2.BLIP2(blip2.PRESETS["tiny"])
     pixels, ids = toy_pairs(5)
-    image, judged = model.encode_image(pixels), []
-    match = model.match
+    ids[3], mask = ids[0], torch.ones(5, 7, dtype=torch.bool)
+    ids[3, 6], mask[[0, 3], 6] = 8, False  # what stands under the padding differs: here the two can be told apart
+    image, match, judged = model.encode_image(pixels), model.match, []
     monkeypatch.setattr(model, "match", lambda *rows: judged.extend(rows) or match(*rows))
-    model.stage1_loss(pixels, ids, generator=torch.Generator().manual_seed(1))
-    which_image = (judged[0][:, None] == image[None]).all(-1).all(-1).int().argmax(1).tolist()
-    which_text = (judged[1][:, None] == ids[None]).all(-1).int().argmax(1).tolist()
-    pairs = list(zip(which_image, which_text, strict=True))
-    assert len(pairs) == 15 and pairs[:5] == [(i, i) for i in range(5)]
-    assert [i for i, _ in pairs[5:10]] == [t for _, t in pairs[10:]] == list(range(5))
-    assert all(i != t for i, t in pairs[5:])
+    for seed in range(8):
+        judged.clear()
+        model.stage1_loss(pixels, ids, mask, generator=torch.Generator().manual_seed(seed))
+        which_image = (judged[0][:, None] == image[None]).all(-1).all(-1).int().argmax(1).tolist()
+        which_text = (judged[1][:, None] == ids[None]).all(-1).int().argmax(1).tolist()
+        pairs = list(zip(which_image, which_text, strict=True))
+        assert len(pairs) == 15 and pairs[:5] == [(i, i) for i in range(5)]
+        assert [i for i, _ in pairs[5:10]] == [t for _, t in pairs[10:]] == list(range(5))
+        assert all(i != t and {i, t} != {0, 3} for i, t in pairs[5:])
 
 
 def test_blip2_can_learn_one_batch_by_heart():
