@@ -1637,7 +1637,8 @@ def blip2_ablations(args):
 
     It takes a stage 1 that is long enough. Contrast asks for one good vector per image, matching for the mean of all
     queries' votes, and both make the queries' outputs alike; only when ITG has learned to write does stage 1 know more
-    than a fresh Q-Former (with 450 steps instead of 800 it was a burden: 0.25 against 0.36 after 200 steps of stage 2)."""
+    than a fresh Q-Former (with 450 steps instead of 800 it was a burden: 0.25 against 0.36 after 200 steps of stage 2). With
+    800 it is no burden, but what it gains is within the noise of three seeds (README)."""
     steps, seeds, score = args.steps or BLIP2_ABLATION_STEPS, (0, 1, 2), {}
     rng = rng_for("blip2 ablations")
     scenes = [make_scene(rng, split="test") for _ in range(400)]
