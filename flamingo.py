@@ -1447,16 +1447,90 @@ def run_weights(args):
         print(answer(model, images, prompt, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
 
 
-def heat_picture(image, heat, size):
-    """The image, darkened where little attention falls."""
-    shade = (255 * heat / heat.max()).to(torch.uint8).numpy()
-    shade = Image.fromarray(shade).resize((size, size), Image.Resampling.NEAREST)
-    image = image.resize((size, size), Image.Resampling.NEAREST)
-    return Image.composite(image, Image.new("RGB", image.size), shade)
+def draw_curves(page, box, title, curves, labels, colours=("#c0392b", "#e67e22", "#f1c40f", "#2c3e50", "#2980b9", "#16a085")):
+    """Lines into a box (left, top, width, height) of a picture: curves {name: [y in 0 .. 1]}, labels below the first line's
+    points."""
+    left, top, width, height = box
+    pen = ImageDraw.Draw(page)
+    pen.text((left, top - 32), title, fill="black")
+    for y in (0, 0.5, 1):
+        pen.line((left, top + height * (1 - y), left + width, top + height * (1 - y)), fill="#dddddd")
+        pen.text((left - 24, top + height * (1 - y) - 6), f"{y:.1f}", fill="gray")
+    for n, ((name, values), colour) in enumerate(zip(curves.items(), colours, strict=False)):
+        step = width / max(1, len(values) - 1)
+        points = [(left + i * step, top + height * (1 - min(1.0, value))) for i, value in enumerate(values)]
+        pen.line(points, fill=colour, width=2)
+        pen.text((left + n % 3 * 110, top - 18 if n < 3 else top - 6), name, fill=colour)
+    for i, label in enumerate(labels):
+        pen.text((left + i * width / max(1, len(labels) - 1) - 4, top + height + 4), str(label), fill="gray")
+
+
+def draw_demo(episode, said, log, shots, curve, file, size=96):
+    """PNG: an interleaved prompt with its answer, the gates over training, and the few-shot curve."""
+    page = Image.new("RGB", (max(760, len(episode) * (size + 8) + 8), size + 300), "white")
+    pen = ImageDraw.Draw(page)
+    for n, (image, name) in enumerate(episode):
+        last = n + 1 == len(episode)
+        page.paste(image.resize((size, size), Image.Resampling.NEAREST), (8 + n * (size + 8), 8))
+        pen.text((12 + n * (size + 8), size + 12), f"? {said}" if last else name, fill="red" if last else "black")
+    names = [name for name in log[0] if "gate" in name]
+    gates = {name: [abs(row[name]) for row in log] for name in names}
+    top = size + 90
+    draw_curves(page, (40, top, 300, 160), "how far the gates are open, over training", gates, [log[0]["step"], log[-1]["step"]])
+    draw_curves(page, (420, top, 300, 160), "named rightly, by number of examples", {"accuracy": curve}, shots)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page.save(file)
 
 
 def demo(args):
-    raise ValueError("not yet")
+    """Train what is inserted into the toy language model if it is not cached, then let it learn words from examples."""
+    import train_tiny as tiny
+
+    check_device(args.device)
+    own = [load_image(path) for path in args.image]  # wrong input is found before the training
+    if own or args.prompt:
+        prompts = [build_prompt(text, len(own)) if text or not own else "<image>" * len(own) for text in args.prompt or [""]]
+        for prompt in prompts:
+            if (tokens := len(tiny.encode(prompt))) + 8 > PRESETS["tiny"].language.context:
+                raise ValueError(f"the prompt has {tokens} tokens, the context holds {PRESETS['tiny'].language.context}: shorten it")
+    rng = tiny.rng_for("flamingo demo")
+    episodes = [tiny.episode(rng, 5, split="test") for _ in range(4)]
+    text = "".join(f"{scene.things[0].shape} {name}\n" for scene, name in episodes[0][:-1]) + episodes[0][-1][0].things[0].shape
+    row = "".join(f"<image> {name}<|endofchunk|>" for _, name in episodes[0][:-1]) + "<image>"
+    print(f"In goes an interleaved row, images of 32 x 32 pixels as {PRESETS['tiny'].resampler.latents} latents beside it:\n    {row}")
+    model = tiny.untrained_flamingo(args.device)
+    ids = torch.tensor([tiny.encode(text)], device=args.device)
+    said = tiny.decode(generate(model.language, model.language.embed_tokens(ids), max_new_tokens=5)[0]).split("\n")[0]
+    print("the language model, frozen, can look things up in what it reads:")
+    print(f"    {text!r} ->{said!r}")
+    first = tiny.interleave([[(tiny.draw(scene), f" {name}") for scene, name in episodes[0]]])
+    with torch.no_grad():
+        ids, mask, _, media, media_mask = (x.to(args.device) for x in first)
+        same = torch.equal(model(ids, media, mask, media_mask), model.language(ids, mask))
+    print(f"before training, gates closed: its logits, bit for bit, with images in the row? {same}")
+    print(f"    and so it says: {', '.join(map(repr, tiny.named(model, episodes[:3])))}")
+    model, log = tiny.demo_flamingo(args.device)
+    if own or args.prompt:
+        for prompt in prompts:
+            print(f"{prompt} -> {answer(model, own, prompt, tiny.encode, tiny.decode)}")
+        return
+    print("\nwhat a name means differs from row to row; these names and these scenes were never in training:")
+    said = tiny.named(model, episodes)
+    for one, word in zip(episodes, said, strict=True):
+        shown = ", ".join(f"[{scene.things[0].name}] {name}" for scene, name in one[:-1])
+        print(f"    {shown},\n        [{one[-1][0].things[0].name}] -> {word} ({'right' if word == one[-1][1] else f'it is {one[-1][1]}'})")
+    curve = [tiny.few_shot(model, shots, 200) for shots in tiny.SHOTS]
+    print("examples          " + "".join(f"{shots:>8}" for shots in tiny.SHOTS))
+    print("named rightly     " + "".join(f"{share:>8.0%}" for share in curve) + f"   (5 kinds: guessing {1 / tiny.WAYS:.0%})")
+    print(f"after training, {curve[-1]:.0%} of the new names are learned from 8 examples")
+    names = [name for name in log[0] if "gate" in name]
+    print("how far the gates are open, |tanh(alpha)|:\n    step " + "".join(f"{name:>13}" for name in names))
+    for line in (log[0], log[len(log) // 8], log[len(log) // 3], log[-1]):
+        print(f"    {line['step']:>4} " + "".join(f"{abs(line[name]):>13.3f}" for name in names))
+    print(f"the language model's own logits for text, unchanged bit for bit: {tiny.text_untouched(model):.0%}")
+    file = tiny.RUNS / "flamingo" / "demo.png"
+    draw_demo([(tiny.draw(scene), name) for scene, name in episodes[0]], said[0], log, tiny.SHOTS, curve, file)
+    print(f"written: {file} (the row above with its answer, the gates over training, the few-shot curve)")
 
 
 class CommandLine(argparse.ArgumentParser):

@@ -1656,6 +1656,234 @@ def blip2_ablations(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Flamingo
+# ------------------------------------------------------------------------------------------------------------------
+
+CHINCHILLA_STEPS, FLAMINGO_STEPS, FLAMINGO_BATCH = 800, 300, 16     # of the language model; of what is inserted into it
+DEMO_FLAMINGO_STEPS, FLAMINGO_ABLATION_STEPS = 150, 150
+WAYS, SHOTS = 5, (0, 1, 2, 4, 8)                    # kinds of things in an episode; examples before the question
+
+
+def invented_name(rng, split="train"):
+    """A word that means nothing yet: consonant, vowel, consonant. An eighth of them is never used in training."""
+    while True:
+        name = rng.choice("bdfgklmnprstvwz") + rng.choice("aeiou") + rng.choice("bdfgklmnprstvwz")
+        if (zlib.crc32(name.encode()) % 8 == 0) == (split == "test"):
+            return name
+
+
+def invented_names(rng, count, split="train"):
+    names = []
+    while len(names) < count:
+        names.append(invented_name(rng, split))
+        names = list(dict.fromkeys(names))          # no name twice
+    return names
+
+
+def in_turn(rng, shots, ways):
+    """Which of `ways` kinds each of `shots` examples shows: every kind once before any a second time, in random order; and
+    at the end which kind is asked about, perhaps one that no example has shown."""
+    order = []
+    while len(order) < shots:
+        order += rng.sample(range(ways), ways)
+    return rng.sample(order[:shots], shots) + [rng.randrange(ways)]
+
+
+def lookup_text(rng):
+    """Lines of text of which the later ones can be told from the earlier: "circle dax", "ring wug", "circle dax" ... A
+    language model that reads much of this learns to look things up in its context. The names are new in every text."""
+    ways, kinds = rng.choice((2, 3, 4, 5)), rng.choice((SHAPES, tuple(COLOURS), None, None))
+    words = rng.sample(kinds, ways) if kinds else invented_names(rng, ways)
+    names = invented_names(rng, ways)
+    return "".join(f"{words[i]} {names[i]}\n" for i in in_turn(rng, 10, ways))
+
+
+def toy_chinchilla(device="cpu"):
+    """The language model of the toy Flamingo, pretrained on `lookup_text` alone; it has never seen a picture. Cached."""
+    import flamingo
+    torch.manual_seed(0)
+    model = flamingo.LanguageModel(flamingo.PRESETS["tiny"].language).to(device)
+
+    def loss_of(step):
+        ids, mask = pad([encode(lookup_text(rng)) for rng in batch_rngs(0, ("chinchilla", step), 16)])
+        return flamingo.language_loss(model(ids.to(device)), ids.masked_fill(~mask, flamingo.IGNORE_INDEX).to(device))
+
+    return fit(Plan("chinchilla", CHINCHILLA_STEPS, 16, lr=2e-3, muon=3e-3), model, loss_of, ("ln V", math.log(VOCAB_SIZE)))
+
+
+def one_thing(rng, shape, pairs=SEEN_PAIRS):
+    """A scene of one thing of this shape; its colour, size and place say nothing about its name."""
+    pair = rng.choice([pair for pair in pairs if pair[1] == shape])
+    return Scene((place_thing(pair, rng.choice(tuple(SIZES)), rng.choice(PLACES), rng),), grey=rng.randrange(0, 60))
+
+
+def episode(rng, shots, ways=WAYS, split="train"):
+    """[(scene, name)]: `shots` examples of what invented names mean, and one more to be named. A name means a shape, and in
+    the next episode another one: only the examples can tell. split "test": names never used in training, and the scene
+    asked about shows a colour-shape pair never drawn in it."""
+    shapes, names, order = rng.sample(SHAPES, ways), invented_names(rng, ways, split), in_turn(rng, shots, ways)
+    pairs = [SEEN_PAIRS] * shots + [UNSEEN_PAIRS if split == "test" else SEEN_PAIRS]
+    return [(one_thing(rng, shapes[i], which), names[i]) for i, which in zip(order, pairs)]
+
+
+def flamingo_batch(seed, step, batch, captions):
+    """The paper's mixture (2.4) as rows of [(image, text)]: pictures with captions, which teach what a picture shows, and
+    interleaved episodes, which teach what to do with that. captions: how many of the rows are of the first kind."""
+    rows = []
+    ways = rng_for(seed, ("ways", step)).choice((2, 3, 4, 5))
+    for i, rng in enumerate(batch_rngs(seed, ("flamingo", step), batch)):
+        said = episode(rng, 8, ways)
+        rows.append([(draw(scene), f" {scene.things[0].shape}" if i < captions else f" {name}") for scene, name in said])
+    return rows
+
+
+def interleave(rows):
+    """Rows of [(image, text)] -> ids [B,T], mask [B,T], labels [B,T], media [B,M,1,3,32,32], media_mask [B,M]; in ids
+    <image> text <|endofchunk|> <image> text ..., text as plain text."""
+    import flamingo
+    config = flamingo.PRESETS["tiny"]
+    ids, mask = pad([[i for _, text in row for i in (IMAGE_ID, *tokenizer().encode_ordinary(text), CHUNK_ID)] for row in rows])
+    pixels = flamingo.preprocess([image for row in rows for image, _ in row], config.vision)
+    media_mask = torch.arange(max(map(len, rows))) < torch.tensor([[len(row)] for row in rows])
+    media = pixels.new_zeros(*media_mask.shape, 1, *pixels.shape[1:])
+    media[media_mask] = pixels[:, None]
+    return ids, mask, flamingo.text_labels(ids, mask, config), media, media_mask
+
+
+def gates(model):
+    """How far the gates are open: {"attn_gate 0": tanh(alpha) of the first inserted block, ...}."""
+    return {f"{name} {i}": float(getattr(block, name).detach().tanh().abs().mean())
+            for i, block in enumerate(model.gated_blocks) for name in ("attn_gate", "ffw_gate") if getattr(block, name) is not None}
+
+
+def untrained_flamingo(device="cpu", seed=0, **changes):
+    """The toy CLIP's tower, the toy language model, both frozen from now on, and new layers between them, gates closed."""
+    import flamingo
+    torch.manual_seed(seed)
+    model = flamingo.Flamingo(replace(flamingo.PRESETS["tiny"], **changes))
+    model.vision.load_state_dict(toy_clip(device).vision.state_dict())
+    model.language.load_state_dict(toy_chinchilla(device).state_dict())
+    return model.to(device).eval()
+
+
+def train_flamingo(model, name, steps, seed=0, captions=FLAMINGO_BATCH // 2, bar=None, draw_batch=None, data="world"):
+    """Train what is inserted. draw_batch(step) -> rows of [(image, text)] replaces the world by other data."""
+    import flamingo
+    flamingo.freeze(model)
+    device = next(model.parameters()).device
+
+    def loss_of(step):
+        rows = draw_batch(step) if draw_batch else flamingo_batch(seed, step, FLAMINGO_BATCH, captions)
+        ids, _, labels, media, media_mask = (x.to(device) for x in interleave(rows))    # padding is behind all labels
+        loss, metrics = flamingo.language_loss(model(ids, media, media_mask=media_mask), labels)
+        return loss, metrics | gates(model)
+
+    # no weight decay: it would move the frozen rows of the table whose new rows train
+    plan = Plan(name, steps, FLAMINGO_BATCH, lr=3e-3, muon=6e-3, weight_decay=0.0, seed=seed)
+    data = f"{data}, {captions} captions, language model of {CHINCHILLA_STEPS} steps"
+    return fit(plan, model, loss_of, data=data, bar=bar)
+
+
+def toy_flamingo(device="cpu", seed=0, steps=None):
+    """The standard toy Flamingo; towers and result are cached."""
+    return train_flamingo(untrained_flamingo(device, seed), run_name("flamingo", seed, steps), steps or FLAMINGO_STEPS, seed)
+
+
+def demo_flamingo(device="cpu"):
+    """For the demo, with the rows of its log: the recipe's result if it has been trained, else that of fewer steps, since
+    somebody is waiting."""
+    steps = None if recipe_is_done("flamingo", FLAMINGO_STEPS) else DEMO_FLAMINGO_STEPS
+    model = toy_flamingo(device, steps=steps)
+    lines = (RUNS / run_name("flamingo", steps=steps) / "log.jsonl").read_text().splitlines()
+    return model, [json.loads(line) for line in lines]
+
+
+def named(model, episodes):
+    """What the model calls the last scene of each episode, having seen the others with their names."""
+    import flamingo
+    device, said = next(model.parameters()).device, []
+    for start in range(0, len(episodes), 64):
+        rows = [[(draw(scene), f" {name}") for scene, name in one] for one in episodes[start:start + 64]]
+        prompts = [[(image, "" if n == len(row) - 1 else text) for n, (image, text) in enumerate(row)] for row in rows]
+        ids, mask, _, media, media_mask = interleave(prompts)
+        ids, mask = flamingo.pad_rows([row[keep][:-1].tolist() for row, keep in zip(ids, mask)], PAD_ID, left=True)   # no last chunk
+        new = model.generate(ids.to(device), media.to(device), mask.to(device), media_mask.to(device), max_new_tokens=6, eos_id=CHUNK_ID)
+        said += [tokenizer().decode([i for i in row if i != CHUNK_ID]).strip() for row in new.tolist()]
+    return said
+
+
+def few_shot(model, shots, count=400, split="test"):
+    """The share of episodes of this many examples whose last scene is given its name, letter by letter."""
+    rng = rng_for("few shot", shots)
+    episodes = [episode(rng, shots, split=split) for _ in range(count)]
+    return sum(said == one[-1][1] for said, one in zip(named(model, episodes), episodes)) / count
+
+
+def mixed_up(model, shots=8, count=400):
+    """few_shot, but every example shows a scene of a random shape: who still is right does not look at the examples."""
+    rng = rng_for("mixed up", shots)
+    episodes = [episode(rng, shots, split="test") for _ in range(count)]
+    blind = [[(one_thing(rng, rng.choice(SHAPES)), name) for _, name in one[:-1]] + one[-1:] for one in episodes]
+    return sum(said == one[-1][1] for said, one in zip(named(model, blind), episodes)) / count
+
+
+@torch.no_grad()
+def text_untouched(model):
+    """The share of the language model's logits, for the words it knew, that are the same to the bit after training."""
+    device = next(model.parameters()).device
+    ids, mask = pad([encode(lookup_text(rng)) for rng in batch_rngs(0, "text untouched", 32)])
+    before = toy_chinchilla(device)(ids.to(device))
+    old = torch.tensor([i for i in range(VOCAB_SIZE) if i not in model.config.new_token_ids])
+    return (model.language(ids.to(device)) == before)[mask.to(device)][:, old].float().mean().item()
+
+
+def flamingo_claims(model):
+    curve = [few_shot(model, shots) for shots in SHOTS]
+    say("named rightly after " + ", ".join(f"{k}: {share:.3f}" for k, share in zip(SHOTS, curve)) + " examples")
+    least = min(b - a for a, b in zip(curve, curve[1:]))
+    return [Claim("flamingo: new names from 8 examples", 1 / WAYS, curve[-1], 0.80),
+            Claim("flamingo: least gain from more examples, 0 1 2 4 8", 0.0, least, 0.0),
+            Claim("flamingo: wrong when the examples' pictures are mixed up", 1 - 1 / WAYS, 1 - mixed_up(model), 0.70),
+            Claim("flamingo: logits of text alone unchanged to the bit", 0.0, text_untouched(model), 1.0)]
+
+
+def flamingo_samples(model, folder):
+    rng = rng_for("flamingo samples")
+    episodes = [episode(rng, 4, split="test") for _ in range(3)]
+    pictures = []
+    for one, said in zip(episodes, named(model, episodes)):
+        pictures += [(draw(scene), name) for scene, name in one[:-1]]
+        pictures.append((draw(one[-1][0]), f"? {said}" + ("" if said == one[-1][1] else f"\n(it is {one[-1][1]})")))
+    sheet(pictures, folder / "samples.png", columns=5, wide=150)
+
+
+def flamingo_recipe(args):
+    model = toy_flamingo(args.device, args.seed, args.steps)
+    flamingo_samples(model, RUNS / "flamingo")
+    return flamingo_claims(model)
+
+
+def flamingo_ablations(args):
+    """Gates that start closed against none; resampler against an MLP on every patch (4 vectors per image against 17);
+    captions in the mixture against interleaved episodes alone. Equal steps, 8 examples, mean of 3 seeds."""
+    steps, seeds, score = args.steps or FLAMINGO_ABLATION_STEPS, (0, 1, 2), {}
+    variants = {"recipe": {}, "ungated": {"gate": "none"}, "mlp": {"connector": "mlp"}, "no captions": {}}
+    untrained_flamingo(args.device)                 # the towers, before the bar starts
+    with tqdm(total=len(seeds) * len(variants) * steps * FLAMINGO_BATCH, unit=" samples", desc="flamingo ablations", disable=None) as bar:
+        for variant, changes in variants.items():
+            captions = 0 if variant == "no captions" else FLAMINGO_BATCH // 2
+            for seed in seeds:
+                name = f"flamingo-ablations/{variant.replace(' ', '-')}-seed{seed}-steps{steps}"
+                model = train_flamingo(untrained_flamingo(args.device, seed, **changes), name, steps, seed, captions, bar)
+                score.setdefault(variant, []).append(few_shot(model, 8))
+    say(*(f"named rightly after 8 examples, {variant}: " + ", ".join(f"{x:.3f}" for x in each) for variant, each in score.items()))
+    mean = {variant: sum(each) / len(seeds) for variant, each in score.items()}
+    return [Claim("flamingo: tanh gates better than ungated insertion", mean["ungated"], mean["recipe"], mean["ungated"]),
+            Claim("flamingo: resampler no worse than an MLP on each patch", mean["mlp"], mean["recipe"], mean["mlp"]),
+            Claim("flamingo: captions in the mixture better than none", mean["no captions"], mean["recipe"], mean["no captions"])]
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Your own data: a folder of images with a metadata.jsonl, the layout the ecosystem calls imagefolder
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -1807,6 +2035,27 @@ def blip2_own_data(args):
     return []
 
 
+def flamingo_own_data(args):
+    """`python train_tiny.py flamingo --data FOLDER`: rows with a text; the toy Flamingo learns them as captions."""
+    rows = read_folder(args.data, ("text",))
+    model = toy_flamingo(args.device)
+    longest = model.config.language.context - 2     # <image> in front, <|endofchunk|> behind
+    fits = [row for row in rows if len(tokenizer().encode_ordinary(f" {row[1]['text']}")) <= longest]
+    if len(fits) < len(rows):
+        say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text and are left out")
+    if not fits:
+        stop(f"no row of {args.data} is short enough: {longest} tokens, and the toy vocabulary spells words it does not know")
+
+    def draw_batch(step):
+        chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), FLAMINGO_BATCH)]
+        return [[(image, f" {row['text']}")] for image, row in chosen]
+
+    name = run_name("flamingo-own", args.seed, args.steps)
+    train_flamingo(model, name, args.steps or 100, args.seed, draw_batch=draw_batch, data=fingerprint(rows))
+    say(f"the trained model is in {RUNS / name}")
+    return []
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------------
@@ -1816,6 +2065,7 @@ RECIPES = {                                         # family: (level claims, abl
     "blip2": (blip2_recipe, blip2_ablations, blip2_own_data),
     "clip": (clip_recipe, clip_ablations, clip_own_data),
     "vilt": (vilt_recipe, vilt_ablations, vilt_own_data),
+    "flamingo": (flamingo_recipe, flamingo_ablations, flamingo_own_data),
     "llava": (llava_recipe, llava_ablations, llava_own_data),
 }
 
