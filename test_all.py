@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -3033,6 +3034,56 @@ def test_llava_weights_from_the_command_line_say_what_the_published_model_says(o
     fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing")
 
 
+def test_flamingo_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
+    """End to end: shards, tokenizer.json, preprocessor_config.json, two image files in an interleaved prompt."""
+    oracle = oracles("flamingo")[0]
+    oracle.save_pretrained(tmp_path, max_shard_size="50KB")
+    words = word_list({"<s>": 1, "</s>": 2, "<fake_token_around_image>": 96, "<image>": 97}, 98)
+    tokenizer = save_tokenizer(tmp_path, words, "<s> $A")
+    processor = quiet_transformers().IdeficsImageProcessorPil(image_size=32, image_mean=[0.4, 0.5, 0.6])
+    processor.save_pretrained(tmp_path)
+    pictures, files = [Image.effect_mandelbrot((70, 50), (-2, -1, edge, 1), 50).convert("RGB") for edge in (1, 0)], []
+    for n, picture in enumerate(pictures):
+        files += ["--image", str(tmp_path / f"{n}.png")]
+        picture.save(files[-1])
+    fake = "<fake_token_around_image>"
+    ids = torch.tensor([tokenizer.encode(f"a blue circle {fake}<image>{fake} what is {fake}<image>{fake} this ?").ids])
+    inputs = dict(pixel_values=processor([pictures], return_tensors="pt").view(1, 2, 3, 32, 32), image_attention_mask=published_image_mask(ids, 2))
+    new = oracle.generate(input_ids=ids, **inputs, max_new_tokens=32, do_sample=False, eos_token_id=2)
+    expected = tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip()
+    prompt = "a blue circle <image> what is <image> this ?"
+    flamingo.main(["--weights", str(tmp_path), *files, "--prompt", prompt])
+    assert capsys.readouterr().out == expected + "\n" and len(expected) > 20
+
+    def wrong(*options):
+        return lambda: flamingo.main(["--weights", str(tmp_path), *options])
+
+    fails_in_one_line(wrong(*files, "--prompt", "<image> what ?"), capsys, "1 <image> placeholder(s) for 2 image(s)")
+    fails_in_one_line(wrong(*files[:2], "--prompt", prompt), capsys, "2 <image> placeholder(s) for 1 image(s)")
+    fails_in_one_line(wrong("--prompt", "<image>"), capsys, "1 <image> placeholder(s) for 0")
+    fails_in_one_line(wrong(*files[:2], "--prompt", " "), capsys, "empty")
+    fails_in_one_line(wrong(*files[:2], "--prompt", "what " * 80), capsys, "tokens, the context holds 64")
+    fails_in_one_line(wrong(*files), capsys, "--prompt")
+    fails_in_one_line(lambda: flamingo.main(["--weights", str(oracles("llava")[1]), "--prompt", "x"]), capsys, "holds a 'llava'", "reads 'idefics'")
+
+
+def test_flamingo_anatomy_says_what_trains_and_what_an_image_costs(capsys):
+    flamingo.main(["--anatomy", "idefics-9b"])
+    out = capsys.readouterr().out
+    assert "gated_blocks x 8" in out and "64 latents beside the text, 1 token in it" in out
+    assert "trained: 1,560,497,936 (17.5 %)" in out and "8,388,608 for the latents of one image" in out
+
+
+def test_flamingos_demo_refuses_a_prompt_that_does_not_fit_before_it_trains(runs, tmp_path, capsys):
+    image = str(tmp_path / "a.png")
+    world.draw(many_scenes(1)[0]).save(image)
+    demo = lambda *options: lambda: flamingo.main(["--demo", *options])
+    fails_in_one_line(demo("--image", image, "--prompt", "<image> dax <image>"), capsys, "2 <image> placeholder(s) for 1")
+    fails_in_one_line(demo("--prompt", "<image>"), capsys, "1 <image> placeholder(s) for 0")
+    fails_in_one_line(demo("--image", image, "--prompt", "dax " * 200), capsys, "tokens, the context holds 256")
+    assert not (runs / "chinchilla").exists()
+
+
 def test_blip2_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
     """End to end: a caption, a question, a beginning to go on from; each as the published processor would ask."""
     oracle = oracles("blip2")[0]
@@ -3787,6 +3838,110 @@ def test_one_pair_cannot_be_contrasted(runs, tmp_path, capsys):
     assert stopped.value.code == 2 and "two pairs" in capsys.readouterr().err
 
 
+# Flamingo's recipe
+
+
+def test_an_episode_tells_what_names_mean_and_tests_what_was_never_trained_on():
+    names, scenes = {"train": set(), "test": set()}, {"train": set(), "test": set()}
+    for split in names:
+        for seed in range(200):
+            one = world.episode(world.rng_for("episode", seed), seed % 9, split=split)
+            assert len(one) == seed % 9 + 1
+            meaning = {}
+            for scene, name in one:
+                assert meaning.setdefault(name, scene.things[0].shape) == scene.things[0].shape
+            assert len(set(meaning.values())) == len(meaning) <= world.WAYS
+            names[split] |= set(meaning)
+            scenes[split].add(one[-1][0].things[0].pair)
+            assert all(scene.things[0].pair in world.SEEN_PAIRS for scene, _ in one[:-1])
+    assert not names["train"] & names["test"] and len(names["test"]) > 50
+    assert scenes["train"] <= set(world.SEEN_PAIRS) and scenes["test"] == set(world.UNSEEN_PAIRS)
+
+
+def test_every_kind_is_shown_once_before_any_a_second_time():
+    for seed in range(50):
+        *order, asked = world.in_turn(random.Random(seed), 8, 5)
+        assert sorted(order.count(i) for i in range(5)) == [1, 1, 2, 2, 2] and asked in range(5)
+        assert len(set(world.in_turn(random.Random(seed), 4, 5)[:4])) == 4
+    asked = [world.in_turn(random.Random(seed), 1, 5) for seed in range(1000)]
+    assert sum(a == b for a, b in asked) / 1000 == pytest.approx(0.2, abs=0.04)  # one example helps one time in five
+
+
+def test_the_text_of_the_toy_language_model_can_be_looked_up_in_itself():
+    for seed in range(50):
+        lines = [line.split() for line in world.lookup_text(random.Random(seed)).splitlines()]
+        assert len(lines) == 11 and len(dict(lines)) == len({tuple(line) for line in lines})  # a word has one name
+        assert all(zlib.crc32(name.encode()) % 8 for _, name in lines)  # names kept for testing do not occur
+
+
+def test_flamingo_rows_are_interleaved_and_only_text_counts():
+    config = flamingo.PRESETS["tiny"]
+    rows = world.flamingo_batch(0, 0, 4, captions=2)
+    ids, mask, labels, media, media_mask = world.interleave([*rows, rows[0][:2]])
+    assert media.shape == (5, 9, 1, 3, 32, 32) and media_mask.sum(1).tolist() == [9, 9, 9, 9, 2]
+    assert (ids == world.IMAGE_ID).sum(1).tolist() == [9, 9, 9, 9, 2]
+    pieces = world.tokenizer().decode(ids[1][mask[1]].tolist())
+    assert pieces == "".join(f"<image>{text}<|endofchunk|>" for _, text in rows[1])
+    assert all(text.strip() in world.SHAPES for _, text in rows[1]) and not any(text.strip() in world.SHAPES for _, text in rows[2])
+    assert torch.equal(labels == flamingo.IGNORE_INDEX, ~mask | (ids == world.IMAGE_ID))
+    assert torch.equal(media[2, 3, 0], flamingo.preprocess([rows[2][3][0]], config.vision)[0])
+
+
+def test_few_shot_counts_names_and_asks_about_the_last_picture_only(monkeypatch):
+    """A stub that reads the prompt and calls the last picture what the last example was called."""
+    heard = []
+
+    class Parrot(torch.nn.Linear):
+        def generate(self, ids, media, mask, media_mask, max_new_tokens, eos_id):
+            texts = [world.tokenizer().decode(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
+            heard.extend(texts)
+            said = [text.split("<image>")[-2].split("<|endofchunk|>")[0] if text.count("<image>") > 1 else " nothing" for text in texts]
+            rows = [world.tokenizer().encode(word)[:5] + [eos_id] for word in said]
+            return flamingo.pad_rows(rows, eos_id)[0]
+
+    share = world.few_shot(Parrot(1, 1), 8, 300)
+    assert all(text.count("<image>") == 9 and text.endswith("<|endofchunk|><image>") for text in heard)
+    rng = world.rng_for("few shot", 8)
+    episodes = [world.episode(rng, 8, split="test") for _ in range(300)]
+    assert share == sum(one[-2][1] == one[-1][1] for one in episodes) / 300 and 0.1 < share < 0.35
+    assert world.few_shot(Parrot(1, 1), 0, 20) == 0
+    mixed = world.mixed_up(Parrot(1, 1), 8, 100)
+    assert 0.05 < mixed < 0.4
+
+
+def test_flamingo_training_moves_no_old_row_and_resumes_to_the_bit(runs, tmp_path, monkeypatch, capsys):
+    def fresh(*_):
+        torch.manual_seed(0)
+        return flamingo.Flamingo(flamingo.PRESETS["tiny"])
+
+    once, again = (world.train_flamingo(fresh(), name, 3).state_dict() for name in ("once", "again"))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert {"attn_gate 0", "ffw_gate 2"} < set(log_of(runs / "once")[-1]) and log_of(runs / "once")[-1]["attn_gate 2"] != 0
+    monkeypatch.setattr(world, "toy_chinchilla", lambda *_: fresh().language)
+    trained = flamingo.Flamingo(flamingo.PRESETS["tiny"])
+    trained.load_state_dict(once)
+    assert world.text_untouched(trained) == 1.0
+    trained.language.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
+    assert world.text_untouched(trained) < 0.9
+    monkeypatch.setattr(world, "toy_flamingo", fresh)
+    good = [json.dumps({"file_name": "a.png", "text": f"text {i} <image>"}) for i in range(5)]
+    long = json.dumps({"file_name": "a.png", "text": "word " * 200})
+    folder = make_folder(tmp_path / "own", [*good, long, '{"file_name": "a.png"}'], ["a.png"])
+    assert world.main(["flamingo", "--data", str(folder), "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "6 rows, 1 left out" in out and "1 rows have more than 254 tokens" in out
+
+
+def test_flamingo_claims_measure_the_curve_and_its_least_rise(runs, monkeypatch, capsys):
+    curve = {0: 0.0, 1: 0.2, 2: 0.4, 4: 0.75, 8: 0.7}
+    monkeypatch.setattr(world, "few_shot", lambda model, shots: curve[shots])
+    monkeypatch.setattr(world, "mixed_up", lambda model: 0.2)
+    monkeypatch.setattr(world, "text_untouched", lambda model: 1.0)
+    claims = world.flamingo_claims(None)
+    assert [claim.measured for claim in claims] == pytest.approx([0.7, -0.05, 0.8, 1.0])
+    assert [claim.holds for claim in claims] == [False, False, True, True]
+
+
 # ViLT's recipe
 
 
@@ -4021,12 +4176,12 @@ def test_the_claims_table_and_the_exit_status(runs, monkeypatch, capsys):
 
 @pytest.mark.skipif("CI" not in os.environ and "SLOW" not in os.environ, reason="trains for minutes; set SLOW=1")
 def test_demos_train_answer_and_draw(tmp_path):
-    for family in ("clip", "vilt", "blip2", "llava"):
+    for family in ("clip", "vilt", "flamingo", "blip2", "llava"):
         done = run(str(ROOT / f"{family}.py"), "--demo", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / family / "demo.png").exists() and re.search("after (training|stage 2)", done.stdout)
         share = re.search(r"of 200 more questions (\d+)%|after training, (?:for )?(\d+)%|after stage 2, .* (\d+)% of the things", done.stdout)
-        least = {"clip": 90, "vilt": 60, "blip2": 30, "llava": 75}[family]  # blip2: towers take most of a demo's time
+        least = {"clip": 90, "vilt": 60, "flamingo": 60, "blip2": 30, "llava": 75}[family]  # blip2: towers take most of a demo's time
         assert max(map(int, filter(None, share.groups()))) >= least, done.stdout
     done = run(str(ROOT / "train_tiny.py"), "clip", cwd=tmp_path)   # trained already: only the claims are measured
     assert done.returncode == 0 and done.stdout.count("| holds |") == 3, done.stdout
@@ -4039,6 +4194,9 @@ def test_the_toy_presets_have_the_tokenizers_special_tokens():
     assert world.VOCAB_SIZE == tiny.vocab_size
     ids = (tiny.pad_token_id, tiny.cls_token_id, tiny.sep_token_id, tiny.mask_token_id)
     assert (world.PAD_ID, world.CLS_ID, world.SEP_ID, world.MASK_ID) == ids
+    tiny = flamingo.PRESETS["tiny"]
+    assert world.VOCAB_SIZE == tiny.language.vocab_size and tiny.new_token_ids == (world.IMAGE_ID, world.CHUNK_ID)
+    assert (tiny.image_token_id, tiny.eos_token_id) == (world.IMAGE_ID, world.CHUNK_ID)
     tiny = blip2.PRESETS["tiny"]
     assert world.VOCAB_SIZE == tiny.qformer.vocab_size == tiny.language.vocab_size
     assert (world.IMAGE_ID, world.EOS_ID) == (tiny.image_token_id, tiny.eos_token_id)
