@@ -64,6 +64,7 @@ breaks; train_tiny.py flamingo --ablations.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -1447,25 +1448,25 @@ def run_weights(args):
         print(answer(model, images, prompt, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
 
 
-def draw_curves(page, box, title, curves, labels, colours=("#c0392b", "#e67e22", "#f1c40f", "#2c3e50", "#2980b9", "#16a085")):
-    """Lines into a box (left, top, width, height) of a picture: curves {name: [y in 0 .. 1]}, labels below the first line's
-    points."""
-    left, top, width, height = box
-    pen = ImageDraw.Draw(page)
-    pen.text((left, top - 32), title, fill="black")
+CURVE_COLOURS = ("#c0392b", "#e67e22", "#27ae60", "#16a085", "#2980b9", "#8e44ad")
+
+
+def draw_curves(pen, box, title, curves, labels, top=1.0):
+    """Lines into a box (left, upper, width, height): curves {name: [y from 0 to top]}, labels along the x axis."""
+    left, upper, width, height = box
+    pen.text((left, upper - 20), title, fill="black")
     for y in (0, 0.5, 1):
-        pen.line((left, top + height * (1 - y), left + width, top + height * (1 - y)), fill="#dddddd")
-        pen.text((left - 24, top + height * (1 - y) - 6), f"{y:.1f}", fill="gray")
-    for n, ((name, values), colour) in enumerate(zip(curves.items(), colours, strict=False)):
-        step = width / max(1, len(values) - 1)
-        points = [(left + i * step, top + height * (1 - min(1.0, value))) for i, value in enumerate(values)]
-        pen.line(points, fill=colour, width=2)
-        pen.text((left + n % 3 * 110, top - 18 if n < 3 else top - 6), name, fill=colour)
+        pen.line((left, upper + height * (1 - y), left + width, upper + height * (1 - y)), fill="#dddddd")
+        pen.text((left - 28, upper + height * (1 - y) - 6), f"{y * top:.2f}", fill="gray")
     for i, label in enumerate(labels):
-        pen.text((left + i * width / max(1, len(labels) - 1) - 4, top + height + 4), str(label), fill="gray")
+        pen.text((left + i * width / max(1, len(labels) - 1) - 4, upper + height + 4), str(label), fill="gray")
+    for n, ((name, values), colour) in enumerate(zip(curves.items(), itertools.cycle(CURVE_COLOURS))):  # noqa: B905
+        step = width / max(1, len(values) - 1)
+        pen.line([(left + i * step, upper + height * (1 - min(1, y / top))) for i, y in enumerate(values)], fill=colour, width=2)
+        pen.text((left + n % 3 * 100, upper + height + 20 + 14 * (n // 3)), name, fill=colour)
 
 
-def draw_demo(episode, said, log, shots, curve, file, size=96):
+def draw_demo(episode, said, log, shots, curve, ceiling, file, size=96):
     """PNG: an interleaved prompt with its answer, the gates over training, and the few-shot curve."""
     page = Image.new("RGB", (max(760, len(episode) * (size + 8) + 8), size + 300), "white")
     pen = ImageDraw.Draw(page)
@@ -1473,11 +1474,11 @@ def draw_demo(episode, said, log, shots, curve, file, size=96):
         last = n + 1 == len(episode)
         page.paste(image.resize((size, size), Image.Resampling.NEAREST), (8 + n * (size + 8), 8))
         pen.text((12 + n * (size + 8), size + 12), f"? {said}" if last else name, fill="red" if last else "black")
-    names = [name for name in log[0] if "gate" in name]
-    gates = {name: [abs(row[name]) for row in log] for name in names}
-    top = size + 90
-    draw_curves(page, (40, top, 300, 160), "how far the gates are open, over training", gates, [log[0]["step"], log[-1]["step"]])
-    draw_curves(page, (420, top, 300, 160), "named rightly, by number of examples", {"accuracy": curve}, shots)
+    gates = {name: [abs(row[name]) for row in log] for name in log[0] if "gate" in name}
+    upper, steps = size + 70, [log[0]["step"], log[-1]["step"]]
+    draw_curves(pen, (40, upper, 300, 160), "how far the gates are open, |tanh(alpha)|, over training", gates, steps, top=0.5)
+    measured = {"named rightly": curve, "what the examples tell": ceiling}
+    draw_curves(pen, (420, upper, 300, 160), "new names, by number of examples", measured, shots)
     file.parent.mkdir(parents=True, exist_ok=True)
     page.save(file)
 
@@ -1520,8 +1521,10 @@ def demo(args):
         shown = ", ".join(f"[{scene.things[0].name}] {name}" for scene, name in one[:-1])
         print(f"    {shown},\n        [{one[-1][0].things[0].name}] -> {word} ({'right' if word == one[-1][1] else f'it is {one[-1][1]}'})")
     curve = [tiny.few_shot(model, shots, 200) for shots in tiny.SHOTS]
+    ceiling = [min(1.0, shots / tiny.WAYS) for shots in tiny.SHOTS]  # the kinds that so many examples show
     print("examples          " + "".join(f"{shots:>8}" for shots in tiny.SHOTS))
-    print("named rightly     " + "".join(f"{share:>8.0%}" for share in curve) + f"   (5 kinds: guessing {1 / tiny.WAYS:.0%})")
+    print("named rightly     " + "".join(f"{share:>8.0%}" for share in curve) + f"   ({tiny.WAYS} kinds: guessing {1 / tiny.WAYS:.0%})")
+    print("the examples tell " + "".join(f"{share:>8.0%}" for share in ceiling))
     print(f"after training, {curve[-1]:.0%} of the new names are learned from 8 examples")
     names = [name for name in log[0] if "gate" in name]
     print("how far the gates are open, |tanh(alpha)|:\n    step " + "".join(f"{name:>13}" for name in names))
@@ -1529,7 +1532,7 @@ def demo(args):
         print(f"    {line['step']:>4} " + "".join(f"{abs(line[name]):>13.3f}" for name in names))
     print(f"the language model's own logits for text, unchanged bit for bit: {tiny.text_untouched(model):.0%}")
     file = tiny.RUNS / "flamingo" / "demo.png"
-    draw_demo([(tiny.draw(scene), name) for scene, name in episodes[0]], said[0], log, tiny.SHOTS, curve, file)
+    draw_demo([(tiny.draw(scene), name) for scene, name in episodes[0]], said[0], log, tiny.SHOTS, curve, ceiling, file)
     print(f"written: {file} (the row above with its answer, the gates over training, the few-shot curve)")
 
 

@@ -2388,15 +2388,13 @@ def open_flamingo_helpers():
 
 
 def fill(ours, theirs, names):
-    """Copy weights by a table of name endings; to_kv holds keys and values in one."""
+    """Copy weights, renaming by a table of patterns; open_flamingo's to_kv holds keys and values in one."""
     state = dict(ours.named_parameters())
     for name, tensor in theirs.named_parameters():
-        for ending, target in names:
-            if re.search(ending, name):
-                name = re.sub(ending, target, name)
-                break
-        parts = zip((name.replace("to_kv", "k_proj"), name.replace("to_kv", "v_proj")), tensor.chunk(2)) if "to_kv" in name else [(name, tensor)]
-        for part, value in parts:
+        for pattern, target in names:
+            name = re.sub(pattern, target, name)
+        parts = [name.replace("to_kv", kind) for kind in ("k_proj", "v_proj")] if "to_kv" in name else [name]
+        for part, value in zip(parts, tensor.chunk(len(parts)), strict=True):
             state.pop(part).data.copy_(value.data)
     assert not state, f"not filled: {list(state)}"
 
@@ -2407,9 +2405,10 @@ def test_resampler_and_gated_block_equal_open_flamingos():
     torch.manual_seed(0)
     theirs = randomise(helpers.PerceiverResampler(dim=24, depth=2, dim_head=6, heads=3, num_latents=5, max_num_frames=4))
     ours = flamingo.PerceiverResampler(24, flamingo.ResamplerConfig(5, 2, 3, 6, 96, "gelu", qk_norm=False, frames=4))
-    inside = [("frame_embs", "time_embeddings"), (r"\.0\.to_out", ".attn.o_proj"), (r"\.0\.to_q", ".attn.q_proj"), (r"\.0\.to_kv", ".attn.to_kv")]
-    inside += [(r"\.0\.norm", ".norm"), (r"\.1\.0\.", ".norm_mlp."), (r"\.1\.1\.", ".fc1."), (r"\.1\.3\.", ".fc2.")]
-    fill(ours, theirs, inside)
+    inside = dict(norm="norm", to_q="attn.q_proj", to_kv="attn.to_kv", to_out="attn.o_proj")
+    inside = [(rf"(layers\.\d)\.0\.{a}", rf"\1.{b}") for a, b in inside.items()]
+    inside += [(rf"(layers\.\d)\.1\.{n}", rf"\1.{b}") for n, b in ((0, "norm_mlp"), (1, "fc1"), (3, "fc2"))]
+    fill(ours, theirs, [("frame_embs", "time_embeddings"), *inside])
     for frames in (1, 4):
         x = torch.randn(2, 3, frames, 7, 24)
         close(ours(x.flatten(0, 1)).unflatten(0, (2, 3)), theirs(x))
@@ -2418,9 +2417,10 @@ def test_resampler_and_gated_block_equal_open_flamingos():
     config = replace(flamingo.PRESETS["tiny"], language=language, dense="gelu", qk_norm=False)
     config = replace(config, vision=replace(config.vision, width=24))
     ours = flamingo.GatedBlock(config)
-    fill(ours, theirs, [("ff_gate", "ffw_gate"), (r"attn\.norm", "input_layernorm"), (r"attn\.to_q", "cross_attn.q_proj"),
-                        (r"attn\.to_kv", "cross_attn.to_kv"), (r"attn\.to_out", "cross_attn.o_proj"),
-                        (r"ff\.0\.", "post_attention_layernorm."), (r"ff\.1\.", "mlp.0."), (r"ff\.3\.", "mlp.2.")])  # fmt: skip
+    inside = {"ff_gate": "ffw_gate", r"^attn\.norm": "input_layernorm", r"^attn\.to_q": "cross_attn.q_proj",
+              r"^attn\.to_kv": "cross_attn.to_kv", r"^attn\.to_out": "cross_attn.o_proj",
+              r"^ff\.0\.": "post_attention_layernorm.", r"^ff\.1\.": "mlp.0.", r"^ff\.3\.": "mlp.2."}  # fmt: skip
+    fill(ours, theirs, inside.items())
     x, media = torch.randn(2, 9, 16), torch.randn(2, 2, 5, 24)
     where = torch.zeros(2, 9, dtype=torch.bool)
     where[0, [2, 6]] = where[1, [0, 1]] = True
