@@ -22,7 +22,7 @@ training the model is the language model, bit for bit; then the gates open as fa
                                                   logits [B,T,V] -> " dax"
 
 A word looks at one image only, the last one before it, and knows of the earlier ones through the language model's own
-self-attention (paper 3.1.3). So any number of images and videos may stand between the words, more than in training too.
+self-attention (paper 2.3). So any number of images and videos may stand between the words, more than in training too.
 Words before the first image look at nothing, and cross-attention gives them exactly zero.
 
     words            Look  <image>  a  dog  <image>  a  cat        rows are words, columns the latents of image 0 and 1
@@ -54,7 +54,7 @@ Paper / published code / this file
     - Words that see no image. Cross-attention gives them zero, but the inserted ffw runs on every word, here as in all
       published code. So the logits of text alone do change in training. The language model's do not: call
       model.language(ids), and the inserted layers are not even touched.
-    - <image> itself already looks at its image (as in IDEFICS; the paper draws it so too).
+    - <image> itself already looks at its image, as in IDEFICS and OpenFlamingo.
     - Documents. IDEFICS stops looking after an end-of-sequence token, for several documents in a row; here a row is one.
     - Time embeddings of more frames than in training are interpolated linearly, as the paper does from 8 to 30.
 
@@ -389,7 +389,7 @@ class VisionTower(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from one sequence, keys and values from another; no biases (paper A.1).
+    """Queries from one sequence, keys and values from another; no biases.
 
     keys_values and forward are apart, so that what many words look at is projected once. qk_norm: None, or a function of
     the head width that makes a norm for queries and one for keys: dot products then cannot grow with the activations.
@@ -425,7 +425,7 @@ class CrossAttention(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    """The latents look at the features *and at themselves* (paper 3.1.1), then think: both in one attention, no gates."""
+    """The latents look at the features and at themselves, in one attention (paper 2.1), then think; no gates."""
 
     def __init__(self, width, config):
         super().__init__()
@@ -444,7 +444,7 @@ class PerceiverLayer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Features of an image or a video, of any size and length -> always L latents (paper 3.1.1, Figure 5).
+    """Features of an image or a video, of any size and length -> always L latents (paper 2.1).
 
     forward(x [n,F,N,Dv], frame_mask [n,F] or None; True = real frame) -> [n,L,Dv]. Cost and memory grow with F * N, not
     with its square, since only the L latents ask.
@@ -458,7 +458,7 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
 
     def times(self, frames):
-        """Time embeddings [F,Dv] for a number of frames; beyond those trained, linearly interpolated (paper B.2)."""
+        """Time embeddings [F,Dv] for a number of frames; beyond those trained, linearly interpolated."""
         table = self.time_embeddings
         if frames <= len(table):
             return table[:frames]
@@ -632,10 +632,10 @@ class LanguageModel(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """GATED XATTN-DENSE (paper 3.1.2, Figure 4): words look at latents, then think, each through a gate of its own.
+    """GATED XATTN-DENSE (paper 2.2): words look at latents, then think, each through a gate of its own.
 
-    tanh(0) = 0: a new block adds nothing, and the language model around it still is what it was. Its gradient at 0 is not
-    0, so the gates can open; what is behind a closed gate gets no gradient until they have begun to.
+    tanh(0) = 0: a new block adds nothing, and the language model around it still is what it was. The gradient of tanh at 0
+    is 1, so a gate can open; what is behind a closed one gets no gradient until it has begun to.
     """
 
     def __init__(self, config):
@@ -735,6 +735,8 @@ class Flamingo(nn.Module):
         through the tower 64 at a time: the memory of a long video is that of its features.
         """
         B, M, frames = media.shape[:3]
+        if self.config.connector != "resampler" and media_mask is not None and media_mask.ndim == 3:
+            raise ValueError("videos of different lengths in one batch need the resampler: it can leave frames out")
         real = torch.ones(B, M, frames, dtype=torch.bool, device=media.device)
         if media_mask is not None:
             real = real & (media_mask[..., None] if media_mask.ndim == 2 else media_mask)
@@ -760,8 +762,9 @@ class Flamingo(nn.Module):
         media = media.unsqueeze(2) if media.ndim == 5 else media
         if media.ndim != 6 or media.shape[3] != 3 or len(media) != len(ids):
             raise ValueError(f"media must be [B,M,F,3,H,W] with B = {len(ids)} as in ids, got {list(media.shape)}")
-        if media_mask is not None and media_mask.shape not in (media.shape[:2], media.shape[:3]):
-            raise ValueError(f"media_mask must be [B,M] or [B,M,F] as in media {list(media.shape)}, got {list(media_mask.shape)}")
+        if media_mask is not None and (media_mask.dtype != torch.bool or media_mask.shape not in (media.shape[:2], media.shape[:3])):
+            got = f"{media_mask.dtype} {list(media_mask.shape)}"
+            raise ValueError(f"media_mask must be bool [B,M] or [B,M,F] as in media {list(media.shape)}, got {got}")
         there = media_mask if media_mask is None or media_mask.ndim == 2 else media_mask.any(2)  # [B,M]
         given = [media.shape[1]] * len(ids) if there is None else there.sum(1).tolist()
         for row, (words, images) in enumerate(zip(placed, given, strict=True)):
@@ -816,7 +819,7 @@ def fold_vocabulary(model, config):
 
 
 def freeze(model):
-    """Set what trains (paper 3.1): the connector, the inserted blocks, and the rows of the new tokens. Never the vision
+    """Set what trains (paper 2.2): the connector, the inserted blocks, and the rows of the new tokens. Never the vision
     tower, never the language model. Returns the parameters that train.
 
     The rows are part of a frozen table. Their gradient is let through, that of all others is set to zero; give the table
@@ -859,7 +862,7 @@ def language_loss(logits, labels):
 
 def text_labels(ids, mask, config):
     """Labels for language_loss: every real token of text, ids [B,T] and mask [B,T] -> [B,T]. That an image comes next is
-    nothing to learn (paper 2.3.4 sums over the text only)."""
+    nothing to learn: the likelihood is the text's (paper 2, equation 1)."""
     return ids.masked_fill(~mask | (ids == config.image_token_id), IGNORE_INDEX)
 
 

@@ -2616,8 +2616,12 @@ def test_flamingo_media_that_do_not_fit_the_ids_are_an_error_with_both_counts(or
         model(torch.ones(1, 4, dtype=torch.long), media[:1, :1])
     with pytest.raises(ValueError, match=r"media must be \[B,M,F,3,H,W\] with B = 3"):
         model(ids, media[:2])
-    with pytest.raises(ValueError, match=r"media_mask must be \[B,M\] or \[B,M,F\]"):
-        model(ids, media, media_mask=torch.ones(3, 3, dtype=torch.bool))
+    for wrong in (torch.ones(3, 3, dtype=torch.bool), media_mask.int()):
+        with pytest.raises(ValueError, match=r"media_mask must be bool \[B,M\] or \[B,M,F\]"):
+            model(ids, media, media_mask=wrong)
+    tiny = flamingo.Flamingo(replace(flamingo.PRESETS["tiny"], connector="mlp"))
+    with pytest.raises(ValueError, match="need the resampler"):
+        tiny.encode_media(torch.randn(1, 1, 2, 3, 32, 32), torch.ones(1, 1, 2, dtype=torch.bool))
     for wrong in (dict(gate="ajar"), dict(dense="relu"), dict(connector="wire"), dict(cross_every=0)):
         with pytest.raises(ValueError, match="unknown|cross_every"):
             replace(flamingo.PRESETS["tiny"], **wrong)

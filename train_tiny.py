@@ -1727,7 +1727,7 @@ def episode(rng, shots, ways=WAYS, split="train"):
 
 
 def flamingo_batch(seed, step, batch, captions):
-    """The paper's mixture (2.4) as rows of [(image, text)]: pictures with captions, which teach what a picture shows, and
+    """The paper's mixture (section 2.4) as rows of [(image, text)]: pictures with captions, which teach what a picture shows, and
     interleaved episodes, which teach what to do with that. captions: how many of the rows are of the first kind."""
     rows = []
     ways = rng_for(seed, ("ways", step)).choice((2, 3, 4, 5))
