@@ -1659,8 +1659,7 @@ def blip2_ablations(args):
 # Flamingo
 # ------------------------------------------------------------------------------------------------------------------
 
-CHINCHILLA_STEPS, FLAMINGO_STEPS, FLAMINGO_BATCH = 800, 600, 4      # of the language model; of what is inserted into it
-DEMO_FLAMINGO_STEPS, FLAMINGO_ABLATION_STEPS = 400, 400
+CHINCHILLA_STEPS, FLAMINGO_STEPS, FLAMINGO_BATCH = 800, 400, 4      # of the language model; of what is inserted into it
 WAYS, SHOTS = 5, (0, 1, 2, 4, 8)                    # kinds of things in an episode; examples before the question
 
 
@@ -1780,7 +1779,7 @@ def train_flamingo(model, name, steps, seed=0, captions=FLAMINGO_BATCH // 2, bar
 
     # no weight decay: it would move the frozen rows of the table whose new rows train. A large lr for what is not a matrix:
     # as long as the gates are nearly closed, what is behind them learns next to nothing
-    plan = Plan(name, steps, FLAMINGO_BATCH, lr=1e-2, muon=6e-3, weight_decay=0.0, seed=seed)
+    plan = Plan(name, steps, FLAMINGO_BATCH, lr=3e-2, muon=6e-3, weight_decay=0.0, seed=seed)
     data = f"{data}, {captions} captions, language model of {CHINCHILLA_STEPS} steps"
     return fit(plan, model, loss_of, data=data, bar=bar)
 
@@ -1790,13 +1789,9 @@ def toy_flamingo(device="cpu", seed=0, steps=None):
     return train_flamingo(untrained_flamingo(device, seed), run_name("flamingo", seed, steps), steps or FLAMINGO_STEPS, seed)
 
 
-def demo_flamingo(device="cpu"):
-    """For the demo, with the rows of its log: the recipe's result if it has been trained, else that of fewer steps, since
-    somebody is waiting."""
-    steps = None if recipe_is_done("flamingo", FLAMINGO_STEPS) else DEMO_FLAMINGO_STEPS
-    model = toy_flamingo(device, steps=steps)
-    lines = (RUNS / run_name("flamingo", steps=steps) / "log.jsonl").read_text().splitlines()
-    return model, [json.loads(line) for line in lines]
+def flamingo_log():
+    """The rows of the standard run's log: loss, accuracy and gates as training went."""
+    return [json.loads(line) for line in (RUNS / "flamingo" / "log.jsonl").read_text().splitlines()]
 
 
 def named(model, episodes):
@@ -1867,7 +1862,7 @@ def flamingo_recipe(args):
 def flamingo_ablations(args):
     """Gates that start closed against none; resampler against an MLP on every patch (4 vectors per image against 17);
     captions in the mixture against interleaved episodes alone. Equal steps, 8 examples, mean of 3 seeds."""
-    steps, seeds, score = args.steps or FLAMINGO_ABLATION_STEPS, (0, 1, 2), {}
+    steps, seeds, score = args.steps or FLAMINGO_STEPS, (0, 1, 2), {}
     variants = {"recipe": {}, "ungated": {"gate": "none"}, "mlp": {"connector": "mlp"}, "no captions": {}}
     untrained_flamingo(args.device)                 # the towers, before the bar starts
     with tqdm(total=len(seeds) * len(variants) * steps * FLAMINGO_BATCH, unit=" samples", desc="flamingo ablations", disable=None) as bar:
