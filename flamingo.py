@@ -52,15 +52,18 @@ Paper / published code / this file
       IDEFICS its decoder's own parts, RMSNorm and SwiGLU. FlamingoConfig.dense chooses.
     - IDEFICS normalises queries and keys per head (qk_norm), has one layer in four, and no time embeddings.
     - Words that see no image. Cross-attention gives them zero, but the inserted ffw runs on every word, here as in all
-      published code. So the logits of text alone do change in training. The language model's do not: call
-      model.language(ids), and the inserted layers are not even touched.
+      published code. So what model(ids) says of text alone does change in training. The language model inside does not:
+      model.language(ids) skips the inserted layers, and its logits of all words it knew stay, bit for bit. Only the new
+      tokens' rows are new, and whoever asks for probabilities over the whole table sees them take their share.
     - <image> itself already looks at its image, as in IDEFICS and OpenFlamingo.
     - Documents. IDEFICS stops looking after an end-of-sequence token, for several documents in a row; here a row is one.
-    - Time embeddings of more frames than in training are interpolated linearly, as the paper does from 8 to 30.
+    - Time embeddings of more frames than in training are interpolated linearly, as the paper does from 8 to 30. IDEFICS has
+      none: to it a video is a bag of frames. The toy is trained on images, so that its own are random but for the first.
+    - A generated <image> opens no picture: the words after it go on looking where the prompt's last word looked.
 
 What to try: --demo, and watch the gates open; --show-mask; gate="none" in the tiny preset (what is the first loss then?);
-one latent instead of 4; let words see all images before them (one line: causal instead of segments) and count what
-breaks; train_tiny.py flamingo --ablations.
+one latent instead of 4; subtract 1 in media_segments, so that every word looks at the wrong image (what can still be
+learned?); train_tiny.py flamingo --ablations; a toy with videos (train_tiny.movie draws them).
 """
 
 import argparse
@@ -457,18 +460,21 @@ class PerceiverResampler(nn.Module):
         self.layers = nn.ModuleList(PerceiverLayer(width, config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
 
-    def times(self, frames):
-        """Time embeddings [F,Dv] for a number of frames; beyond those trained, linearly interpolated."""
-        table = self.time_embeddings
-        if frames <= len(table):
-            return table[:frames]
-        return F.interpolate(table.T[None], size=frames, mode="linear", align_corners=True)[0].T
+    def times(self, frame_mask):
+        """Time embeddings [n,F,Dv] of the real frames in frame_mask [n,F]: the i-th has the i-th. A video of more frames
+        than the table has rows is spread over all of it, linearly interpolated."""
+        table, last = self.time_embeddings, len(self.time_embeddings) - 1
+        count, rank = frame_mask.sum(1, keepdim=True), (frame_mask.cumsum(1) - 1).clamp(min=0)
+        place = torch.where(count > last + 1, rank * last / (count - 1).clamp(min=1), rank.float())
+        low = place.long().clamp(max=last)
+        return torch.lerp(table[low], table[(low + 1).clamp(max=last)], (place - low).unsqueeze(-1).to(table.dtype))
 
     def forward(self, x, frame_mask=None):
         n, frames, N, _ = x.shape
         L = len(self.latents)
         if self.time_embeddings is not None:
-            x = x + self.times(frames)[:, None]  # all patches of a frame get the frame's time
+            real = x.new_ones(n, frames, dtype=torch.bool) if frame_mask is None else frame_mask
+            x = x + self.times(real)[:, :, None]  # all patches of a frame get the frame's time
         x = x.flatten(1, 2)  # [n,F*N,Dv]: time and space in one row
         segments = ()
         if frame_mask is not None:  # nobody looks at a padding frame
@@ -574,7 +580,7 @@ class DecoderBlock(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """LLaMA (Touvron et al. 2023, arXiv 2302.13971), the decoder under IDEFICS.
+    """LLaMA (Touvron et al. 2023, arXiv 2302.13971), the decoder under Vicuna.
 
     forward(ids [B,T], mask [B,T] or None; True = real token) -> logits [B,T,V]. Padding may stand on either side.
     """
@@ -732,7 +738,8 @@ class Flamingo(nn.Module):
         """media [B,M,F,3,H,W] (an image is a video of one frame) -> latents [B,M,L,Dv], L whatever F, H and W are.
 
         media_mask [B,M], or [B,M,F] where videos have different lengths; True = real. Padding is not encoded. Frames go
-        through the tower 64 at a time: the memory of a long video is that of its features.
+        through the tower 64 at a time, so that its memory does not grow with the video; that of the features, N * Dv
+        numbers a frame, does. As in IDEFICS they are those of the last block, class token first; ln_post is not applied.
         """
         B, M, frames = media.shape[:3]
         if self.config.connector != "resampler" and media_mask is not None and media_mask.ndim == 3:
@@ -740,6 +747,8 @@ class Flamingo(nn.Module):
         real = torch.ones(B, M, frames, dtype=torch.bool, device=media.device)
         if media_mask is not None:
             real = real & (media_mask[..., None] if media_mask.ndim == 2 else media_mask)
+        if not real.any():
+            raise ValueError(f"media {list(media.shape)} [B,M,F,3,H,W] hold no image and no frame")
         some = torch.cat([self.vision(part) for part in media[real].split(64)])  # [n,N,Dv]
         x = some.new_zeros(B, M, frames, *some.shape[1:])
         x[real] = some
@@ -753,10 +762,14 @@ class Flamingo(nn.Module):
     def look(self, ids, media=None, mask=None, media_mask=None):
         """A ConditionedLM that looks at the media of ids [B,T]. Raises ValueError when a row has more or fewer <image>
         than media: a model that looks at the wrong picture gives no other sign of it."""
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(f"ids must be [B,T] with at least one token, got {list(ids.shape)}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape):
+            raise ValueError(f"mask must be bool [B,T] as ids {list(ids.shape)}, got {mask.dtype} {list(mask.shape)}")
         segments = media_segments(ids, self.config, mask)
         placed = (segments[:, -1] + 1).tolist()  # the last token looks at the last image
         if media is None:
-            if any(placed):
+            if any(placed) or media_mask is not None:
                 raise ValueError(f"{sum(placed)} <image> in the ids, but no image was given")
             return ConditionedLM(self, segments)
         media = media.unsqueeze(2) if media.ndim == 5 else media
@@ -822,8 +835,9 @@ def freeze(model):
     """Set what trains (paper 2.2): the connector, the inserted blocks, and the rows of the new tokens. Never the vision
     tower, never the language model. Returns the parameters that train.
 
-    The rows are part of a frozen table. Their gradient is let through, that of all others is set to zero; give the table
-    no weight decay, which would move the others without a gradient.
+    The rows are part of a frozen table. Their gradient is let through, that of all others is set to zero, by a hook: a
+    copy.deepcopy of the model has none, so call freeze on the copy. And give the table no weight decay, which would move
+    the other rows without a gradient.
     """
     model.requires_grad_(False)
     model.connector.requires_grad_(True)
@@ -1153,10 +1167,13 @@ def config_from_published(raw, folder):
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{folder} scales its rotary positions ({rope}), which flamingo.py does not")
-    new = raw.get("additional_vocab_size", 0)
+    new, old = raw.get("additional_vocab_size") or 0, raw.get("vocab_size", 32000)
+    eos = raw.get("eos_token_id", 2)
+    if raw.get("alpha_type", "float") not in ("float", "vector"):
+        raise ValueError(f"{folder} has gates of an unknown type {raw['alpha_type']!r}; known: float, vector")
     language = replace_published(
         LLAMA_7B,
-        raw | {"vocab_size": raw.get("vocab_size", 32000) + new, "rope_theta": rope.get("rope_theta", 10000.0)},
+        raw | {"vocab_size": old + new, "rope_theta": rope.get("rope_theta", 10000.0)},
         dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", mlp_width="intermediate_size")
         | dict(kv_heads="num_attention_heads", vocab_size="vocab_size", context="max_position_embeddings")
         | dict(norm_eps="rms_norm_eps", rope_base="rope_theta", tie_embeddings="tie_word_embeddings"),
@@ -1177,9 +1194,10 @@ def config_from_published(raw, folder):
             cross_every=raw.get("cross_layer_interval", 1),
             gate="vector" if raw.get("alpha_type", "float") == "vector" else "scalar",
             qk_norm=raw.get("qk_layer_norms", False),
-            image_token_id=language.vocab_size - 1,  # <image> is the last of the new tokens
-            new_token_ids=tuple(range(language.vocab_size - new, language.vocab_size)),
-            eos_token_id=raw.get("eos_token_id", 2),
+            # the new tokens: <fake_token_around_image>, <image>, and where the model was taught to chat <end_of_utterance>
+            image_token_id=old + min(1, new - 1),
+            new_token_ids=tuple(range(old, old + new)),
+            eos_token_id=old + 2 if new > 2 else eos[0] if isinstance(eos, list) else eos,
         ),
         new,
     )
@@ -1424,14 +1442,19 @@ def show_mask():
     )
 
 
+def room_after(ids, config):
+    """How many tokens may follow a prompt; raises ValueError when none."""
+    if len(ids) >= config.language.context:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the context holds {config.language.context}: shorten it")
+    return config.language.context - len(ids)
+
+
 def answer(model, images, prompt, encode, decode, max_new_tokens=32):
     """Continue a prompt with <image> placeholders, about as many images -> the model's words."""
     device = model.language.embed_tokens.weight.device
     media = preprocess(images, model.config.vision).to(device)[None, :, None] if images else None  # [1,M,1,3,H,W]
     ids = torch.tensor([encode(prompt)], device=device)
-    room = model.config.language.context - ids.shape[1]
-    if room < 1:
-        raise ValueError(f"the prompt has {ids.shape[1]} tokens, the context holds {room + ids.shape[1]}: shorten it")
+    room = room_after(ids[0], model.config)
     eos = model.config.eos_token_id
     new = model.generate(ids, media, max_new_tokens=min(max_new_tokens, room), eos_id=eos)[0].tolist()
     return decode([i for i in new if i != eos]).strip()
@@ -1444,8 +1467,10 @@ def run_weights(args):
     images = [load_image(path) for path in args.image]
     prompts = [surround_images(build_prompt(text, len(images))) for text in args.prompt]  # wrong ones are found before
     folder = checkpoint_folder(args.weights)  # gigabytes are read, and so is a checkpoint of another family
-    config_from_published(read_config(folder), folder)
+    config, _ = config_from_published(read_config(folder), folder)
     tokenizer = load_tokenizer(folder)
+    for prompt in prompts:
+        room_after(tokenizer.encode(prompt).ids, config)
     model = Flamingo.from_pretrained(folder, getattr(torch, args.dtype), check_device(args.device))
     for prompt in prompts:
         print(answer(model, images, prompt, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
@@ -1479,7 +1504,8 @@ def draw_demo(episode, said, log, shots, curve, ceiling, file, size=96):
         pen.text((12 + n * (size + 8), size + 12), f"? {said}" if last else name, fill="red" if last else "black")
     gates = {name: [abs(row[name]) for row in log] for name in log[0] if "gate" in name}
     upper, steps = size + 70, [log[0]["step"], log[-1]["step"]]
-    draw_curves(pen, (40, upper, 300, 160), "how far the gates are open, |tanh(alpha)|, over training", gates, steps, top=0.5)
+    top = 0.5 if max(map(max, gates.values())) <= 0.5 else 1.0
+    draw_curves(pen, (40, upper, 300, 160), "how far the gates are open, |tanh(alpha)|, over training", gates, steps, top)
     measured = {"named rightly": curve, "what the examples tell": ceiling}
     draw_curves(pen, (420, upper, 300, 160), "new names, by number of examples", measured, shots)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -1516,17 +1542,19 @@ def demo(args):
     model = tiny.toy_flamingo(args.device)
     if own or args.prompt:
         for prompt in prompts:
-            print(f"{prompt} -> {answer(model, own, prompt, tiny.encode, tiny.decode)}")
+            print(f"{prompt} -> {answer(model, own, prompt, tiny.encode, tiny.decode) or '(it stops at once)'}")
+            if "<|endofchunk|>" not in prompt:
+                print("(no example in it, as in '<image> dax<|endofchunk|><image>': it makes up a name)")
         return
-    print("\nwhat a name means differs from row to row; these names and these scenes were never in training:")
+    print("\nwhat a name means differs from row to row; these names, and what each row asks about, were never in training:")
     said = tiny.named(model, episodes)
     for one, word in zip(episodes, said, strict=True):
         shown = ", ".join(f"[{scene.things[0].name}] {name}" for scene, name in one[:-1])
         print(f"    {shown},\n        [{one[-1][0].things[0].name}] -> {word} ({'right' if word == one[-1][1] else f'it is {one[-1][1]}'})")
-    curve = [tiny.few_shot(model, shots, 200) for shots in tiny.SHOTS]
+    curve = [tiny.few_shot(model, shots, 200)[0] for shots in tiny.SHOTS]
     ceiling = [min(1.0, shots / tiny.WAYS) for shots in tiny.SHOTS]  # the kinds that so many examples show
     print("examples          " + "".join(f"{shots:>8}" for shots in tiny.SHOTS))
-    print("named rightly     " + "".join(f"{share:>8.0%}" for share in curve) + f"   ({tiny.WAYS} kinds: guessing {1 / tiny.WAYS:.0%})")
+    print("named rightly     " + "".join(f"{share:>8.0%}" for share in curve) + f"   (among {tiny.WAYS} names guessing gives {1 / tiny.WAYS:.0%})")
     print("the examples tell " + "".join(f"{share:>8.0%}" for share in ceiling))
     print(f"after training, {curve[-1]:.0%} of the new names are learned from 8 examples")
     log = tiny.flamingo_log()
@@ -1534,7 +1562,7 @@ def demo(args):
     print("how far the gates are open, |tanh(alpha)|:\n    step " + "".join(f"{name:>13}" for name in names))
     for line in (log[0], log[len(log) // 8], log[len(log) // 3], log[-1]):
         print(f"    {line['step']:>4} " + "".join(f"{abs(line[name]):>13.3f}" for name in names))
-    print(f"the language model's own logits for text, unchanged bit for bit: {tiny.text_untouched(model):.0%}")
+    print(f"the language model's logits for the words it knew, the same bit for bit: {tiny.text_untouched(model)[0]:.0%}")
     file = tiny.RUNS / "flamingo" / "demo.png"
     draw_demo([(tiny.draw(scene), name) for scene, name in episodes[0]], said[0], log, tiny.SHOTS, curve, ceiling, file)
     print(f"written: {file} (the row above with its answer, the gates over training, the few-shot curve)")
