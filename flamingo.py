@@ -1539,7 +1539,7 @@ def demo(args):
         same = torch.equal(model(ids, media, mask, media_mask), model.language(ids, mask))
     print(f"before training, gates closed: its logits, bit for bit, with images in the row? {same}")
     print(f"    and so it says: {', '.join(map(repr, tiny.named(model, episodes[:3])))}")
-    model = tiny.toy_flamingo(args.device)
+    model, log = tiny.demo_flamingo(args.device)
     if own or args.prompt:
         for prompt in prompts:
             print(f"{prompt} -> {answer(model, own, prompt, tiny.encode, tiny.decode) or '(it stops at once)'}")
@@ -1557,8 +1557,9 @@ def demo(args):
     print("named rightly     " + "".join(f"{share:>8.0%}" for share in curve) + f"   (among {tiny.WAYS} names guessing gives {1 / tiny.WAYS:.0%})")
     print("the examples tell " + "".join(f"{share:>8.0%}" for share in ceiling))
     print(f"after training, {curve[-1]:.0%} of the new names are learned from 8 examples")
-    log = tiny.flamingo_log()
     names = [name for name in log[0] if "gate" in name]
+    if not tiny.recipe_is_done("flamingo", tiny.FLAMINGO_STEPS):
+        print("(this model had part of the training; python train_tiny.py flamingo gives it all, and the demo then shows that one)")
     print("how far the gates are open, |tanh(alpha)|:\n    step " + "".join(f"{name:>13}" for name in names))
     for line in (log[0], log[len(log) // 8], log[len(log) // 3], log[-1]):
         print(f"    {line['step']:>4} " + "".join(f"{abs(line[name]):>13.3f}" for name in names))

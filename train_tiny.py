@@ -1659,7 +1659,8 @@ def blip2_ablations(args):
 # Flamingo
 # ------------------------------------------------------------------------------------------------------------------
 
-CHINCHILLA_STEPS, FLAMINGO_STEPS, FLAMINGO_BATCH = 800, 400, 4      # of the language model; of what is inserted into it
+CHINCHILLA_STEPS, FLAMINGO_STEPS, FLAMINGO_BATCH = 800, 800, 4      # of the language model; of what is inserted into it
+DEMO_FLAMINGO_STEPS = 500
 WAYS, SHOTS = 5, (0, 1, 2, 4, 8)                    # kinds of things in an episode; examples before the question
 
 
@@ -1783,7 +1784,7 @@ def train_flamingo(model, name, steps, seed=0, captions=FLAMINGO_BATCH // 2, bar
 
     # no weight decay: it would move the frozen rows of the table whose new rows train. A large lr for what is not a matrix:
     # as long as the gates are nearly closed, what is behind them learns next to nothing
-    plan = Plan(name, steps, FLAMINGO_BATCH, lr=3e-2, muon=6e-3, weight_decay=0.0, seed=seed)
+    plan = Plan(name, steps, FLAMINGO_BATCH, lr=1.5e-2, muon=6e-3, weight_decay=0.0, seed=seed)
     data = f"{data}, {captions} captions, language model of {CHINCHILLA_STEPS} steps"
     ids, _, labels, *_ = read(0)
     with torch.no_grad():                           # gates closed, the first loss is that of the language model alone
@@ -1796,9 +1797,13 @@ def toy_flamingo(device="cpu", seed=0, steps=None):
     return train_flamingo(untrained_flamingo(device, seed), run_name("flamingo", seed, steps), steps or FLAMINGO_STEPS, seed)
 
 
-def flamingo_log():
-    """The rows of the standard run's log: loss, accuracy and gates as training went."""
-    return [json.loads(line) for line in (RUNS / "flamingo" / "log.jsonl").read_text().splitlines()]
+def demo_flamingo(device="cpu"):
+    """For the demo, with the rows of its log: the recipe's result if it has been trained, else that of fewer steps, since
+    somebody is waiting."""
+    steps = None if recipe_is_done("flamingo", FLAMINGO_STEPS) else DEMO_FLAMINGO_STEPS
+    model = toy_flamingo(device, steps=steps)
+    lines = (RUNS / run_name("flamingo", steps=steps) / "log.jsonl").read_text().splitlines()
+    return model, [json.loads(line) for line in lines]
 
 
 def named(model, episodes):
