@@ -1376,7 +1376,7 @@ def demo(args):
     language model has not moved by a bit."""
     import train_tiny as tiny
 
-    device = check_device(args.device)
+    check_device(args.device)
     own = [load_image(path) for path in args.image]  # wrong input is found before the training
     for question in args.prompt:
         row = prompt_row(tiny.encode(build_prompt(question, "vqa")), PRESETS["tiny"], len(own) or 1)

@@ -3247,6 +3247,61 @@ def test_blip2_anatomy_says_what_trains_and_what_an_image_costs(capsys):
     assert "stage 1: 186,082,818 trained (15.9 %)" in out and "stage 2" not in out
 
 
+def test_cogvlm_weights_from_the_command_line_say_what_the_naive_implementation_says(published_cogvlm, tmp_path, capsys, monkeypatch):
+    """End to end: config.json, shards, tokenizer.json, an image file and a question; a box in the answer is drawn."""
+    tensors, raw, _ = published_cogvlm["first"]
+    save_cogvlm(tmp_path, raw, tensors, shards=3)
+    words = word_list({"Question": 20, "Answer": 21, "<s>": 1, "</s>": 2}, 60)
+    tokenizer = save_tokenizer(tmp_path, words, "<s> $A")  # it would put a <s> of its own in front, as Vicuna's does
+    picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    text = tokenizer.encode("Question: what is in the image ? Answer:", add_special_tokens=False).ids
+    pixels = cogvlm.preprocess([picture], cogvlm.CogVLM.from_pretrained(tmp_path).config.vision)
+    expected = naive_generate(tensors, raw, [1] + [None] * 11 + text, pixels, 40)
+    expected = tokenizer.decode(expected[: expected.index(2)] if 2 in expected else expected).strip()
+    image = str(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    cogvlm.main(["--weights", str(tmp_path), "--image", image, "--prompt", "what is in the image ?"])
+    assert capsys.readouterr().out == expected + "\n" and len(expected) > 20 and not (tmp_path / "runs").exists()
+    cogvlm.tell("where?", "at [[100,200,500,400]]", [picture])
+    assert "runs/cogvlm/box.png" in capsys.readouterr().out.replace(os.sep, "/")
+    drawn = Image.open(tmp_path / "runs" / "cogvlm" / "box.png")
+    assert drawn.size == (256, 183) and drawn.getpixel((26, 60)) == (255, 0, 255)  # on the left edge of the box
+
+    def wrong(*options):
+        return lambda: cogvlm.main(["--weights", str(tmp_path), *options])
+
+    fails_in_one_line(wrong("--image", image, "--prompt", "<image> what ?"), capsys, "leave <image> out")
+    fails_in_one_line(wrong("--image", image, "--prompt", "  "), capsys, "empty")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "tokens, the context holds 64")
+    fails_in_one_line(wrong("--image", image), capsys, "--prompt")
+    (tmp_path / "tokenizer.json").unlink()
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing", "lmsys/vicuna-7b-v1.5")
+
+
+def test_cogvlm_anatomy_says_how_its_count_comes_about(capsys):
+    cogvlm.main(["--anatomy", "cogvlm-chat-17b"])
+    out = capsys.readouterr().out
+    assert "trained: 6,618,628,096 (37.5 %)" in out and "1227 tokens" in out and "524,288 bytes a token" in out
+    parts = re.search(r"tower ([\d,]+) \+ adapter ([\d,]+) \+ vision experts ([\d,]+) \+ language model ([\d,]+)", out).groups()
+    parts = [int(part.replace(",", "")) for part in parts]
+    assert sum(parts) == 17_639_685_376 and parts[3] == 6_738_415_616  # Vicuna-7B, as published
+
+
+def test_cogvlm_shows_which_expert_and_position_each_token_takes(capsys):
+    cogvlm.main(["--show-mask"])
+    out = capsys.readouterr().out
+    table = [tuple(line.split()) for line in out.splitlines()[2:11]]
+    assert table[2:7] == [("boi", "vision", "2"), *[("patch", "vision", "3")] * 3, ("eoi", "language", "4")]
+
+
+def test_cogvlms_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(runs, capsys):
+    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", "red " * 240]), capsys, "tokens, the context holds 256")
+    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", " "]), capsys, "empty")
+    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", "<image> where?"]), capsys, "leave <image> out")
+    assert not list(runs.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["vilt mlm", "vilt vqa", "vilt rank"])
 def test_vilt_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys, kind):
     """[MASK] filled in, a question answered, prompts ranked: by the checkpoint whose head it is."""
@@ -3806,6 +3861,118 @@ def test_blip2_captions_are_counted_right_and_told_scenes_tell_all():
     assert world.frozen_share("blip2-opt-2.7b", 2) == pytest.approx(1 - 107_133_696 / 3_744_679_936)
 
 
+# CogVLM's recipe
+
+
+def fresh_cogvlm(*_, **options):
+    torch.manual_seed(0)
+    return cogvlm.CogVLM(replace(cogvlm.PRESETS["tiny"], **options))
+
+
+def test_cogvlm_repeats_itself_to_the_bit_and_forgets_nothing(runs):
+    before = fresh_cogvlm()
+    once, again = (world.train_cogvlm(fresh_cogvlm(), name, 3) for name in ("once", "again"))
+    for (name, a), (_, b), (_, c) in zip(once.named_parameters(), again.named_parameters(), before.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+        if not name.startswith("adapter.") and ".vision_expert." not in name:
+            assert torch.equal(a, c), name
+    assert torch.equal(world.text_logits(once), world.text_logits(before)) and world.text_loss(once) == world.text_loss(before)
+    asked = world.box_questions(random.Random(0), 2)
+    pixels = cogvlm.preprocess([world.draw(scene) for scene, _, _ in asked], once.config.vision)
+    ids = torch.tensor([cogvlm.prompt_row([], once.config)] * 2)
+    assert not torch.equal(once(ids, pixels), before(ids, pixels))
+
+
+def test_cogvlm_interrupted_and_resumed_is_the_same_to_the_bit(runs, monkeypatch):
+    whole = world.train_cogvlm(fresh_cogvlm(), "whole", 4)
+    original, calls = world.cogvlm_turns, []
+
+    def interrupting(scene, rng):
+        calls.append(1)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(scene, rng)
+
+    monkeypatch.setattr(world, "cogvlm_turns", interrupting)
+    with pytest.raises(SystemExit):
+        world.train_cogvlm(fresh_cogvlm(), "halves", 4)
+    halves = world.train_cogvlm(fresh_cogvlm(), "halves", 4)
+    assert len(calls) == 64
+    for (name, a), b in zip(whole.named_parameters(), halves.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_own_questions_train_a_cogvlm(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(world, "toy_cogvlm", fresh_cogvlm)
+    good = [json.dumps({"file_name": "a.png", "question": f"<image> question {i}?", "answer": f"text {i} <image>"}) for i in range(5)]
+    long = json.dumps({"file_name": "a.png", "question": "what?", "answer": "word " * 200})
+    folder = make_folder(tmp_path / "own", [*good, long, '{"file_name": "a.png", "question": "what?"}'], ["a.png"])
+    assert world.main(["cogvlm", "--data", str(folder), "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "6 rows, 1 left out" in out and "no answer" in out and "1 rows have more than" in out and "cogvlm-own" in out
+    with pytest.raises(SystemExit):
+        world.main(["cogvlm", "--data", str(make_folder(tmp_path / "long", [long], ["a.png"])), "--steps", "2"])
+    assert "short enough" in capsys.readouterr().err
+
+
+def test_what_the_toy_vicuna_and_cogvlm_are_taught_is_true():
+    absent = 0
+    for i in range(200):
+        rng = random.Random(i)
+        scene = world.make_scene(rng)
+        question, box = world.ask_box(scene, rng)
+        name = question.removeprefix("where is the ").removesuffix("?")
+        fitting = [t for t in scene.things if name in (t.name, t.shape, f"{t.colour} thing")]
+        assert [world.box_text(t, 32, 32) for t in fitting] == ([] if box == "nothing" else [box]), (question, box)
+        absent += box == "nothing"
+        turns = world.cogvlm_turns(scene, rng)
+        assert (world.DESCRIBE, world.caption(scene)) in turns
+        longest = len(cogvlm.conversation_row(turns, world.encode, cogvlm.PRESETS["tiny"])[0])
+        assert longest <= cogvlm.PRESETS["tiny"].language.context
+    assert 10 < absent < 40
+    ids, labels = world.vicuna_rows([(world.make_scene(random.Random(i), 3), random.Random(i)) for i in range(4)])
+    text = world.tokenizer().decode(ids[0].tolist())
+    assert text.startswith("<bos>") and "<image>" not in text and "Short answer:" in text and ids.shape[1] <= 256
+    counted = labels[0][labels[0] != cogvlm.IGNORE_INDEX]
+    assert "Question" not in world.tokenizer().decode(counted.tolist())
+
+
+def test_grounding_and_its_guess_count_what_they_say(monkeypatch):
+    asked = world.box_questions(random.Random(0), 60)
+    assert all(scene.is_test and cogvlm.parse_box(box) for scene, _, box in asked)
+    said = [box for _, _, box in asked]
+    monkeypatch.setattr(world, "cogvlm_answers", lambda *_, **__: said)
+    assert world.grounding(None, asked) == 1
+    said[:30] = ["no idea", "[[900,900,901,901]]", "[[5]]"] * 10
+    assert world.grounding(None, asked) == 0.5
+    one = [row for row in asked if len(row[0].things) == 2]  # a detector that cannot read is right once in two
+    assert world.guess_box(one) == pytest.approx(0.5, abs=0.1) and world.guess_box(one[:1]) == 1
+
+
+def test_a_shallow_cogvlm_reads_images_with_the_words_weights():
+    model = world.shallow(fresh_cogvlm())
+    for layer in model.language.layers:
+        assert layer.vision_expert is layer.language_expert
+    pixels, ids = torch.randn(1, 3, 32, 32), torch.tensor([cogvlm.prompt_row([5, 6], model.config)])
+    before = model(ids, pixels)
+    cogvlm.freeze(model)
+    model.language.requires_grad_(False)
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"adapter"}
+    with torch.no_grad():
+        model.language.layers[0].language_expert.dense.weight.zero_()
+    assert (model(ids, pixels) - before)[0, 3].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_boxes_asked_of_an_empty_scene_are_a_box_or_none_and_no_exception():
+    model = fresh_cogvlm().eval()
+    for image in (Image.new("RGB", (32, 32)), Image.new("RGB", (1, 1)), Image.new("RGB", (300, 7), "white")):
+        text = cogvlm.answer(model, [image], "where is the red circle?", world.encode, world.decode, "vqa", 24)
+        box = cogvlm.parse_box(text)
+        assert isinstance(text, str) and (box is None or len(box) == 4)
+    assert world.cogvlm_answers(model, [world.Scene(())], ["where is the red circle?"], longest=3)[0] is not None
+
+
 def test_clip_starts_near_ln_b(runs):
     world.train_clip("first", steps=1, batch=64)
     assert log_of(runs / "first")[0]["loss"] == pytest.approx(math.log(64), abs=0.6)
@@ -4067,12 +4234,12 @@ def test_the_claims_table_and_the_exit_status(runs, monkeypatch, capsys):
 
 @pytest.mark.skipif("CI" not in os.environ and "SLOW" not in os.environ, reason="trains for minutes; set SLOW=1")
 def test_demos_train_answer_and_draw(tmp_path):
-    for family in ("clip", "vilt", "blip2", "llava"):
+    for family in ("clip", "vilt", "cogvlm", "blip2", "llava"):
         done = run(str(ROOT / f"{family}.py"), "--demo", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / family / "demo.png").exists() and re.search("after (training|stage 2)", done.stdout)
         share = re.search(r"of 200 more questions (\d+)%|after training, (?:for )?(\d+)%|after stage 2, .* (\d+)% of the things", done.stdout)
-        least = {"clip": 90, "vilt": 60, "blip2": 30, "llava": 75}[family]  # blip2: towers take most of a demo's time
+        least = {"clip": 90, "vilt": 60, "cogvlm": 50, "blip2": 30, "llava": 75}[family]  # blip2: towers take most of a demo's time
         assert max(map(int, filter(None, share.groups()))) >= least, done.stdout
     done = run(str(ROOT / "train_tiny.py"), "clip", cwd=tmp_path)   # trained already: only the claims are measured
     assert done.returncode == 0 and done.stdout.count("| holds |") == 3, done.stdout
@@ -4085,6 +4252,9 @@ def test_the_toy_presets_have_the_tokenizers_special_tokens():
     assert world.VOCAB_SIZE == tiny.vocab_size
     ids = (tiny.pad_token_id, tiny.cls_token_id, tiny.sep_token_id, tiny.mask_token_id)
     assert (world.PAD_ID, world.CLS_ID, world.SEP_ID, world.MASK_ID) == ids
+    tiny = cogvlm.PRESETS["tiny"]
+    assert world.VOCAB_SIZE == tiny.language.vocab_size
+    assert (world.IMAGE_ID, world.BOS_ID, world.EOS_ID) == (tiny.image_token_id, tiny.bos_token_id, tiny.eos_token_id)
     tiny = blip2.PRESETS["tiny"]
     assert world.VOCAB_SIZE == tiny.qformer.vocab_size == tiny.language.vocab_size
     assert (world.IMAGE_ID, world.EOS_ID) == (tiny.image_token_id, tiny.eos_token_id)

@@ -1739,7 +1739,7 @@ def cogvlm_loss(model, images, turns):
     """The loss of a batch: images [PIL], turns [[(question, answer), ...] per image]; it counts the answers only."""
     import cogvlm
     device = model.adapter.boi.device
-    rows = [cogvlm.conversation_row(said, encode, model.config) for said in turns]
+    rows = [cogvlm.conversation_row(said, tokenizer().encode_ordinary, model.config) for said in turns]
     ids, labels = pad([ids for ids, _ in rows])[0], pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)[0]
     pixels = cogvlm.preprocess(images, model.config.vision).to(device)
     return cogvlm.language_loss(model(ids.to(device), pixels), labels.to(device))   # padding is to the right of all labels
@@ -2057,7 +2057,8 @@ def cogvlm_own_data(args):
     rows = read_folder(args.data, ("question", "answer"))
     model = toy_cogvlm(args.device)
     longest = model.config.language.context - len(cogvlm.conversation_row([("?", "")], encode, model.config)[0])
-    fits = [row for row in rows if len(tokenizer().encode_ordinary(row[1]["question"] + row[1]["answer"])) <= longest]
+    pairs = [(image, row["question"].replace("<image>", "").strip() or DESCRIBE, row["answer"]) for image, row in rows]
+    fits = [pair for pair in pairs if len(tokenizer().encode_ordinary(pair[1] + pair[2])) <= longest]
     if len(fits) < len(rows):
         say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text and are left out")
     if not fits:
@@ -2065,7 +2066,7 @@ def cogvlm_own_data(args):
 
     def draw_batch(step):
         chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), COGVLM_BATCH)]
-        return [image for image, _ in chosen], [[(row["question"], row["answer"])] for _, row in chosen]
+        return [image for image, _, _ in chosen], [[(question, said)] for _, question, said in chosen]
 
     name = run_name("cogvlm-own", args.seed, args.steps)
     train_cogvlm(model, name, args.steps or 100, args.seed, draw_batch=draw_batch, data=fingerprint(rows))
