@@ -163,7 +163,7 @@ PRESETS = {
             32, 8, width=96, layers=4, heads=4, mlp_width=384, activation="gelu", norm_eps=1e-6, ln_pre=False, resize="squash",
             mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         ),
-        LanguageConfig(512, width=96, layers=3, heads=2, kv_heads=1, mlp_width=256, context=256, tie_embeddings=True),
+        LanguageConfig(512, width=96, layers=3, heads=2, kv_heads=2, mlp_width=256, context=256),
         image_token_id=499,
         bos_token_id=497,
         eos_token_id=498,
@@ -348,8 +348,11 @@ class EVATower(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
         self.position_embedding = nn.Embedding(grid * grid + 1, D)
         self.blocks = nn.ModuleList(PostNormBlock(config) for _ in range(config.layers))
-        nn.init.normal_(self.position_embedding.weight, std=D**-0.5)
+        nn.init.normal_(self.position_embedding.weight, std=0.5)  # as large as patches: nothing else will ever say where
         init_blocks(self.blocks, D)
+        for block in self.blocks:  # each branch adds as much as its norm lets through, however small it starts
+            nn.init.constant_(block.ln_1.weight, (2 * config.layers) ** -0.5)
+            nn.init.constant_(block.ln_2.weight, (2 * config.layers) ** -0.5)
 
     def positions(self, rows, columns):
         """Position embeddings [N(+1),D] for a grid of rows x columns patches; bicubic when it is not the trained one
@@ -396,8 +399,10 @@ class Adapter(nn.Module):
         self.gate_proj = nn.Linear(D, mlp_width, bias=False)
         self.dense_h_to_4h = nn.Linear(D, mlp_width, bias=False)
         self.dense_4h_to_h = nn.Linear(mlp_width, D, bias=False)
-        self.boi = nn.Parameter(torch.zeros(D))  # begin of image
-        self.eoi = nn.Parameter(torch.zeros(D))  # end of image
+        self.boi = nn.Parameter(torch.randn(D) * D**-0.5)  # begin of image
+        self.eoi = nn.Parameter(torch.randn(D) * D**-0.5)  # end of image
+        for linear in (self.linear_proj, self.gate_proj, self.dense_h_to_4h, self.dense_4h_to_h):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)  # so that patches come out about as large as words
 
     def forward(self, x, rows, columns):
         if self.conv is not None:
