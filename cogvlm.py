@@ -1391,10 +1391,10 @@ def demo(args):
     tokens = num_image_tokens(32, 32, PRESETS["tiny"])
     print(f"In goes an image of 32 x 32 pixels and a question; the decoder reads <bos>, {tokens} image tokens (boi, {tokens - 2} patches, eoi)")
     print(f"through the vision experts' weights and {build_prompt(asked[0][1], 'vqa')!r} through its own.")
-    untrained = tiny.untrained_cogvlm(args.device)
+    untrained, train = tiny.demo_cogvlm(args.device)
     said = tiny.cogvlm_answers(untrained, [a[0] for a in asked[:3]], [a[1] for a in asked[:3]])
     print(f"before training it says: {', '.join(repr(text[:24]) for text in said)}")
-    model = tiny.demo_cogvlm(args.device)
+    model = train()
     if own or args.prompt:
         for question in args.prompt or [tiny.DESCRIBE]:
             images = own or [tiny.draw(asked[0][0])]
@@ -1414,7 +1414,8 @@ def demo(args):
     print(f"of 200 more boxes {tiny.grounding(model, boxes):.0%} overlap the right one by half (guessing: {tiny.guess_box(boxes):.0%});")
     print(f"of 200 more questions {tiny.cogvlm_accuracy(model, many):.0%} are answered rightly (guessing: {tiny.guess(many):.0%})")
     if not tiny.recipe_is_done("cogvlm", tiny.COGVLM_STEPS):
-        print(f"(this model had {tiny.DEMO_COGVLM_STEPS} steps; train_tiny.py cogvlm takes {tiny.COGVLM_STEPS}, and the demo then shows that one)")
+        print("(this model and the towers it stands on had a fraction of their training; python train_tiny.py cogvlm gives them all,")
+        print("and the demo then shows that one)")
     before, after = tiny.text_logits(untrained), tiny.text_logits(model)
     trained = sum(p.numel() for p in freeze(model))
     print(f"\nforgotten: nothing. {trained:,} of {count_parameters(model):,} weights were trained, and texts without an image are read")

@@ -1662,8 +1662,9 @@ def blip2_ablations(args):
 # CogVLM
 # ------------------------------------------------------------------------------------------------------------------
 
-EVA_STEPS, VICUNA_STEPS, COGVLM_STEPS, COGVLM_BATCH = 400, 1000, 700, 16
+EVA_STEPS, VICUNA_STEPS, COGVLM_STEPS, COGVLM_BATCH = 400, 1500, 700, 16
 DEMO_COGVLM_STEPS, COGVLM_ABLATION_STEPS = 200, 300                 # for the demo, and for comparisons
+TOWERS, DEMO_TOWERS = (None, None), (200, 300)                      # steps of both towers: all of them; the demo's
 
 
 def ask_box(scene, rng):
@@ -1686,7 +1687,7 @@ def vicuna_turns(scene, rng):
     more, shape first or colour first: that asks at every word for another by its neighbour, where a question asks but once.
     Boxes are asked for in few rows, since words do not say them to the pixel: what can only be guessed is noise to the rest."""
     things = rng.sample(scene.things, len(scene.things))
-    turns = [ask(scene, rng, KINDS) for _ in range(4)] + [(DESCRIBE, caption(scene))]
+    turns = [ask(scene, rng, KINDS) for _ in range(6)] + [(DESCRIBE, caption(scene))]
     if rng.random() < 0.5:
         turns.append(("which shape has which colour?", ", ".join(f"{t.shape} {t.colour} {t.size} {t.place}" for t in things)))
     else:
@@ -1706,15 +1707,15 @@ def vicuna_rows(rngs):
     return pad([ids for ids, _ in rows])[0], pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)[0]
 
 
-def toy_eva(device="cpu"):
+def toy_eva(device="cpu", steps=None):
     """CogVLM's tower at toy size, pretrained as CLIP's is, in its place. In runs/eva."""
     import cogvlm
     torch.manual_seed(0)
     tower = cogvlm.EVATower(cogvlm.PRESETS["tiny"].vision)
-    return train_clip("eva", steps=EVA_STEPS, device=device, vision=tower, data="world, EVA's tower").vision
+    return train_clip(run_name("eva", steps=steps), steps=steps or EVA_STEPS, device=device, vision=tower, data="world, EVA's tower").vision
 
 
-def toy_vicuna(device="cpu"):
+def toy_vicuna(device="cpu", steps=None):
     """CogVLM's decoder at toy size, pretrained on text alone to look up and to copy what it is told; its language weights
     never change again. In runs/vicuna."""
     import cogvlm
@@ -1728,19 +1729,20 @@ def toy_vicuna(device="cpu"):
         ids, labels = vicuna_rows([(make_scene(rng, count), rng) for rng in batch_rngs(0, ("vicuna", step), 32)])
         return cogvlm.language_loss(model(ids.to(device)), labels.to(device))
 
-    model = fit(Plan("vicuna", VICUNA_STEPS, 32, lr=3e-3, muon=6e-3), model, loss_of, ("ln V", math.log(VOCAB_SIZE)))
+    plan = Plan(run_name("vicuna", steps=steps), steps or VICUNA_STEPS, 32, lr=3e-3, muon=6e-3)
+    model = fit(plan, model, loss_of, ("ln V", math.log(VOCAB_SIZE)))
     model.copy_experts()                            # an image is first read as words are
     return model
 
 
-def untrained_cogvlm(device="cpu", seed=0, **options):
+def untrained_cogvlm(device="cpu", seed=0, towers=TOWERS):
     """CogVLM before it has seen an image with a text: the toy EVA tower, the toy Vicuna with its weights copied into the
     vision experts, and a random adapter."""
     import cogvlm
     torch.manual_seed(seed)
-    model = cogvlm.CogVLM(replace(cogvlm.PRESETS["tiny"], **options))
-    model.vision.load_state_dict(toy_eva(device).state_dict())
-    model.language.load_state_dict(toy_vicuna(device).state_dict())
+    model = cogvlm.CogVLM(cogvlm.PRESETS["tiny"])
+    model.vision.load_state_dict(toy_eva(device, towers[0]).state_dict())
+    model.language.load_state_dict(toy_vicuna(device, towers[1]).state_dict())
     return model.to(device).eval()
 
 
@@ -1754,7 +1756,7 @@ def cogvlm_loss(model, images, turns):
     return cogvlm.language_loss(model(ids.to(device), pixels), labels.to(device))   # padding is to the right of all labels
 
 
-def train_cogvlm(model, name, steps, seed=0, bar=None, draw_batch=None, data="world"):
+def train_cogvlm(model, name, steps, seed=0, bar=None, draw_batch=None, data="world", towers=TOWERS):
     """The paper's split: experts, adapter, boi and eoi learn, nothing else. draw_batch(step) -> (images, turns) replaces the
     world by other data."""
     import cogvlm
@@ -1767,18 +1769,22 @@ def train_cogvlm(model, name, steps, seed=0, bar=None, draw_batch=None, data="wo
         scenes = [make_scene(rng, count) for rng in rngs]
         return [draw(scene) for scene in scenes], [cogvlm_turns(scene, rng) for scene, rng in zip(scenes, rngs)]
 
-    data = f"{data}, towers of {EVA_STEPS} and {VICUNA_STEPS} steps"    # other towers give another model: the cache must know
+    data = f"{data}, towers of {towers[0] or EVA_STEPS} and {towers[1] or VICUNA_STEPS} steps"    # other towers give another model: the cache must know
     return fit(plan, model, lambda step: cogvlm_loss(model, *(draw_batch or from_world)(step)), data=data, bar=bar)
 
 
-def toy_cogvlm(device="cpu", seed=0, steps=None):
+def toy_cogvlm(device="cpu", seed=0, steps=None, towers=TOWERS):
     """The standard toy CogVLM; towers and result are cached."""
-    return train_cogvlm(untrained_cogvlm(device, seed), run_name("cogvlm", seed, steps), steps or COGVLM_STEPS, seed)
+    model = untrained_cogvlm(device, seed, towers)
+    return train_cogvlm(model, run_name("cogvlm", seed, steps), steps or COGVLM_STEPS, seed, towers=towers)
 
 
 def demo_cogvlm(device="cpu"):
-    """For the demo: the recipe's result if it has been trained, else that of fewer steps, since somebody is waiting."""
-    return toy_cogvlm(device, steps=None if recipe_is_done("cogvlm", COGVLM_STEPS) else DEMO_COGVLM_STEPS)
+    """For the demo, the model before its training and a function that gives it after: the recipe's if it has been trained, else
+    one of fewer steps on towers of fewer steps, since somebody is waiting."""
+    done = recipe_is_done("cogvlm", COGVLM_STEPS)
+    steps, towers = (None, TOWERS) if done else (DEMO_COGVLM_STEPS, DEMO_TOWERS)
+    return untrained_cogvlm(device, towers=towers), lambda: toy_cogvlm(device, steps=steps, towers=towers)
 
 
 @torch.no_grad()
