@@ -3923,7 +3923,7 @@ def test_what_the_toy_vicuna_and_cogvlm_are_taught_is_true():
         question, box = world.ask_box(scene, rng)
         name = question.removeprefix("where is the ").removesuffix("?")
         fitting = [t for t in scene.things if name in (t.name, t.shape, f"{t.colour} thing")]
-        assert [world.box_text(t, 32, 32) for t in fitting] == ([] if box == "nothing" else [box]), (question, box)
+        assert [f"{t.place} {world.box_text(t, 32, 32)}" for t in fitting] == ([] if box == "nothing" else [box]), (question, box)
         absent += box == "nothing"
         turns = world.cogvlm_turns(scene, rng)
         assert (world.DESCRIBE, world.caption(scene)) in turns

@@ -1662,18 +1662,19 @@ def blip2_ablations(args):
 # CogVLM
 # ------------------------------------------------------------------------------------------------------------------
 
-EVA_STEPS, VICUNA_STEPS, COGVLM_STEPS, COGVLM_BATCH = 400, 1500, 700, 16
+EVA_STEPS, VICUNA_STEPS, COGVLM_STEPS, COGVLM_BATCH = 400, (1500, 500), 700, 16
 DEMO_COGVLM_STEPS, COGVLM_ABLATION_STEPS = 200, 300                 # for the demo, and for comparisons
 TOWERS, DEMO_TOWERS = (None, None), (200, 300)                      # steps of both towers: all of them; the demo's
 
 
 def ask_box(scene, rng):
-    """A referring expression, answered by a box. One in eight asks for what is not there."""
+    """A referring expression, answered by its place in a word and its box. The word comes first because it is one thing to look
+    up, from which the digits follow; asked for digits at once, the toy Vicuna guesses. One in eight asks for what is not there."""
     if rng.random() < 0.125:
         absent = [pair for pair in SEEN_PAIRS if pair not in [t.pair for t in scene.things]]
         return "where is the {} {}?".format(*rng.choice(absent)), "nothing"
     thing = rng.choice(scene.things)
-    return f"where is the {thing.name if rng.random() < 0.5 else refer(scene, thing)}?", box_text(thing, 32, 32)
+    return f"where is the {thing.name if rng.random() < 0.5 else refer(scene, thing)}?", f"{thing.place} {box_text(thing, 32, 32)}"
 
 
 def cogvlm_turns(scene, rng):
@@ -1682,26 +1683,26 @@ def cogvlm_turns(scene, rng):
     return rng.sample(turns, len(turns))
 
 
-def vicuna_turns(scene, rng):
+def vicuna_turns(scene, rng, boxes):
     """What the toy Vicuna is asked about a scene it is told in words. Besides what CogVLM will be asked, all it was told once
     more, shape first or colour first: that asks at every word for another by its neighbour, where a question asks but once.
-    Boxes are asked for in few rows, since words do not say them to the pixel: what can only be guessed is noise to the rest."""
+    boxes: the share of rows that ask for one. Words do not say it to the pixel: what can only be guessed is noise to the rest."""
     things = rng.sample(scene.things, len(scene.things))
     turns = [ask(scene, rng, KINDS) for _ in range(6)] + [(DESCRIBE, caption(scene))]
     if rng.random() < 0.5:
         turns.append(("which shape has which colour?", ", ".join(f"{t.shape} {t.colour} {t.size} {t.place}" for t in things)))
     else:
         turns.append(("which colour has which shape?", ", ".join(f"{t.colour} {t.shape} {t.size} {t.place}" for t in things)))
-    turns += [ask_box(scene, rng)] if rng.random() < 0.15 else []
+    turns += [ask_box(scene, rng)] if rng.random() < boxes else []
     return rng.sample(turns, len(turns))
 
 
-def vicuna_rows(rngs):
+def vicuna_rows(rngs, boxes=0.6):
     """Scenes told in words, in any order, and asked about -> ids, labels [B,T]: [(scene, rng)] in the place of pictures."""
     import cogvlm
     rows = []
     for scene, rng in rngs:
-        ids, labels = cogvlm.conversation_row(vicuna_turns(scene, rng), encode, cogvlm.PRESETS["tiny"], images=0)
+        ids, labels = cogvlm.conversation_row(vicuna_turns(scene, rng, boxes), encode, cogvlm.PRESETS["tiny"], images=0)
         told = encode(", ".join(f"{t.place} a {t.full_name}" for t in rng.sample(scene.things, len(scene.things))))
         rows.append((ids[:1] + told + ids[1:], [cogvlm.IGNORE_INDEX] * len(told) + labels))
     return pad([ids for ids, _ in rows])[0], pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)[0]
@@ -1716,21 +1717,26 @@ def toy_eva(device="cpu", steps=None):
 
 
 def toy_vicuna(device="cpu", steps=None):
-    """CogVLM's decoder at toy size, pretrained on text alone to look up and to copy what it is told; its language weights
-    never change again. In runs/vicuna."""
+    """CogVLM's decoder at toy size, pretrained on text alone to look up what it is told; its language weights never change
+    again. Two rounds, the second with more boxes, in runs/vicuna-first and runs/vicuna; given `steps`, one of so many."""
     import cogvlm
     torch.manual_seed(0)
     model = cogvlm.ExpertDecoder(cogvlm.PRESETS["tiny"].language).to(device)
     for layer in model.layers:
         layer.vision_expert.requires_grad_(False)   # text never goes through it
 
-    def loss_of(step):
-        count = rng_for("vicuna", step).choice((1, 2, 2, 3, 3, 4))
-        ids, labels = vicuna_rows([(make_scene(rng, count), rng) for rng in batch_rngs(0, ("vicuna", step), 32)])
-        return cogvlm.language_loss(model(ids.to(device)), labels.to(device))
+    def train_round(name, steps, key, boxes, data="world", expected=None):
+        def loss_of(step):
+            count = rng_for(key, step).choice((1, 2, 2, 3, 3, 4))       # equally many things: rows about as long
+            ids, labels = vicuna_rows([(make_scene(rng, count), rng) for rng in batch_rngs(0, (key, step), 32)], boxes)
+            return cogvlm.language_loss(model(ids.to(device)), labels.to(device))
 
-    plan = Plan(run_name("vicuna", steps=steps), steps or VICUNA_STEPS, 32, lr=3e-3, muon=6e-3)
-    model = fit(plan, model, loss_of, ("ln V", math.log(VOCAB_SIZE)))
+        fit(Plan(name, steps, 32, lr=3e-3, muon=6e-3), model, loss_of, expected, data)
+
+    name = f"vicuna-steps{steps}" if steps else "vicuna-first"
+    train_round(name, steps or VICUNA_STEPS[0], "vicuna", 0.15, expected=("ln V", math.log(VOCAB_SIZE)))
+    if not steps:
+        train_round("vicuna", VICUNA_STEPS[1], "vicuna, second round", 0.6, f"world, after {VICUNA_STEPS[0]} steps")
     model.copy_experts()                            # an image is first read as words are
     return model
 
@@ -1769,7 +1775,7 @@ def train_cogvlm(model, name, steps, seed=0, bar=None, draw_batch=None, data="wo
         scenes = [make_scene(rng, count) for rng in rngs]
         return [draw(scene) for scene in scenes], [cogvlm_turns(scene, rng) for scene, rng in zip(scenes, rngs)]
 
-    data = f"{data}, towers of {towers[0] or EVA_STEPS} and {towers[1] or VICUNA_STEPS} steps"    # other towers give another model: the cache must know
+    data = f"{data}, towers of {towers[0] or EVA_STEPS} and {towers[1] or sum(VICUNA_STEPS)} steps"    # other towers give another model: the cache must know
     return fit(plan, model, lambda step: cogvlm_loss(model, *(draw_batch or from_world)(step)), data=data, bar=bar)
 
 
