@@ -1662,7 +1662,7 @@ def blip2_ablations(args):
 # CogVLM
 # ------------------------------------------------------------------------------------------------------------------
 
-EVA_STEPS, VICUNA_STEPS, COGVLM_STEPS, COGVLM_BATCH = 400, (1500, 500, 450), 500, 16
+EVA_STEPS, VICUNA_STEPS, COGVLM_STEPS, COGVLM_BATCH = 400, (1500, 500, 450), 900, 16
 DEMO_COGVLM_STEPS, COGVLM_ABLATION_STEPS = 150, 200                 # for the demo, and for comparisons
 TOWERS, DEMO_TOWERS = (None, None), (200, 300)                      # steps of both towers: all of them; the demo's
 
