@@ -3949,15 +3949,20 @@ def test_grounding_and_its_guess_count_what_they_say(monkeypatch):
     assert world.guess_box(one) == pytest.approx(0.5, abs=0.1) and world.guess_box(one[:1]) == 1
 
 
-def test_a_shallow_cogvlm_reads_images_with_the_words_weights():
+def test_a_shallow_cogvlm_reads_images_with_the_words_weights_and_trains_what_it_should(runs):
     model = world.shallow(fresh_cogvlm())
     for layer in model.language.layers:
         assert layer.vision_expert is layer.language_expert
     pixels, ids = torch.randn(1, 3, 32, 32), torch.tensor([cogvlm.prompt_row([5, 6], model.config)])
-    before = model(ids, pixels)
-    cogvlm.freeze(model)
-    model.language.requires_grad_(False)
+    words = {name for name, _ in model.named_parameters() if "_expert." in name}
+    cogvlm.freeze(model)  # LLaVA's way: what the words go through learns, too
+    assert {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("adapter.")} == words
+    world.freeze_all_but_adapter(model)
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"adapter"}
+    world.train_cogvlm(model, "adapter alone", 1, freeze=world.freeze_all_but_adapter)
+    assert not any(p.requires_grad for p in model.language.parameters())
+    model.eval()
+    before = model(ids, pixels)
     with torch.no_grad():
         model.language.layers[0].language_expert.dense.weight.zero_()
     assert (model(ids, pixels) - before)[0, 3].abs().max() > 1e-3

@@ -1767,11 +1767,11 @@ def cogvlm_loss(model, images, turns):
     return cogvlm.language_loss(model(ids.to(device), pixels), labels.to(device))   # padding is to the right of all labels
 
 
-def train_cogvlm(model, name, steps, seed=0, bar=None, draw_batch=None, data="world", towers=TOWERS):
-    """The paper's split: experts, adapter, boi and eoi learn, nothing else. draw_batch(step) -> (images, turns) replaces the
-    world by other data."""
+def train_cogvlm(model, name, steps, seed=0, bar=None, draw_batch=None, data="world", towers=TOWERS, freeze=None):
+    """The paper's split: experts, adapter, boi and eoi learn, nothing else (or what freeze(model) leaves free).
+    draw_batch(step) -> (images, turns) replaces the world by other data."""
     import cogvlm
-    cogvlm.freeze(model)
+    (freeze or cogvlm.freeze)(model)
     plan = Plan(name, steps, COGVLM_BATCH, lr=3e-3, muon=1.2e-2, warmup=50, weight_decay=0.02, seed=seed)
 
     def from_world(step):
@@ -1889,6 +1889,11 @@ def shallow(model):
     return model
 
 
+def freeze_all_but_adapter(model):
+    model.requires_grad_(False)
+    model.adapter.requires_grad_(True)
+
+
 @torch.no_grad()
 def text_loss(model):
     """How well the model still answers questions about what it is told in words: its loss on text, in nats per token."""
@@ -1899,27 +1904,26 @@ def text_loss(model):
 
 def cogvlm_ablations(args):
     """The expert against an adapter alone (deep against shallow) with the words' weights frozen, and against LLaVA's way, in
-    which they train: what each learns about images, and what it forgets about texts. Equal steps, mean of 3 seeds."""
-    import cogvlm
+    which they train (attention and MLP of every layer): what each learns about images, and what it forgets about texts. Equal
+    steps, mean of 3 seeds."""
     steps, seeds, score = args.steps or COGVLM_ABLATION_STEPS, (0, 1, 2), {}
     vqa, boxes = vqa_questions(rng_for("cogvlm ablations"), 400), box_questions(rng_for("cogvlm ablations, boxes"), 200)
     start = text_loss(untrained_cogvlm(args.device))                    # the towers, before the bar starts
     with tqdm(total=9 * COGVLM_BATCH * steps, unit=" samples", desc="cogvlm ablations", disable=None) as bar:
-        for variant in ("visual experts", "adapter alone", "everything trained"):
+        for variant in ("visual experts", "adapter alone", "words' weights trained"):
             for seed in seeds:
                 model = untrained_cogvlm(args.device, seed)
-                cogvlm.freeze(model)
-                if variant != "visual experts":
-                    shallow(model).language.requires_grad_(variant == "everything trained")
-                name = f"cogvlm-ablations/{variant.replace(' ', '-')}-seed{seed}-steps{steps}"
-                train_cogvlm(model, name, steps, seed, bar)
+                model = model if variant == "visual experts" else shallow(model)    # then freeze() leaves the words' weights free
+                freeze = freeze_all_but_adapter if variant == "adapter alone" else None
+                name = f"cogvlm-ablations/{variant.replace(' ', '-').replace("'", "")}-seed{seed}-steps{steps}"
+                train_cogvlm(model, name, steps, seed, bar, freeze=freeze)
                 score.setdefault(variant, []).append((cogvlm_accuracy(model, vqa), grounding(model, boxes), text_loss(model)))
     for variant, values in score.items():
         say(f"{variant}: " + "; ".join(f"{what} {' '.join(f'{v[i]:.3f}' for v in values)}"
                                        for i, what in enumerate(("questions answered", "things found", "text loss"))))
     say(f"text loss before: {start:.3f}")
     mean = {variant: [sum(column) / len(seeds) for column in zip(*values)] for variant, values in score.items()}
-    deep, flat, llava = mean["visual experts"], mean["adapter alone"], mean["everything trained"]
+    deep, flat, llava = mean["visual experts"], mean["adapter alone"], mean["words' weights trained"]
     return [Claim("cogvlm: visual experts answer more than an adapter alone", flat[0], deep[0], flat[0]),
             Claim("cogvlm: visual experts find more than an adapter alone", flat[1], deep[1], flat[1]),
             Claim("cogvlm: text loss saved, by not training the words' weights", 0.0, llava[2] - deep[2], 0.01)]
