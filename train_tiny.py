@@ -1910,12 +1910,12 @@ def cogvlm_ablations(args):
     vqa, boxes = vqa_questions(rng_for("cogvlm ablations"), 400), box_questions(rng_for("cogvlm ablations, boxes"), 200)
     start = text_loss(untrained_cogvlm(args.device))                    # the towers, before the bar starts
     with tqdm(total=9 * COGVLM_BATCH * steps, unit=" samples", desc="cogvlm ablations", disable=None) as bar:
-        for variant in ("visual experts", "adapter alone", "words' weights trained"):
+        for variant in ("visual experts", "adapter alone", "words weights trained"):
             for seed in seeds:
                 model = untrained_cogvlm(args.device, seed)
                 model = model if variant == "visual experts" else shallow(model)    # then freeze() leaves the words' weights free
                 freeze = freeze_all_but_adapter if variant == "adapter alone" else None
-                name = f"cogvlm-ablations/{variant.replace(' ', '-').replace("'", "")}-seed{seed}-steps{steps}"
+                name = f"cogvlm-ablations/{variant.replace(' ', '-')}-seed{seed}-steps{steps}"
                 train_cogvlm(model, name, steps, seed, bar, freeze=freeze)
                 score.setdefault(variant, []).append((cogvlm_accuracy(model, vqa), grounding(model, boxes), text_loss(model)))
     for variant, values in score.items():
@@ -1923,7 +1923,7 @@ def cogvlm_ablations(args):
                                        for i, what in enumerate(("questions answered", "things found", "text loss"))))
     say(f"text loss before: {start:.3f}")
     mean = {variant: [sum(column) / len(seeds) for column in zip(*values)] for variant, values in score.items()}
-    deep, flat, llava = mean["visual experts"], mean["adapter alone"], mean["words' weights trained"]
+    deep, flat, llava = mean["visual experts"], mean["adapter alone"], mean["words weights trained"]
     return [Claim("cogvlm: visual experts answer more than an adapter alone", flat[0], deep[0], flat[0]),
             Claim("cogvlm: visual experts find more than an adapter alone", flat[1], deep[1], flat[1]),
             Claim("cogvlm: text loss saved, by not training the words' weights", 0.0, llava[2] - deep[2], 0.01)]
