@@ -36,6 +36,7 @@ from PIL import Image
 
 import blip2
 import clip
+import cogvlm
 import flamingo
 import llava
 import train_tiny as world
@@ -43,8 +44,9 @@ import vilt
 from kernels import allowed, apply_rope, attention, backend, draw_mask, mrope, rope_1d, rope_2d
 
 ROOT = Path(__file__).resolve().parent
-MODULES = {"clip": clip, "vilt": vilt, "flamingo": flamingo, "blip2": blip2, "llava": llava}
-MODEL_CLASSES = {"clip": clip.CLIP, "vilt": vilt.ViLT, "flamingo": flamingo.Flamingo, "blip2": blip2.BLIP2, "llava": llava.LLaVA}
+MODULES = {"clip": clip, "vilt": vilt, "flamingo": flamingo, "cogvlm": cogvlm, "blip2": blip2, "llava": llava}
+MODEL_CLASSES = {"clip": clip.CLIP, "vilt": vilt.ViLT, "flamingo": flamingo.Flamingo, "cogvlm": cogvlm.CogVLM}
+MODEL_CLASSES |= {"blip2": blip2.BLIP2, "llava": llava.LLaVA}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: three backends, one answer
@@ -536,6 +538,7 @@ OWN = {  # the same name, on purpose another body: what a family is, and what it
 OWN_IN = {
     "vilt": {"preprocess", "image_config_from_published"},  # any aspect ratio, where the others make squares
     "flamingo": {"LanguageModel"},  # one more argument: what is done before each layer; see the test after the next
+    "cogvlm": {"Cache", "generate"},  # the next position is not the next place, and a prompt says which tokens are patches
     "blip2": {"itm_loss"},  # mismatched rows are made up behind the matched ones, where ViLT's labels say which is which
 }
 
@@ -777,6 +780,8 @@ PUBLISHED_COUNTS = {
     ("vilt", "vilt-b32-finetuned-coco"): 111_595_777,
     ("flamingo", "idefics-9b"): 8_929_679_632,
     ("flamingo", "idefics-80b"): 79_967_843_624,
+    ("cogvlm", "cogvlm-chat-17b"): 17_639_685_376,
+    ("cogvlm", "cogvlm2-llama3-19b"): 19_503_105_280,  # derived: the sum of the published layout's shapes
     ("blip2", "blip2-itm-vit-g"): 1_172_032_258,
     ("blip2", "blip2-opt-2.7b"): 3_744_679_936,
     ("blip2", "blip2-opt-6.7b"): 7_752_738_304,
@@ -2790,6 +2795,667 @@ def test_flamingo_can_learn_one_batch_by_heart():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# CogVLM
+
+
+def cogvlm_fields(second=False):
+    """The published config.json at toy size; second: CogVLM2."""
+    vision = dict(hidden_size=16, num_hidden_layers=3, num_heads=2, intermediate_size=24, patch_size=8, in_channels=3, dropout_prob=0.0)
+    vision |= dict(image_size=32 if second else 24, num_positions=17 if second else 10, hidden_act="gelu", layer_norm_eps=1e-6)
+    fields = dict(architectures=["CogVLMForCausalLM"], vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+    fields |= dict(num_attention_heads=4, max_position_embeddings=64, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
+    return fields | dict(vision_config=vision) | (dict(num_multi_query_heads=2) if second else {})
+
+
+def cogvlm_tensors(raw, seed=0):
+    """Random tensors under the published names, in the published shapes, written down independently of cogvlm.py."""
+    v, D, M, n = raw["vision_config"], raw["hidden_size"], raw["intermediate_size"], torch.Generator().manual_seed(seed)
+    second, Dv, Mv = "num_multi_query_heads" in raw, v["hidden_size"], v["intermediate_size"]
+    qkv = 3 * D if not second else D + 2 * D // raw["num_attention_heads"] * raw["num_multi_query_heads"]
+    shapes = {"model.embed_tokens.weight": (60, D), "lm_head.weight": (60, D), "model.norm.weight": (D,)}
+    for i in range(raw["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}input_layernorm.weight": (D,), f"{at}post_attention_layernorm.weight": (D,)}
+        for kind in ("vision", "language"):
+            shapes |= {f"{at}self_attn.{kind}_expert_query_key_value.weight": (qkv, D), f"{at}self_attn.{kind}_expert_dense.weight": (D, D)}
+            shapes |= {f"{at}mlp.{kind}_mlp.{name}_proj.weight": (M, D) for name in ("gate", "up")}
+            shapes |= {f"{at}mlp.{kind}_mlp.down_proj.weight": (D, M)}
+        if second:
+            shapes |= {f"{at}self_attn.vision_expert_query_key_value.bias": (qkv,)}
+    at = "model.vision.patch_embedding."
+    shapes |= {at + "proj.weight": (Dv, 3, 8, 8), at + "proj.bias": (Dv,), at + "cls_embedding": (1, Dv)}
+    shapes |= {at + "position_embedding.weight": (v["num_positions"], Dv)}
+    for i in range(v["num_hidden_layers"]):
+        at = f"model.vision.transformer.layers.{i}."
+        for name, rows, columns in (("attention.query_key_value", 3 * Dv, Dv), ("attention.dense", Dv, Dv), ("mlp.fc1", Mv, Dv), ("mlp.fc2", Dv, Mv)):
+            shapes |= {f"{at}{name}.weight": (rows, columns), f"{at}{name}.bias": (rows,)}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{at}{name}.weight": (Dv,), f"{at}{name}.bias": (Dv,)}
+    at = "model.vision.linear_proj."
+    shapes |= {at + "linear_proj.weight": (D, Dv), at + "norm1.weight": (D,), at + "norm1.bias": (D,), at + "dense_4h_to_h.weight": (D, M)}
+    shapes |= {at + "dense_h_to_4h.weight": (M, D), at + "gate_proj.weight": (M, D)}
+    shapes |= {"model.vision.boi": (1, 1, D), "model.vision.eoi": (1, 1, D)}
+    if second:
+        shapes |= {"model.vision.conv.weight": (Dv, Dv, 2, 2), "model.vision.conv.bias": (Dv,)}
+    tensors = {name: 0.2 * torch.randn(shape, generator=n) for name, shape in shapes.items()}
+    return {name: t + 1 if "norm" in name and name.endswith(".weight") else t for name, t in tensors.items()}
+
+
+def naive_cogvlm(tensors, raw, row, images):
+    """CogVLM and CogVLM2 once more, from the paper and the published layout, as slow and plain as possible: one token, one
+    head, one number at a time, in float64, nothing shared with the repo. row: ids, None where an image token stands;
+    images: [3,H,W] each -> logits [T,V]."""
+    w = {name: t.double().numpy() for name, t in tensors.items()}
+    v, second = raw["vision_config"], "num_multi_query_heads" in raw
+
+    def linear(x, name):
+        return w[name + ".weight"] @ x + w.get(name + ".bias", 0.0)
+
+    def layer_norm(x, name, eps):
+        return (x - x.mean()) / math.sqrt(x.var() + eps) * w[name + ".weight"] + w[name + ".bias"]
+
+    def rms_norm(x, name):
+        return x / math.sqrt((x**2).mean() + raw["rms_norm_eps"]) * w[name + ".weight"]
+
+    def gelu(x):
+        return np.array([0.5 * a * (1 + math.erf(a / math.sqrt(2))) for a in x])
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def attend(q, keys, values):  # one query of one head
+        scores = np.array([q @ k for k in keys]) / math.sqrt(len(q))
+        p = np.exp(scores - scores.max())
+        return sum(a * value for a, value in zip(p / p.sum(), values, strict=True))
+
+    def read_image(pixels):
+        P, heads, at = v["patch_size"], v["num_heads"], "model.vision.patch_embedding."
+        tokens = [w[at + "cls_embedding"][0]]
+        for y in range(0, pixels.shape[1], P):
+            for x in range(0, pixels.shape[2], P):
+                patch = pixels[:, y : y + P, x : x + P].double().numpy()
+                tokens.append(np.array([(patch * kernel).sum() for kernel in w[at + "proj.weight"]]) + w[at + "proj.bias"])
+        tokens = [t + p for t, p in zip(tokens, w[at + "position_embedding.weight"], strict=True)]
+        for i in range(v["num_hidden_layers"]):
+            at, size = f"model.vision.transformer.layers.{i}.", v["hidden_size"] // heads
+            qkv = [linear(t, at + "attention.query_key_value").reshape(3, heads, size) for t in tokens]
+            for n, mine in enumerate(qkv):
+                said = [attend(mine[0, h], [o[1, h] for o in qkv], [o[2, h] for o in qkv]) for h in range(heads)]
+                said = linear(np.concatenate(said), at + "attention.dense")
+                tokens[n] = tokens[n] + layer_norm(said, at + "input_layernorm", v["layer_norm_eps"])
+            for n, t in enumerate(tokens):
+                said = linear(gelu(linear(t, at + "mlp.fc1")), at + "mlp.fc2")
+                tokens[n] = t + layer_norm(said, at + "post_attention_layernorm", v["layer_norm_eps"])
+        tokens = tokens[1:]
+        if second:
+            side, kernel = int(math.sqrt(len(tokens))), w["model.vision.conv.weight"]
+            tokens = [
+                sum(kernel[:, :, dy, dx] @ tokens[(y + dy) * side + x + dx] for dy in (0, 1) for dx in (0, 1)) + w["model.vision.conv.bias"]
+                for y in range(0, side, 2)
+                for x in range(0, side, 2)
+            ]
+        out, at = [w["model.vision.boi"].reshape(-1)], "model.vision.linear_proj."
+        for t in tokens:
+            t = gelu(layer_norm(linear(t, at + "linear_proj"), at + "norm1", 1e-5))
+            out.append(linear(silu(linear(t, at + "gate_proj")) * linear(t, at + "dense_h_to_4h"), at + "dense_4h_to_h"))
+        return out + [w["model.vision.eoi"].reshape(-1)]
+
+    features = [vector for image in images for vector in read_image(image)]
+    hidden = [features.pop(0) if i is None else w["model.embed_tokens.weight"][i] for i in row]
+    assert not features
+    vision = [i is None for i in row]
+    expert, positions = [], []
+    for t in range(len(row)):
+        right, left = t + 1 < len(row) and vision[t + 1], t > 0 and vision[t - 1]
+        expert.append("vision" if vision[t] and right else "language")
+        patch = vision[t] and left and right
+        patch_before = t > 1 and vision[t - 1] and vision[t - 2] and vision[t]
+        positions.append(0 if t == 0 else positions[-1] + (0 if patch and patch_before else 1))
+    heads, size = raw["num_attention_heads"], raw["hidden_size"] // raw["num_attention_heads"]
+    shared = heads // raw.get("num_multi_query_heads", heads)  # query heads per key/value head
+
+    def turn(x, position):
+        x = x.copy()
+        for i in range(size // 2):
+            angle = position / (500000.0 if second else 10000.0) ** (2 * i / size)
+            a, b = x[i], x[i + size // 2]
+            x[i], x[i + size // 2] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+        return x
+
+    for i in range(raw["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        queries, keys, values = [], [], []
+        for x, kind, position in zip(hidden, expert, positions, strict=True):
+            parts = linear(rms_norm(x, at + "input_layernorm"), f"{at}self_attn.{kind}_expert_query_key_value").reshape(-1, size)
+            queries.append([turn(q, position) for q in parts[:heads]])
+            keys.append([turn(k, position) for k in parts[heads : heads + heads // shared]])
+            values.append(parts[heads + heads // shared :])
+        for t, kind in enumerate(expert):
+            said = [
+                attend(queries[t][h], [k[h // shared] for k in keys[: t + 1]], [v[h // shared] for v in values[: t + 1]]) for h in range(heads)
+            ]
+            x = hidden[t] + linear(np.concatenate(said), f"{at}self_attn.{kind}_expert_dense")
+            y, mlp = rms_norm(x, at + "post_attention_layernorm"), f"{at}mlp.{kind}_mlp."
+            hidden[t] = x + linear(silu(linear(y, mlp + "gate_proj")) * linear(y, mlp + "up_proj"), mlp + "down_proj")
+    return torch.tensor(np.array([w["lm_head.weight"] @ rms_norm(x, "model.norm") for x in hidden]))
+
+
+def naive_generate(tensors, raw, row, images, new):
+    row = list(row)
+    for _ in range(new):
+        row.append(int(naive_cogvlm(tensors, raw, row, images)[-1].argmax()))
+    return row[-new:]
+
+
+def save_cogvlm(folder, raw, tensors, shards=1):
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    files = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published_cogvlm(tmp_path_factory):
+    """"first" or "second" -> (tensors, config.json, folder)."""
+    made = {}
+    for kind in ("first", "second"):
+        raw = cogvlm_fields(kind == "second")
+        tensors = cogvlm_tensors(raw)
+        made[kind] = tensors, raw, save_cogvlm(tmp_path_factory.mktemp(kind), raw, tensors)
+    return made
+
+
+IMG = 60  # image_token_id of the little checkpoints: one past their vocabulary
+
+
+def cogvlm_prompt(text, where, each, seed=0, images=1):
+    """Random words with images behind the first `where` of them, a word between two -> ids."""
+    words = torch.randint(3, 60, (text,), generator=torch.Generator().manual_seed(seed)).tolist()
+    for i in range(images):
+        at = where + i * (each + 1)
+        words[at:at] = [IMG] * each
+    return words
+
+
+def naive_row(ids):
+    return [None if i == IMG else i for i in ids]
+
+
+def each_of(kind):
+    return 11 if kind == "first" else 6  # 3 x 3 patches, or 4 x 4 made 2 x 2; boi and eoi
+
+
+@pytest.mark.parametrize("kind", ["first", "second"])
+@torch.no_grad()
+def test_cogvlm_logits_equal_a_naive_second_implementation(published_cogvlm, kind):
+    """Rows with an image early, late, at the very start, with two images, and without: alone and as one padded batch."""
+    tensors, raw, folder = published_cogvlm[kind]
+    model, each, side = cogvlm.CogVLM.from_pretrained(folder), each_of(kind), raw["vision_config"]["image_size"]
+    rows = [cogvlm_prompt(7, 1, each, 1), cogvlm_prompt(9, 5, each, 2), cogvlm_prompt(6, 2, each, 3, images=2), cogvlm_prompt(12, 0, 0, 4, 0)]
+    rows.append(cogvlm_prompt(4, 0, each, 5))
+    pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(6))
+    images = [pixels[:1], pixels[1:2], pixels[2:4], pixels[:0], pixels[4:]]
+    expected = [naive_cogvlm(tensors, raw, naive_row(row), given).float() for row, given in zip(rows, images, strict=True)]
+    for row, given, right in zip(rows, images, expected, strict=True):
+        close(model(torch.tensor([row]), given if len(given) else None)[0], right)
+    for left in (False, True):
+        ids, mask = cogvlm.pad_rows(rows, 0, left)
+        logits = model(ids, pixels, mask)
+        for i, right in enumerate(expected):
+            close(logits[i][mask[i]], right)
+    assert max(right.abs().max() for right in expected) > 1  # of a size at which 1e-5 means something
+
+
+@pytest.mark.parametrize("kind", ["first", "second"])
+def test_cogvlm_generates_the_greedy_tokens_of_the_naive_implementation(published_cogvlm, kind):
+    tensors, raw, folder = published_cogvlm[kind]
+    model, each, side = cogvlm.CogVLM.from_pretrained(folder), each_of(kind), raw["vision_config"]["image_size"]
+    rows = [cogvlm_prompt(5, 1, each, 11), cogvlm_prompt(8, 3, each, 12), cogvlm_prompt(6, 0, 0, 13, 0)]
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(14))
+    images = [pixels[:1], pixels[1:], pixels[:0]]
+    expected = [naive_generate(tensors, raw, naive_row(row), given, 8) for row, given in zip(rows, images, strict=True)]
+    assert len({tuple(row) for row in expected}) == 3
+    for row, given, right in zip(rows, images, expected, strict=True):
+        assert model.generate(torch.tensor([row]), given if len(given) else None, max_new_tokens=8)[0].tolist() == right
+    for left in (False, True):
+        ids, mask = cogvlm.pad_rows(rows, 0, left)
+        assert model.generate(ids, pixels, mask, max_new_tokens=8).tolist() == expected
+
+
+def test_cogvlm_loads_from_shards_and_ignores_the_buffers_of_old_files(published_cogvlm, tmp_path):
+    tensors, raw, folder = published_cogvlm["first"]
+    expected = dict(cogvlm.CogVLM.from_pretrained(folder).named_parameters())
+    old = tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    for loaded in (save_cogvlm(tmp_path / "shards", raw, tensors, 4), save_cogvlm(tmp_path / "old", raw, old)):
+        for name, parameter in cogvlm.CogVLM.from_pretrained(loaded).named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+
+
+BROKEN_COGVLM = {
+    "tensor is missing": (lambda t: {k: v for k, v in t.items() if k != "model.vision.boi"}, "1 tensors are missing.*adapter.boi"),
+    "fused matrix is missing": (
+        lambda t: {k: v for k, v in t.items() if k != "model.vision.transformer.layers.1.attention.query_key_value.weight"},
+        "3 tensors are missing.*vision.blocks.1.attn.k_proj.weight",
+    ),
+    "vision expert is missing": (
+        lambda t: {k: v for k, v in t.items() if k != "model.layers.1.mlp.vision_mlp.up_proj.weight"},
+        "1 tensors are missing.*layers.1.vision_expert.mlp.up_proj",
+    ),
+    "tensor is unknown": (lambda t: t | {"model.vision.gate": torch.ones(2)}, "unknown tensor 'model.vision.gate'"),
+    "convolution stands in a first CogVLM": (
+        lambda t: t | {"model.vision.conv.bias": torch.ones(16)},
+        "unknown tensor 'model.vision.conv.bias'",
+    ),
+    "layer is one too many": (
+        lambda t: t | {"model.layers.2.input_layernorm.weight": torch.ones(24)},
+        "unknown tensor 'model.layers.2.input_layernorm.weight'",
+    ),
+    "shape is wrong": (lambda t: t | {"lm_head.weight": torch.ones(61, 24)}, r"has shape \[61, 24\].*\[60, 24\]"),
+    "fused shape is wrong": (
+        lambda t: t | {"model.vision.transformer.layers.0.attention.query_key_value.bias": torch.ones(45)},
+        r"query_key_value.bias' has shape \[15\].*\[16\]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN_COGVLM)
+def test_a_cogvlm_checkpoint_is_refused_when_a(what, published_cogvlm, tmp_path):
+    change, message = BROKEN_COGVLM[what]
+    tensors, raw, _ = published_cogvlm["first"]
+    with pytest.raises(ValueError, match=message):
+        cogvlm.CogVLM.from_pretrained(save_cogvlm(tmp_path / "broken", raw, change(tensors)))
+
+
+def test_cogvlm_refuses_damaged_files_and_other_families(published_cogvlm, oracles, tmp_path):
+    tensors, raw, folder = published_cogvlm["first"]
+    cut = save_cogvlm(tmp_path / "cut", raw, tensors)
+    data = (cut / "model.safetensors").read_bytes()
+    for keep in (len(data) // 2, 100, 0):
+        (cut / "model.safetensors").write_bytes(data[:keep])
+        with pytest.raises(ValueError, match="no complete safetensors file"):
+            cogvlm.CogVLM.from_pretrained(cut)
+    with pytest.raises(ValueError, match="holds a 'llava' checkpoint; cogvlm.py reads 'CogVLMForCausalLM'"):
+        cogvlm.CogVLM.from_pretrained(oracles("llava")[1])
+    with pytest.raises(ValueError, match="holds a 'CogVLMForCausalLM' checkpoint"):
+        llava.config_from_published({"model_type": "CogVLMForCausalLM"}, folder)
+    with pytest.raises(ValueError, match="unknown activation 'quicker_gelu'"):
+        cogvlm.config_from_published(raw | {"vision_config": {"hidden_act": "quicker_gelu"}}, folder)
+
+
+def test_the_published_cogvlm_configs_mean_the_presets(tmp_path):
+    vision = dict(dropout_prob=0.0, hidden_act="gelu", in_channels=3, num_hidden_layers=63, hidden_size=1792, patch_size=14, num_heads=16)
+    vision |= dict(intermediate_size=15360, layer_norm_eps=1e-06, num_positions=1226, image_size=490)
+    raw = dict(architectures=["CogVLMForCausalLM"], vision_config=vision, hidden_size=4096, intermediate_size=11008, rms_norm_eps=1e-5)
+    raw |= dict(num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=2048, vocab_size=32000, hidden_act="silu")
+    assert cogvlm.config_from_published(raw, tmp_path) == cogvlm.PRESETS["cogvlm-chat-17b"]
+    raw |= dict(num_multi_query_heads=8, intermediate_size=14336, max_position_embeddings=8192, vocab_size=128256)
+    raw |= dict(vision_config=vision | dict(image_size=1344, num_positions=9217), bos_token_id=128000, eos_token_id=128001)
+    assert cogvlm.config_from_published(raw, tmp_path) == cogvlm.PRESETS["cogvlm2-llama3-19b"]
+
+
+def test_cogvlm_counts_its_tokens():
+    first, second = cogvlm.PRESETS["cogvlm-chat-17b"], cogvlm.PRESETS["cogvlm2-llama3-19b"]
+    assert cogvlm.num_image_tokens(490, 490, first) == 35 * 35 + 2 == 1227
+    assert cogvlm.num_image_tokens(1344, 1344, second) == 48 * 48 + 2 == 2306
+    assert cogvlm.num_image_tokens(28, 70, first) == 2 * 5 + 2 and cogvlm.num_image_tokens(43, 70, second) == 1 * 2 + 2
+    with pytest.raises(ValueError, match="smaller than one patch"):
+        cogvlm.num_image_tokens(13, 490, first)
+    with pytest.raises(ValueError, match="no 2 x 2 patches"):
+        cogvlm.num_image_tokens(14, 490, second)
+    for config in (cogvlm.PRESETS["tiny"], replace(cogvlm.PRESETS["tiny"], strided=True, expert_bias=True)):
+        model = cogvlm.CogVLM(config)
+        for height, width in ((32, 32), (32, 64), (43, 27)):
+            made = model.encode_image(torch.randn(1, 3, height, width)).shape[1]
+            assert made == cogvlm.num_image_tokens(height, width, config), (height, width)
+
+
+ROLES_BY_HAND = {  # ids with I an image token -> (images of so many tokens, expert of each token, position of each token)
+    "w w I I I I I w w": (5, "l l v v v v l l l", "0 1 2 3 3 3 4 5 6"),
+    "I I I w": (3, "v v l l", "0 1 2 3"),
+    "w I I I I": (4, "l v v v l", "0 1 2 2 3"),
+    "w I I I I w I I I I w": (4, "l v v v l l v v v l l", "0 1 2 2 3 4 5 6 6 7 8"),
+    "w I I I I I I I I w": (4, "l v v v l v v v l l", "0 1 2 2 3 4 5 5 6 7"),  # side by side: still two images
+    "w w w": (4, "l l l", "0 1 2"),
+}
+
+
+@pytest.mark.parametrize("tokens", ROLES_BY_HAND)
+def test_cogvlm_experts_and_positions_against_tables_by_hand(tokens):
+    each, experts, positions = ROLES_BY_HAND[tokens]
+    is_image = torch.tensor([[token == "I" for token in tokens.split()]])
+    roles = cogvlm.find_roles(is_image, each)
+    assert ["v" if v else "l" for v in cogvlm.takes_vision_expert(roles)[0]] == experts.split()
+    assert cogvlm.position_ids(roles)[0].tolist() == list(map(int, positions.split()))
+    if len(tokens.split()) > 2:  # padding on either side shifts nothing
+        T = is_image.shape[1]
+        for left in (2, 0):
+            padded, mask = F.pad(is_image, (left, 2 - left)), F.pad(torch.ones(1, T, dtype=torch.bool), (left, 2 - left))
+            roles = cogvlm.find_roles(padded, each)
+            assert cogvlm.position_ids(roles, mask)[0, left : left + T].tolist() == list(map(int, positions.split()))
+            assert ["v" if v else "l" for v in cogvlm.takes_vision_expert(roles)[0, left : left + T]] == experts.split()
+
+
+def test_cogvlm_a_torn_image_is_an_error_that_says_where():
+    model, I = cogvlm.CogVLM(cogvlm.PRESETS["tiny"]), cogvlm.PRESETS["tiny"].image_token_id
+    pixels = torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="row 0, column 1 is torn: its 18 tokens"):  # a word in its middle
+        model(torch.tensor([[5] + [I] * 9 + [6] + [I] * 9 + [7]]), pixels[:1])
+    with pytest.raises(ValueError, match="row 0, column 19 is torn"):  # 19 and 17 make two images only in the count
+        model(torch.tensor([[5] + [I] * 19 + [6] + [I] * 17]), pixels)
+    with pytest.raises(ValueError, match="row 0, column 11 is torn"):  # half in one row, half in the next
+        model(torch.tensor([[5] * 11 + [I] * 9, [I] * 9 + [5] * 11]), pixels[:1])
+    with pytest.raises(ValueError, match="35 image tokens in the ids, but 2 image.* need 36: .* 4 x 4, with boi and eoi 18"):
+        model(torch.tensor([[5] + [I] * 35]), pixels)
+    with pytest.raises(ValueError, match="36 image tokens in the ids, but 1 image.* need 18"):
+        model(torch.tensor([[5] + [I] * 36]), pixels[:1])
+    with pytest.raises(ValueError, match="18 image tokens in the ids, but no image was given"):
+        model(torch.tensor([[5] + [I] * 18]))
+    with pytest.raises(ValueError, match="0 image tokens in the ids, but 1 image.* need 18"):
+        model(torch.tensor([[5, 6]]), pixels[:1])
+    ids = torch.tensor([[5] + [I] * 18 + [6]])
+    with pytest.raises(ValueError, match="image tokens are padding"):
+        model(ids, pixels[:1], torch.arange(20)[None] > 3)
+    with pytest.raises(ValueError, match="257 tokens .* do not fit the context of 256"):
+        model(torch.cat([ids, torch.full((1, 237), 7)], 1), pixels[:1])
+    with pytest.raises(ValueError, match=r"pixels must be \[B,3,H,W\]"):
+        model.vision(pixels[0])
+
+
+def untied_experts(seed=0, **changes):
+    """A tiny CogVLM with every weight, vision experts too, away from its initial value."""
+    torch.manual_seed(seed)
+    return randomise(cogvlm.CogVLM(replace(cogvlm.PRESETS["tiny"], **changes)))
+
+
+def tiny_rows(words=6, rows=2, seed=0):
+    ids = torch.randint(0, 400, (rows, 1 + 18 + words), generator=torch.Generator().manual_seed(seed))
+    ids[:, 1:19] = cogvlm.PRESETS["tiny"].image_token_id
+    return ids, torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(seed + 1))
+
+
+def plain_decoder(model):
+    """The words' weights of a CogVLM, as LLaVA's decoder."""
+    plain, ours = llava.LanguageModel(model.config.language), model.language.state_dict()
+    c = model.config.language
+    sizes = [c.heads * c.head_width] + [c.kv_heads * c.head_width] * 2
+    state = {}
+    for name in plain.state_dict():
+        layer, _, part = name.partition(".self_attn.")
+        if part and part[0] in "qkv":
+            state[name] = ours[f"{layer}.language_expert.query_key_value.weight"].split(sizes)["qkv".index(part[0])]
+        else:
+            part = name.replace(".self_attn.o_proj", ".language_expert.dense").replace(".mlp.", ".language_expert.mlp.")
+            state[name] = ours[part]
+    plain.load_state_dict(state)
+    return plain
+
+
+@torch.no_grad()
+def test_cogvlm_with_copied_experts_is_its_language_model():
+    """One softmax over all tokens: when both experts hold the same weights, nothing but the positions is special. So they
+    are the patches' shared ones here, given to a plain decoder by way of its attention."""
+    model = untied_experts()
+    model.language.copy_experts()
+    ids, pixels = tiny_rows()
+    x, roles = model.embed(ids, pixels)
+    plain = plain_decoder(model)
+    words_only = torch.where(roles == cogvlm.PATCH, cogvlm.BOI, roles)  # the same experts, every token a position of its own
+    close(model.language.hidden(x, roles=words_only), plain.hidden(x), 2e-6)
+    assert (model.language.hidden(x, roles=roles) - plain.hidden(x)).abs().max() > 1e-3  # the positions do matter
+    close(model.language.hidden(x, roles=roles), reposition(plain, x, cogvlm.position_ids(roles)), 2e-6)
+
+
+def reposition(plain, x, positions):
+    """LLaVA's decoder at positions that are not 0, 1, 2 ..."""
+    angles = rope_1d(positions, plain.config.head_width, plain.config.rope_base)
+    for layer in plain.layers:
+        x = layer(x, angles, dict(causal=True))
+    return plain.norm(x)
+
+
+@torch.no_grad()
+def test_cogvlm_text_never_touches_a_vision_weight():
+    """With every vision weight NaN a text is read as before, to the bit, in one piece, padded, and word by word."""
+    model = untied_experts()
+    ids = torch.randint(0, 400, (3, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [4], [7]])
+    before = model(ids), model(ids, mask=mask), model.generate(ids, mask=mask, max_new_tokens=5)
+    close(before[0], plain_decoder(model)(ids), 1e-6)
+    calls = []
+    trained = {id(p) for p in cogvlm.freeze(model)}
+    for name, module in model.named_modules():
+        if name.startswith(("vision", "adapter")) or "vision_expert" in name:
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    for name, p in model.named_parameters():
+        if name.startswith("vision.") or id(p) in trained:
+            p.fill_(torch.nan)
+    after = model(ids), model(ids, mask=mask), model.generate(ids, mask=mask, max_new_tokens=5)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and after[0].isfinite().all()
+    assert not calls
+    ids, pixels = tiny_rows(rows=1)
+    assert model(ids, pixels)[:, 1:].isnan().all() and calls
+    calls.clear()  # a prompt with an image runs each vision part once, and the words generated after it none
+    model.generate(ids, pixels, max_new_tokens=6)
+    assert len(calls) == len(set(calls)) and sum(name.endswith("vision_expert.query_key_value") for name in calls) == 3
+
+
+@torch.no_grad()
+def test_cogvlm_each_expert_is_given_its_own_tokens_only():
+    model, seen = untied_experts(), []
+    ids, pixels = tiny_rows(words=6, rows=2)
+    for layer in model.language.layers:
+        layer.vision_expert.mlp.register_forward_hook(lambda m, i, o: seen.append(("vision", len(i[0]))))
+        layer.language_expert.mlp.register_forward_hook(lambda m, i, o: seen.append(("language", len(i[0]))))
+    model(ids, pixels)
+    assert seen == [("vision", 34), ("language", 16)] * 3  # 2 x (boi + 16 patches); 2 x (<bos>, eoi, 6 words)
+
+
+def test_cogvlm_only_experts_adapter_and_boi_eoi_train():
+    model = cogvlm.CogVLM(cogvlm.PRESETS["tiny"])
+    ids, pixels = tiny_rows()
+    parameters = cogvlm.freeze(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    labels = ids.masked_fill(torch.arange(25) < 19, cogvlm.IGNORE_INDEX)  # only words have labels
+    cogvlm.language_loss(model(ids, pixels), labels)[0].backward()
+    torch.optim.SGD(parameters, lr=1.0).step()
+    for name, p in model.named_parameters():
+        trains = name.startswith("adapter.") or ".vision_expert." in name
+        # what the last layer's patches say after its softmax is read by nobody: no logit of a word depends on it
+        unread = name.startswith("language.layers.2.vision_expert") and "query_key_value" not in name
+        assert (p.grad is not None) == trains and p.requires_grad == trains, name
+        assert torch.equal(p, before[name]) == (not trains or unread), name
+    assert {"adapter.boi", "adapter.eoi"} <= {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def test_cogvlm_cached_logits_equal_uncached_ones_and_positions_go_on():
+    model = untied_experts()
+    ids, pixels = tiny_rows(words=9, rows=3)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, -4:], mask[2, -7:] = False, False
+    for given in (None, mask, mask.flip(1)):
+        rows, m = ids, given
+        if given is not None and not given[1, 0]:  # the same rows, padded on the left
+            rows = torch.stack([torch.cat([row[~real], row[real]]) for row, real in zip(ids, mask, strict=True)])
+        full = model(rows, pixels, m)
+        x, roles = model.embed(rows, pixels, m)
+        for cut in (26, 27) if m is None or m[1, 0] else (25, 27):
+            cache = cogvlm.Cache(model.config.language, 3, 28, like=x)
+            parts = [(0, cut)] + [(t, t + 1) for t in range(cut, 28)]
+            h = []
+            for a, b in parts:
+                h.append(model.language.hidden(x[:, a:b], None if m is None else m[:, a:b], cache, roles[:, a:b] if a == 0 else None))
+            logits = model.language.lm_head(torch.cat(h, 1))
+            keep = torch.ones_like(ids, dtype=torch.bool) if m is None else m
+            close(logits[keep], full[keep], 1e-5)
+            last = cogvlm.position_ids(roles, m)[:, -1:]
+            assert torch.equal(cache.last, last) and cache.length == 28 and last[0] == 28 - 15 - 1  # 16 patches, one position
+
+
+@torch.no_grad()
+def test_cogvlm_a_later_token_or_image_cannot_change_an_earlier_logit():
+    model = untied_experts()
+    I = model.config.image_token_id
+    ids = torch.tensor([[5] + [I] * 18 + [6, 7] + [I] * 18 + [8, 9, 10]])
+    pixels = torch.randn(2, 3, 32, 32)
+    before = model(ids, pixels)
+    other = ids.clone()
+    other[0, -2] = 11
+    assert torch.equal(model(other, pixels)[:, :-2], before[:, :-2])
+    changed = model(ids, torch.cat([pixels[:1], pixels[1:] + 1]))
+    close(changed[:, :21], before[:, :21], 1e-6)
+    assert (changed[:, 22:] - before[:, 22:]).abs().amax(-1).min() > 1e-4
+    swapped = model(ids, pixels.flip(0))  # images are used up in the order of their placeholders
+    assert (swapped[:, 2:] - before[:, 2:]).abs().amax(-1).min() > 1e-4
+    rows = torch.stack([ids[0, :20], ids[0, 20:40]])
+    rows[1] = torch.tensor([7] + [I] * 18 + [8])
+    close(model(rows, pixels)[1], model(rows[1:], pixels[1:])[0], 3e-6)
+
+
+@torch.no_grad()
+def test_cogvlm_patches_have_no_order_but_the_towers():
+    """Patches share a position: with the first layer's causal mask out of play (one layer, the last token looks at all), their
+    order among each other changes nothing that a word sees."""
+    torch.manual_seed(0)
+    decoder = randomise(cogvlm.ExpertDecoder(replace(cogvlm.PRESETS["tiny"].language, layers=1)))
+    x, roles = torch.randn(1, 12, 96), cogvlm.find_roles(torch.tensor([[False] + [True] * 8 + [False] * 3]), 8)
+    order = [0, 1, 5, 2, 7, 3, 6, 4, 8, 9, 10, 11]
+    close(decoder.hidden(x[:, order], roles=roles)[:, 8:], decoder.hidden(x, roles=roles)[:, 8:], 1e-6)
+    order[8], order[2] = order[2], order[8]  # eoi among the patches is another matter
+    assert (decoder.hidden(x[:, order], roles=roles)[:, 9:] - decoder.hidden(x, roles=roles)[:, 9:]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_cogvlm_a_batch_gives_what_its_rows_give():
+    model = untied_experts()
+    ids, pixels = tiny_rows(words=5, rows=3)
+    whole = model(ids, pixels)
+    for i in range(3):
+        close(model(ids[i : i + 1], pixels[i : i + 1])[0], whole[i], 2e-6)
+    text = torch.cat([ids[:, :1], torch.randint(0, 400, (3, 23))], 1)
+    mixed = torch.stack([ids[0], text[1], ids[2]])
+    close(model(mixed, pixels[[0, 2]])[1], model(text[1:2])[0], 2e-6)  # a row of text between rows with images
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_cogvlm_in_sixteen_bits_stays_finite_and_near_float32(published_cogvlm, dtype):
+    for kind, (_, raw, folder) in published_cogvlm.items():
+        side = raw["vision_config"]["image_size"]
+        ids, pixels = torch.tensor([cogvlm_prompt(7, 1, each_of(kind))]), torch.randn(1, 3, side, side)
+        expected = cogvlm.CogVLM.from_pretrained(folder)(ids, pixels)
+        model = cogvlm.CogVLM.from_pretrained(folder, dtype=dtype)
+        close(model(ids, pixels).float(), expected, 0.1 if dtype == torch.bfloat16 else 0.01)
+        assert model.generate(ids, pixels, max_new_tokens=4).shape == (1, 4)
+
+
+def test_cogvlm_starts_from_copies_at_the_log_of_the_vocabulary():
+    torch.manual_seed(0)
+    model = cogvlm.CogVLM(replace(cogvlm.PRESETS["tiny"], expert_bias=True))
+    for layer in model.language.layers:
+        for name, p in layer.language_expert.named_parameters():
+            assert torch.equal(p, layer.vision_expert.get_parameter(name)), name
+        assert not layer.vision_expert.query_key_value.bias.any()
+    ids, pixels = tiny_rows()
+    assert abs(cogvlm.language_loss(model(ids, pixels), ids)[0].item() - math.log(512)) < 0.1
+
+
+def test_cogvlm_can_learn_one_batch_by_heart():
+    torch.manual_seed(0)
+    model = cogvlm.CogVLM(cogvlm.PRESETS["tiny"])
+    ids, pixels = tiny_rows(words=6, rows=4)
+    labels = ids.masked_fill(torch.arange(25) < 19, cogvlm.IGNORE_INDEX)
+    ids[:, 19], labels[:, 19] = 7, -100  # the words differ, what stands before them is the image alone
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss, metrics = cogvlm.language_loss(model(ids, pixels), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1 and metrics["accuracy"] == 1
+    with torch.no_grad():
+        assert torch.equal(model.generate(ids[:, :20], pixels, max_new_tokens=5), ids[:, 20:])
+
+
+def test_cogvlm_generate_encodes_the_image_once_and_two_calls_do_not_know_of_each_other():
+    model, calls = untied_experts(), []
+    model.vision.register_forward_hook(lambda *_: calls.append(1))
+    ids, pixels = tiny_rows(rows=1)
+    first = model.generate(ids, pixels, max_new_tokens=8)
+    model.generate(ids[:, -3:], max_new_tokens=8)
+    assert len(calls) == 1 and torch.equal(model.generate(ids, pixels, max_new_tokens=8), first)
+
+
+def test_cogvlm_preprocessing_is_a_bicubic_squash_with_clips_statistics():
+    """What torchvision's Resize((490, 490), BICUBIC), ToTensor and Normalize do to a PIL image; SigLIP's published processor
+    squashes in the same way."""
+    transformers, config = quiet_transformers(), cogvlm.PRESETS["cogvlm-chat-17b"].vision
+    processor = transformers.SiglipImageProcessorPil(
+        size={"height": 490, "width": 490}, resample=Image.Resampling.BICUBIC, image_mean=list(config.mean), image_std=list(config.std)
+    )
+    for image in pictures():
+        theirs = processor(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(cogvlm.preprocess([image], config), theirs), image
+    assert config.mean == (0.48145466, 0.4578275, 0.40821073)
+
+
+def test_cogvlm_prompts_are_the_published_ones():
+    assert cogvlm.build_prompt("what is this?") == "Question: what is this? Answer:"
+    assert cogvlm.build_prompt("what is this?", "vqa") == "Question: what is this? Short answer:"
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        cogvlm.build_prompt(" ")
+    with pytest.raises(ValueError, match="leave <image> out"):
+        cogvlm.build_prompt("<image> what is this?")
+    config = cogvlm.PRESETS["cogvlm-chat-17b"]
+    assert cogvlm.prompt_row([7, 8], config) == [1] + [32000] * 1227 + [7, 8]
+    assert cogvlm.prompt_row([7, 8], config, images=0) == [1, 7, 8]
+    ids, labels = cogvlm.conversation_row([("a?", "b"), ("c?", "d")], lambda text: list(text.encode()), cogvlm.PRESETS["tiny"])
+    assert ids[:19] == [497] + [499] * 18 and labels[:19] == [-100] * 19 and len(ids) == len(labels)
+    assert [i for i, label in zip(ids, labels, strict=True) if label != -100] == [32, 98, 498, 32, 100, 498]
+    with pytest.raises(ValueError, match="2048 tokens, the context holds 2048"):
+        cogvlm.check_room(2048, 1, config)
+
+
+MALFORMED = [
+    "", " ", "no box", "[[", "[[]]", "[[,,,]]", "[[1,2,3,4]]", "[[0001,000,100,100]]", "[[000,000,100]]", "[[000,000,100,100,200]]",
+    "[[100,100,100,200]]", "[[100,100,200,100]]", "[[300,100,200,200]]", "[[100,300,200,200]]", "[[-10,000,100,100]]", "[[1e3,000,100,100]]",
+    "[[000,000,100,100]", "[000,000,100,100]]", "((000,000,100,100))", "[[000 000 100 100]]", "[[000,,100,100]]", "[[0x1,000,100,100]]",
+    "[[٠٠٠,٠٠٠,١٠٠,١٠٠]]", "[[000,000,100,1 0]]", "\0" * 50, "[" * 100_000, "[[000," * 50_000, "9" * 200_000, "[[000,000,100,\n100]]",
+]  # fmt: skip
+
+
+def test_malformed_boxes_are_no_boxes_and_never_an_exception():
+    for text in MALFORMED:
+        assert cogvlm.parse_box(text) is None, text[:50]
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choice("[],0123456789 x-") for _ in range(rng.randrange(40)))
+        box = cogvlm.parse_box(text)
+        assert box is None or (0 <= box[0] < box[2] < 1 and 0 <= box[1] < box[3] < 1)
+    assert cogvlm.parse_box("it is [[000,010,999,500]], and [[100,100,200,200]]") == (0.0, 0.01, 0.999, 0.5)
+    scene = world.make_scene(random.Random(1))
+    for thing in scene.things:  # what the world writes is read back, to a thousandth
+        box = cogvlm.parse_box(world.box_text(thing, 32, 32))
+        assert all(abs(a - b) <= 1e-3 for a, b in zip(box, world.normalised_box(thing, 32, 32), strict=True))
+
+
+def test_box_iou_by_hand():
+    unit = (0.0, 0.0, 0.5, 0.5)
+    assert cogvlm.box_iou(unit, unit) == 1 and cogvlm.box_iou(unit, None) == cogvlm.box_iou(None, None) == 0
+    assert cogvlm.box_iou(unit, (0.25, 0.0, 0.75, 0.5)) == pytest.approx(1 / 3)
+    assert cogvlm.box_iou(unit, (0.5, 0.5, 1.0, 1.0)) == cogvlm.box_iou(unit, (0.7, 0.0, 1.0, 0.2)) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: every way to be wrong has its own sentence
 
 
@@ -3215,6 +3881,61 @@ def test_blip2_anatomy_says_what_trains_and_what_an_image_costs(capsys):
     blip2.main(["--anatomy", "blip2-itm-vit-g"])
     out = capsys.readouterr().out
     assert "stage 1: 186,082,818 trained (15.9 %)" in out and "stage 2" not in out
+
+
+def test_cogvlm_weights_from_the_command_line_say_what_the_naive_implementation_says(published_cogvlm, tmp_path, capsys, monkeypatch):
+    """End to end: config.json, shards, tokenizer.json, an image file and a question; a box in the answer is drawn."""
+    tensors, raw, _ = published_cogvlm["first"]
+    save_cogvlm(tmp_path, raw, tensors, shards=3)
+    words = word_list({"Question": 20, "Answer": 21, "<s>": 1, "</s>": 2}, 60)
+    tokenizer = save_tokenizer(tmp_path, words, "<s> $A")  # it would put a <s> of its own in front, as Vicuna's does
+    picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save(tmp_path / "photo.png")
+    text = tokenizer.encode("Question: what is in the image ? Answer:", add_special_tokens=False).ids
+    pixels = cogvlm.preprocess([picture], cogvlm.CogVLM.from_pretrained(tmp_path).config.vision)
+    expected = naive_generate(tensors, raw, [1] + [None] * 11 + text, pixels, 40)
+    expected = tokenizer.decode(expected[: expected.index(2)] if 2 in expected else expected).strip()
+    image = str(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    cogvlm.main(["--weights", str(tmp_path), "--image", image, "--prompt", "what is in the image ?"])
+    assert capsys.readouterr().out == expected + "\n" and len(expected) > 20 and not (tmp_path / "runs").exists()
+    cogvlm.tell("where?", "at [[100,200,500,400]]", [picture])
+    assert "runs/cogvlm/box.png" in capsys.readouterr().out.replace(os.sep, "/")
+    drawn = Image.open(tmp_path / "runs" / "cogvlm" / "box.png")
+    assert drawn.size == (256, 183) and drawn.getpixel((26, 60)) == (255, 0, 255)  # on the left edge of the box
+
+    def wrong(*options):
+        return lambda: cogvlm.main(["--weights", str(tmp_path), *options])
+
+    fails_in_one_line(wrong("--image", image, "--prompt", "<image> what ?"), capsys, "leave <image> out")
+    fails_in_one_line(wrong("--image", image, "--prompt", "  "), capsys, "empty")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "tokens, the context holds 64")
+    fails_in_one_line(wrong("--image", image), capsys, "--prompt")
+    (tmp_path / "tokenizer.json").unlink()
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing", "lmsys/vicuna-7b-v1.5")
+
+
+def test_cogvlm_anatomy_says_how_its_count_comes_about(capsys):
+    cogvlm.main(["--anatomy", "cogvlm-chat-17b"])
+    out = capsys.readouterr().out
+    assert "trained: 6,618,628,096 (37.5 %)" in out and "1227 tokens" in out and "524,288 bytes a token" in out
+    parts = re.search(r"tower ([\d,]+) \+ adapter ([\d,]+) \+ vision experts ([\d,]+) \+ language model ([\d,]+)", out).groups()
+    parts = [int(part.replace(",", "")) for part in parts]
+    assert sum(parts) == 17_639_685_376 and parts[3] == 6_738_415_616  # Vicuna-7B, as published
+
+
+def test_cogvlm_shows_which_expert_and_position_each_token_takes(capsys):
+    cogvlm.main(["--show-mask"])
+    out = capsys.readouterr().out
+    table = [tuple(line.split()) for line in out.splitlines()[2:11]]
+    assert table[2:7] == [("boi", "vision", "2"), *[("patch", "vision", "3")] * 3, ("eoi", "language", "4")]
+
+
+def test_cogvlms_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(runs, capsys):
+    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", "red " * 240]), capsys, "tokens, the context holds 256")
+    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", " "]), capsys, "empty")
+    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", "<image> where?"]), capsys, "leave <image> out")
+    assert not list(runs.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["vilt mlm", "vilt vqa", "vilt rank"])
@@ -3819,6 +4540,123 @@ def test_reranking_lets_matching_choose_among_what_contrast_finds(monkeypatch):
     assert matching == 7 / 9, "1, 3, 5 and 7 are mended, 8 is spoilt, and the text of 0 is not among the four"
 
 
+# CogVLM's recipe
+
+
+def fresh_cogvlm(*_, **options):
+    torch.manual_seed(0)
+    return cogvlm.CogVLM(replace(cogvlm.PRESETS["tiny"], **options))
+
+
+def test_cogvlm_repeats_itself_to_the_bit_and_forgets_nothing(runs):
+    before = fresh_cogvlm()
+    once, again = (world.train_cogvlm(fresh_cogvlm(), name, 3) for name in ("once", "again"))
+    for (name, a), (_, b), (_, c) in zip(once.named_parameters(), again.named_parameters(), before.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+        if not name.startswith("adapter.") and ".vision_expert." not in name:
+            assert torch.equal(a, c), name
+    assert torch.equal(world.text_logits(once), world.text_logits(before)) and world.text_loss(once) == world.text_loss(before)
+    asked = world.box_questions(random.Random(0), 2)
+    pixels = cogvlm.preprocess([world.draw(scene) for scene, _, _ in asked], once.config.vision)
+    ids = torch.tensor([cogvlm.prompt_row([], once.config)] * 2)
+    assert not torch.equal(once(ids, pixels), before(ids, pixels))
+
+
+def test_cogvlm_interrupted_and_resumed_is_the_same_to_the_bit(runs, monkeypatch):
+    whole = world.train_cogvlm(fresh_cogvlm(), "whole", 4)
+    original, calls = world.cogvlm_turns, []
+
+    def interrupting(scene, rng):
+        calls.append(1)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(scene, rng)
+
+    monkeypatch.setattr(world, "cogvlm_turns", interrupting)
+    with pytest.raises(SystemExit):
+        world.train_cogvlm(fresh_cogvlm(), "halves", 4)
+    halves = world.train_cogvlm(fresh_cogvlm(), "halves", 4)
+    assert len(calls) == 64
+    for (name, a), b in zip(whole.named_parameters(), halves.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_own_questions_train_a_cogvlm(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(world, "toy_cogvlm", fresh_cogvlm)
+    good = [json.dumps({"file_name": "a.png", "question": f"<image> question {i}?", "answer": f"text {i} <image>"}) for i in range(5)]
+    long = json.dumps({"file_name": "a.png", "question": "what?", "answer": "word " * 200})
+    folder = make_folder(tmp_path / "own", [*good, long, '{"file_name": "a.png", "question": "what?"}'], ["a.png"])
+    assert world.main(["cogvlm", "--data", str(folder), "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "6 rows, 1 left out" in out and "no answer" in out and "1 rows have more than" in out and "cogvlm-own" in out
+    with pytest.raises(SystemExit):
+        world.main(["cogvlm", "--data", str(make_folder(tmp_path / "long", [long], ["a.png"])), "--steps", "2"])
+    assert "short enough" in capsys.readouterr().err
+
+
+def test_what_the_toy_vicuna_and_cogvlm_are_taught_is_true():
+    absent = 0
+    for i in range(200):
+        rng = random.Random(i)
+        scene = world.make_scene(rng)
+        question, box = world.ask_box(scene, rng)
+        name = question.removeprefix("where is the ").removesuffix("?")
+        fitting = [t for t in scene.things if name in (t.name, t.shape, f"{t.colour} thing")]
+        assert [f"{t.place} {world.box_text(t, 32, 32)}" for t in fitting] == ([] if box == "nothing" else [box]), (question, box)
+        absent += box == "nothing"
+        turns = world.cogvlm_turns(scene, rng)
+        assert (world.DESCRIBE, world.caption(scene)) in turns
+        longest = len(cogvlm.conversation_row(turns, world.encode, cogvlm.PRESETS["tiny"])[0])
+        assert longest <= cogvlm.PRESETS["tiny"].language.context
+    assert 10 < absent < 40
+    ids, labels = world.vicuna_rows([(world.make_scene(random.Random(i), 3), random.Random(i)) for i in range(4)])
+    text = world.tokenizer().decode(ids[0].tolist())
+    assert text.startswith("<bos>") and "<image>" not in text and "Short answer:" in text and ids.shape[1] <= 256
+    counted = labels[0][labels[0] != cogvlm.IGNORE_INDEX]
+    assert "Question" not in world.tokenizer().decode(counted.tolist())
+
+
+def test_grounding_and_its_guess_count_what_they_say(monkeypatch):
+    asked = world.box_questions(random.Random(0), 60)
+    assert all(scene.is_test and cogvlm.parse_box(box) for scene, _, box in asked)
+    said = [box for _, _, box in asked]
+    monkeypatch.setattr(world, "cogvlm_answers", lambda *_, **__: said)
+    assert world.grounding(None, asked) == 1
+    said[:30] = ["no idea", "[[900,900,901,901]]", "[[5]]"] * 10
+    assert world.grounding(None, asked) == 0.5
+    one = [row for row in asked if len(row[0].things) == 2]  # a detector that cannot read is right once in two
+    assert world.guess_box(one) == pytest.approx(0.5, abs=0.1) and world.guess_box(one[:1]) == 1
+
+
+def test_a_shallow_cogvlm_reads_images_with_the_words_weights_and_trains_what_it_should(runs):
+    model = world.shallow(fresh_cogvlm())
+    for layer in model.language.layers:
+        assert layer.vision_expert is layer.language_expert
+    pixels, ids = torch.randn(1, 3, 32, 32), torch.tensor([cogvlm.prompt_row([5, 6], model.config)])
+    words = {name for name, _ in model.named_parameters() if "_expert." in name}
+    cogvlm.freeze(model)  # LLaVA's way: what the words go through learns, too
+    assert {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("adapter.")} == words
+    world.freeze_all_but_adapter(model)
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"adapter"}
+    world.train_cogvlm(model, "adapter alone", 1, freeze=world.freeze_all_but_adapter)
+    assert not any(p.requires_grad for p in model.language.parameters())
+    model.eval()
+    before = model(ids, pixels)
+    with torch.no_grad():
+        model.language.layers[0].language_expert.dense.weight.zero_()
+    assert (model(ids, pixels) - before)[0, 3].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_boxes_asked_of_an_empty_scene_are_a_box_or_none_and_no_exception():
+    model = fresh_cogvlm().eval()
+    for image in (Image.new("RGB", (32, 32)), Image.new("RGB", (1, 1)), Image.new("RGB", (300, 7), "white")):
+        text = cogvlm.answer(model, [image], "where is the red circle?", world.encode, world.decode, "vqa", 24)
+        box = cogvlm.parse_box(text)
+        assert isinstance(text, str) and (box is None or len(box) == 4)
+    assert world.cogvlm_answers(model, [world.Scene(())], ["where is the red circle?"], longest=3)[0] is not None
+
+
 def test_clip_starts_near_ln_b(runs):
     world.train_clip("first", steps=1, batch=64)
     assert log_of(runs / "first")[0]["loss"] == pytest.approx(math.log(64), abs=0.6)
@@ -4268,12 +5106,12 @@ def test_the_claims_table_and_the_exit_status(runs, monkeypatch, capsys):
 
 @pytest.mark.skipif("CI" not in os.environ and "SLOW" not in os.environ, reason="trains for minutes; set SLOW=1")
 def test_demos_train_answer_and_draw(tmp_path):
-    for family in ("clip", "vilt", "flamingo", "blip2", "llava"):
+    for family in ("clip", "vilt", "flamingo", "cogvlm", "blip2", "llava"):
         done = run(str(ROOT / f"{family}.py"), "--demo", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / family / "demo.png").exists() and re.search("after (training|stage 2)", done.stdout)
         share = re.search(r"of 200 more questions (\d+)%|after training, (?:for )?(\d+)%|after stage 2, .* (\d+)% of the things", done.stdout)
-        least = {"clip": 90, "vilt": 60, "flamingo": 60, "blip2": 30, "llava": 75}[family]  # blip2: towers take most of a demo's time
+        least = {"clip": 90, "vilt": 60, "flamingo": 60, "cogvlm": 44, "blip2": 30, "llava": 75}[family]  # blip2: towers take most of a demo's time
         assert max(map(int, filter(None, share.groups()))) >= least, done.stdout
     done = run(str(ROOT / "train_tiny.py"), "clip", cwd=tmp_path)   # trained already: only the claims are measured
     assert done.returncode == 0 and done.stdout.count("| holds |") == 3, done.stdout
@@ -4289,6 +5127,9 @@ def test_the_toy_presets_have_the_tokenizers_special_tokens():
     tiny = flamingo.PRESETS["tiny"]
     assert world.VOCAB_SIZE == tiny.language.vocab_size and tiny.new_token_ids == (world.IMAGE_ID, world.CHUNK_ID)
     assert (tiny.image_token_id, tiny.eos_token_id) == (world.IMAGE_ID, world.CHUNK_ID)
+    tiny = cogvlm.PRESETS["tiny"]
+    assert world.VOCAB_SIZE == tiny.language.vocab_size
+    assert (world.IMAGE_ID, world.BOS_ID, world.EOS_ID) == (tiny.image_token_id, tiny.bos_token_id, tiny.eos_token_id)
     tiny = blip2.PRESETS["tiny"]
     assert world.VOCAB_SIZE == tiny.qformer.vocab_size == tiny.language.vocab_size
     assert (world.IMAGE_ID, world.EOS_ID) == (tiny.image_token_id, tiny.eos_token_id)

@@ -826,10 +826,11 @@ def clip_features(model, images, texts):
 
 
 def train_clip(name=None, seed=0, steps=None, batch=CLIP_BATCH, loss="softmax", device="cpu", bar=None, draw_batch=None,
-               data="world", tower=None):
+               data="world", tower=None, vision=None):
     """A toy CLIP (loss "softmax") or SigLIP ("sigmoid"), from the cache if it is there.
 
-    draw_batch(step) -> (images, texts) replaces the world by other data, whose name is `data`. tower: a vision tower to start from."""
+    draw_batch(step) -> (images, texts) replaces the world by other data, whose name is `data`. tower: a vision tower to start from;
+    vision: another kind of tower, in the place of CLIP's own."""
     import clip
     name = name or run_name("clip", seed, steps, **({} if loss == "softmax" else {"": loss}))
     plan = Plan(name, steps or CLIP_STEPS, batch, lr=1e-3, seed=seed, weight_decay=0.5, warmup=60)
@@ -837,6 +838,9 @@ def train_clip(name=None, seed=0, steps=None, batch=CLIP_BATCH, loss="softmax", 
     model = clip.CLIP(clip_config(loss)).to(device)
     if tower is not None:
         model.vision.load_state_dict(tower.state_dict())
+    if vision is not None:
+        model.vision = vision.to(device)
+        model.vision.ln_post = torch.nn.Identity()  # where CLIP would normalise its class token
     if loss == "sigmoid":                           # one pair in B matches. SigLIP's -10 suits its B of 32 thousand, ln B = 10.4;
         torch.nn.init.constant_(model.logit_bias, -math.log(batch))     # from there a few hundred steps would not bring it back
 
@@ -1908,6 +1912,277 @@ def flamingo_ablations(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# CogVLM
+# ------------------------------------------------------------------------------------------------------------------
+
+EVA_STEPS, VICUNA_STEPS, COGVLM_STEPS, COGVLM_BATCH = 400, (1500, 500, 450), 900, 16
+DEMO_COGVLM_STEPS, COGVLM_ABLATION_STEPS = 150, 200                 # for the demo, and for comparisons
+TOWERS, DEMO_TOWERS = (None, None), (200, 300)                      # steps of both towers: all of them; the demo's
+
+
+def ask_box(scene, rng):
+    """A referring expression, answered by its place in a word and its box. The word comes first because it is one thing to look
+    up, from which the digits follow; asked for digits at once, the toy Vicuna guesses. One in eight asks for what is not there."""
+    if rng.random() < 0.125:
+        absent = [pair for pair in SEEN_PAIRS if pair not in [t.pair for t in scene.things]]
+        return "where is the {} {}?".format(*rng.choice(absent)), "nothing"
+    thing = rng.choice(scene.things)
+    return f"where is the {thing.name if rng.random() < 0.5 else refer(scene, thing)}?", f"{thing.place} {box_text(thing, 32, 32)}"
+
+
+def cogvlm_turns(scene, rng):
+    """What is asked about a scene: two boxes, two questions, and its description, in any order."""
+    turns = [ask_box(scene, rng), ask_box(scene, rng), ask(scene, rng, KINDS), ask(scene, rng, KINDS), (DESCRIBE, caption(scene))]
+    return rng.sample(turns, len(turns))
+
+
+def vicuna_turns(scene, rng, part=3):
+    """What the toy Vicuna is asked about a scene it is told in words. In parts 1 and 2, besides what CogVLM will be asked, all it
+    was told once more, shape first or colour first: that asks at every word for another by its neighbour, where a question asks
+    but once. In part 3 what is still answered badly. Words do not say a box to the pixel: what can only be guessed is noise to
+    the rest, so part 1 has few."""
+    if part == 3:
+        turns = [ask(scene, rng, (kind,)) for kind in ("colour", "shape")] + [ask(scene, rng, (rng.choice(KINDS),))]
+        turns += [ask_box(scene, rng) for _ in range(3)]
+        return rng.sample(turns[:5] + [(DESCRIBE, caption(scene))] if rng.random() < 0.25 else turns, 6)
+    things = rng.sample(scene.things, len(scene.things))
+    turns = [ask(scene, rng, KINDS) for _ in range(6)] + [(DESCRIBE, caption(scene))]
+    if rng.random() < 0.5:
+        turns.append(("which shape has which colour?", ", ".join(f"{t.shape} {t.colour} {t.size} {t.place}" for t in things)))
+    else:
+        turns.append(("which colour has which shape?", ", ".join(f"{t.colour} {t.shape} {t.size} {t.place}" for t in things)))
+    turns += [ask_box(scene, rng)] if rng.random() < (0.15 if part == 1 else 0.6) else []
+    return rng.sample(turns, len(turns))
+
+
+def vicuna_rows(rngs, part=3):
+    """Scenes told in words, in any order, and asked about -> ids, labels [B,T]: [(scene, rng)] in the place of pictures."""
+    import cogvlm
+    rows = []
+    for scene, rng in rngs:
+        turns = vicuna_turns(scene, rng, part)
+        ids, labels = cogvlm.conversation_row(turns, encode, cogvlm.PRESETS["tiny"], images=0)
+        told = encode(", ".join(f"{t.place} a {t.full_name}" for t in rng.sample(scene.things, len(scene.things))))
+        rows.append((ids[:1] + told + ids[1:], [cogvlm.IGNORE_INDEX] * len(told) + labels))
+    return pad([ids for ids, _ in rows])[0], pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)[0]
+
+
+def toy_eva(device="cpu", steps=None):
+    """CogVLM's tower at toy size, pretrained as CLIP's is, in its place. In runs/eva."""
+    import cogvlm
+    torch.manual_seed(0)
+    tower = cogvlm.EVATower(cogvlm.PRESETS["tiny"].vision)
+    return train_clip(run_name("eva", steps=steps), steps=steps or EVA_STEPS, device=device, vision=tower, data="world, EVA's tower").vision
+
+
+def toy_vicuna(device="cpu", steps=None):
+    """CogVLM's decoder at toy size, pretrained on text alone to look up what it is told; its language weights never change
+    again. Three parts, in runs/vicuna-part1, -part2 and runs/vicuna; given `steps`, the first alone, and so many of it."""
+    import cogvlm
+    torch.manual_seed(0)
+    model = cogvlm.ExpertDecoder(cogvlm.PRESETS["tiny"].language).to(device)
+    for layer in model.layers:
+        layer.vision_expert.requires_grad_(False)   # text never goes through it
+
+    def loss_of(part, step):
+        key = f"vicuna {part}"
+        count = rng_for(key, step).choice((1, 2, 2, 3, 3, 4))           # equally many things: rows about as long
+        ids, labels = vicuna_rows([(make_scene(rng, count), rng) for rng in batch_rngs(0, (key, step), 32)], part)
+        return cogvlm.language_loss(model(ids.to(device)), labels.to(device))
+
+    for part, length in enumerate((steps,) if steps else VICUNA_STEPS, 1):
+        name = f"vicuna-steps{steps}" if steps else "vicuna" if part == 3 else f"vicuna-part{part}"
+        expected = ("ln V", math.log(VOCAB_SIZE)) if part == 1 else None
+        plan = Plan(name, length, 32, lr=3e-3, muon=6e-3)
+        fit(plan, model, lambda step, part=part: loss_of(part, step), expected, f"world, part {part}, after {VICUNA_STEPS[:part - 1]} steps")
+    model.copy_experts()                            # an image is first read as words are
+    return model
+
+
+def untrained_cogvlm(device="cpu", seed=0, towers=TOWERS):
+    """CogVLM before it has seen an image with a text: the toy EVA tower, the toy Vicuna with its weights copied into the
+    vision experts, and a random adapter."""
+    import cogvlm
+    torch.manual_seed(seed)
+    model = cogvlm.CogVLM(cogvlm.PRESETS["tiny"])
+    model.vision.load_state_dict(toy_eva(device, towers[0]).state_dict())
+    model.language.load_state_dict(toy_vicuna(device, towers[1]).state_dict())
+    return model.to(device).eval()
+
+
+def cogvlm_loss(model, images, turns):
+    """The loss of a batch: images [PIL], turns [[(question, answer), ...] per image]; it counts the answers only."""
+    import cogvlm
+    device = model.adapter.boi.device
+    rows = [cogvlm.conversation_row(said, tokenizer().encode_ordinary, model.config) for said in turns]
+    ids, labels = pad([ids for ids, _ in rows])[0], pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)[0]
+    pixels = cogvlm.preprocess(images, model.config.vision).to(device)
+    return cogvlm.language_loss(model(ids.to(device), pixels), labels.to(device))   # padding is to the right of all labels
+
+
+def train_cogvlm(model, name, steps, seed=0, bar=None, draw_batch=None, data="world", towers=TOWERS, freeze=None):
+    """The paper's split: experts, adapter, boi and eoi learn, nothing else (or what freeze(model) leaves free).
+    draw_batch(step) -> (images, turns) replaces the world by other data."""
+    import cogvlm
+    (freeze or cogvlm.freeze)(model)
+    plan = Plan(name, steps, COGVLM_BATCH, lr=3e-3, muon=1.2e-2, warmup=50, weight_decay=0.02, seed=seed)
+
+    def from_world(step):
+        rngs = batch_rngs(seed, ("cogvlm", step), plan.batch)
+        count = rng_for(seed, "cogvlm", step).choice((1, 2, 2, 3, 3, 4))        # equally many things: rows about as long
+        scenes = [make_scene(rng, count) for rng in rngs]
+        return [draw(scene) for scene in scenes], [cogvlm_turns(scene, rng) for scene, rng in zip(scenes, rngs)]
+
+    data = f"{data}, towers of {towers[0] or EVA_STEPS} and {towers[1] or sum(VICUNA_STEPS)} steps"    # other towers give another model: the cache must know
+    return fit(plan, model, lambda step: cogvlm_loss(model, *(draw_batch or from_world)(step)), data=data, bar=bar)
+
+
+def toy_cogvlm(device="cpu", seed=0, steps=None, towers=TOWERS):
+    """The standard toy CogVLM; towers and result are cached."""
+    model = untrained_cogvlm(device, seed, towers)
+    return train_cogvlm(model, run_name("cogvlm", seed, steps), steps or COGVLM_STEPS, seed, towers=towers)
+
+
+def demo_cogvlm(device="cpu"):
+    """For the demo, the model before its training and a function that gives it after: the recipe's if it has been trained, else
+    one of fewer steps on towers of fewer steps, since somebody is waiting."""
+    done = recipe_is_done("cogvlm", COGVLM_STEPS)
+    steps, towers = (None, TOWERS) if done else (DEMO_COGVLM_STEPS, DEMO_TOWERS)
+    return untrained_cogvlm(device, towers=towers), lambda: toy_cogvlm(device, steps=steps, towers=towers)
+
+
+@torch.no_grad()
+def cogvlm_answers(model, scenes, questions, longest=40):
+    """What the model says to one question about each scene, as text."""
+    import cogvlm
+    device, said = model.adapter.boi.device, []
+    for start in range(0, len(scenes), 128):
+        part = slice(start, start + 128)
+        rows = [cogvlm.prompt_row(encode(cogvlm.build_prompt(question, "vqa")), model.config) for question in questions[part]]
+        ids, mask = cogvlm.pad_rows(rows, PAD_ID, left=True)
+        pixels = cogvlm.preprocess([draw(scene) for scene in scenes[part]], model.config.vision).to(device)
+        new = model.generate(ids.to(device), pixels, mask.to(device), max_new_tokens=longest, eos_id=EOS_ID)
+        said += [decode(row).strip() for row in new.tolist()]
+    return said
+
+
+def cogvlm_accuracy(model, asked):
+    """Fraction of [(scene, question, answer)] that is answered word for word."""
+    said = cogvlm_answers(model, [scene for scene, _, _ in asked], [question for _, question, _ in asked], longest=8)
+    return sum(text == right for text, (_, _, right) in zip(said, asked)) / len(asked)
+
+
+def box_questions(rng, count):
+    """[(scene, question, box as text)]: things to be found in scenes never trained on."""
+    asked = []
+    while len(asked) < count:
+        scene = make_scene(rng, split="test")
+        question, answer = ask_box(scene, rng)
+        if answer != "nothing":
+            asked.append((scene, question, answer))
+    return asked
+
+
+def grounding(model, asked):
+    """The share of [(scene, question, box)] whose answer is a box with an IoU of 0.5 or more: the paper's measure."""
+    import cogvlm
+    said = cogvlm_answers(model, [scene for scene, _, _ in asked], [question for _, question, _ in asked], longest=24)
+    return sum(cogvlm.box_iou(cogvlm.parse_box(text), cogvlm.parse_box(right)) >= 0.5 for text, (_, _, right) in zip(said, asked)) / len(asked)
+
+
+def guess_box(asked):
+    """The same share for whoever guesses as well as one can without understanding: always the one box that is right most
+    often, or (if that is better) the true box of any thing in the scene, as a perfect detector that cannot read would."""
+    import cogvlm
+    boxes = [cogvlm.parse_box(right) for _, _, right in asked]
+    constant = max(sum(cogvlm.box_iou(box, other) >= 0.5 for other in boxes) for box in set(boxes))
+    things = [[cogvlm.parse_box(box_text(t, 32, 32)) for t in scene.things] for scene, _, _ in asked]
+    detector = sum(sum(cogvlm.box_iou(box, t) >= 0.5 for t in found) / len(found) for box, found in zip(boxes, things))
+    return max(constant, detector) / len(asked)
+
+
+@torch.no_grad()
+def text_logits(model):
+    """The logits of 32 conversations without an image: scenes told in words, and questions about them."""
+    ids, _ = vicuna_rows([(make_scene(rng, 3, split="test"), rng) for rng in batch_rngs(0, "text only", 32)])
+    return model(ids.to(model.adapter.boi.device)).cpu()
+
+
+def cogvlm_claims(before, model):
+    """before: the model untrained, whose texts the trained one must read in the same way."""
+    vqa, boxes = vqa_questions(rng_for("cogvlm claims"), 400), box_questions(rng_for("cogvlm boxes"), 400)
+    same = float((text_logits(before) == text_logits(model)).double().mean())
+    return [Claim("cogvlm: text-only logits equal to the bit, before and after", 0.0, same, 1.0),
+            Claim("cogvlm: things found in unseen scenes, IoU >= 0.5", guess_box(boxes), grounding(model, boxes), 0.80),
+            Claim("cogvlm: questions about unseen scenes", guess(vqa), cogvlm_accuracy(model, vqa), 0.90)]
+
+
+def cogvlm_samples(model, folder):
+    import cogvlm
+    rng, pictures = rng_for("cogvlm samples"), []
+    asked = [question for pair in zip(box_questions(rng, 4), vqa_questions(rng, 4)) for question in pair]
+    said = cogvlm_answers(model, [a[0] for a in asked], [a[1] for a in asked])
+    for (scene, question, right), text in zip(asked, said):
+        true, found = cogvlm.parse_box(right), cogvlm.parse_box(text)
+        verdict = f"IoU {cogvlm.box_iou(true, found):.2f}" if true else "" if text == right else f"WRONG: {right}"
+        pictures.append((cogvlm.frame(draw(scene), [(true, "white"), (found, "magenta")], 128), f"{question}\n{text}\n{verdict}"))
+    sheet(pictures, folder / "samples.png", scale=1)
+
+
+def cogvlm_recipe(args):
+    before, model = untrained_cogvlm(args.device, args.seed), toy_cogvlm(args.device, args.seed, args.steps)
+    cogvlm_samples(model, RUNS / "cogvlm")
+    return cogvlm_claims(before, model)
+
+
+def shallow(model):
+    """LLaVA's way, to compare with: image tokens go through the words' own weights, in every layer the same module."""
+    for layer in model.language.layers:
+        layer.vision_expert = layer.language_expert
+    return model
+
+
+def freeze_all_but_adapter(model):
+    model.requires_grad_(False)
+    model.adapter.requires_grad_(True)
+
+
+@torch.no_grad()
+def text_loss(model):
+    """How well the model still answers questions about what it is told in words: its loss on text, in nats per token."""
+    import cogvlm
+    rows = [vicuna_rows([(make_scene(rng, count, split="test"), rng) for rng in batch_rngs(0, ("text loss", count), 32)]) for count in (2, 3, 4)]
+    return sum(float(cogvlm.language_loss(model.language(ids), labels)[0]) for ids, labels in rows) / len(rows)
+
+
+def cogvlm_ablations(args):
+    """The expert against an adapter alone (deep against shallow) with the words' weights frozen, and against LLaVA's way, in
+    which they train (attention and MLP of every layer): what each learns about images, and what it forgets about texts. Equal
+    steps, mean of 3 seeds."""
+    steps, seeds, score = args.steps or COGVLM_ABLATION_STEPS, (0, 1, 2), {}
+    vqa, boxes = vqa_questions(rng_for("cogvlm ablations"), 400), box_questions(rng_for("cogvlm ablations, boxes"), 200)
+    start = text_loss(untrained_cogvlm(args.device))                    # the towers, before the bar starts
+    with tqdm(total=9 * COGVLM_BATCH * steps, unit=" samples", desc="cogvlm ablations", disable=None) as bar:
+        for variant in ("visual experts", "adapter alone", "words weights trained"):
+            for seed in seeds:
+                model = untrained_cogvlm(args.device, seed)
+                model = model if variant == "visual experts" else shallow(model)    # then freeze() leaves the words' weights free
+                freeze = freeze_all_but_adapter if variant == "adapter alone" else None
+                name = f"cogvlm-ablations/{variant.replace(' ', '-')}-seed{seed}-steps{steps}"
+                train_cogvlm(model, name, steps, seed, bar, freeze=freeze)
+                score.setdefault(variant, []).append((cogvlm_accuracy(model, vqa), grounding(model, boxes), text_loss(model)))
+    for variant, values in score.items():
+        say(f"{variant}: " + "; ".join(f"{what} {' '.join(f'{v[i]:.3f}' for v in values)}"
+                                       for i, what in enumerate(("questions answered", "things found", "text loss"))))
+    say(f"text loss before: {start:.3f}")
+    mean = {variant: [sum(column) / len(seeds) for column in zip(*values)] for variant, values in score.items()}
+    deep, flat, llava = mean["visual experts"], mean["adapter alone"], mean["words weights trained"]
+    return [Claim("cogvlm: visual experts answer more than an adapter alone", flat[0], deep[0], flat[0]),
+            Claim("cogvlm: visual experts find more than an adapter alone", flat[1], deep[1], flat[1]),
+            Claim("cogvlm: text loss saved, by not training the words' weights", 0.0, llava[2] - deep[2], 0.01)]
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Your own data: a folder of images with a metadata.jsonl, the layout the ecosystem calls imagefolder
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -2080,6 +2355,29 @@ def flamingo_own_data(args):
     return []
 
 
+def cogvlm_own_data(args):
+    """`python train_tiny.py cogvlm --data FOLDER`: rows with question and answer too; the experts on them, from the toy CogVLM."""
+    import cogvlm
+    rows = read_folder(args.data, ("question", "answer"))
+    model = toy_cogvlm(args.device)
+    longest = model.config.language.context - len(cogvlm.conversation_row([("?", "")], encode, model.config)[0])
+    pairs = [(image, row["question"].replace("<image>", "").strip() or DESCRIBE, row["answer"]) for image, row in rows]
+    fits = [pair for pair in pairs if len(tokenizer().encode_ordinary(pair[1] + pair[2])) <= longest]
+    if len(fits) < len(rows):
+        say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text and are left out")
+    if not fits:
+        stop(f"no row of {args.data} is short enough: {longest} tokens, and the toy vocabulary spells words it does not know")
+
+    def draw_batch(step):
+        chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), COGVLM_BATCH)]
+        return [image for image, _, _ in chosen], [[(question, said)] for _, question, said in chosen]
+
+    name = run_name("cogvlm-own", args.seed, args.steps)
+    train_cogvlm(model, name, args.steps or 100, args.seed, draw_batch=draw_batch, data=fingerprint(rows))
+    say(f"the trained model is in {RUNS / name}")
+    return []
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------------
@@ -2087,6 +2385,7 @@ def flamingo_own_data(args):
 FAMILIES = ("clip", "vilt", "flamingo", "cogvlm", "blip2", "llava", "qwen2vl")
 RECIPES = {                                         # family: (level claims, ablations, own data)
     "blip2": (blip2_recipe, blip2_ablations, blip2_own_data),
+    "cogvlm": (cogvlm_recipe, cogvlm_ablations, cogvlm_own_data),
     "clip": (clip_recipe, clip_ablations, clip_own_data),
     "vilt": (vilt_recipe, vilt_ablations, vilt_own_data),
     "flamingo": (flamingo_recipe, flamingo_ablations, flamingo_own_data),
