@@ -1101,20 +1101,24 @@ def replace_published(default, published, names):
 
 
 def image_config_from_published(vision, folder):
-    """VisionConfig with what preprocessor_config.json says of sizes and normalising, if the folder has one."""
-    file = Path(folder) / "preprocessor_config.json"
-    if not file.is_file():
-        return vision
-    raw = read_json(file)
-    changes = {ours: tuple(raw[theirs]) for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in raw}
-    size = raw.get("size") or {}
-    for ours, names in (("min_pixels", ("min_pixels", "shortest_edge")), ("max_pixels", ("max_pixels", "longest_edge"))):
-        found = raw.get(ours) or next((size[name] for name in names if size.get(name)), None)
-        changes |= {ours: found} if found else {}
-    for ours, theirs in (("patch_size", "patch_size"), ("merge", "merge_size"), ("frames", "temporal_patch_size")):
-        if raw.get(theirs, getattr(vision, ours)) != getattr(vision, ours):
-            raise ValueError(f"{file} says {theirs} {raw[theirs]}, config.json {getattr(vision, ours)}")
-    return replace(vision, **changes)
+    """VisionConfig with what preprocessor_config.json (and for clips video_preprocessor_config.json) says of sizes and
+    normalising, where the folder has them."""
+    for prefix, name in (("", "preprocessor_config.json"), ("video_", "video_preprocessor_config.json")):
+        file = Path(folder) / name
+        if not file.is_file():
+            continue
+        raw = read_json(file)
+        size, changes = raw.get("size") or {}, {}
+        for which, other in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            found = raw.get(which) or size.get(which) or size.get(other)
+            changes |= {prefix + which: found} if found else {}
+        for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+            changes |= {ours: tuple(raw[theirs])} if theirs in raw else {}
+        for ours, theirs in (("patch_size", "patch_size"), ("merge", "merge_size"), ("frames", "temporal_patch_size")):
+            if raw.get(theirs, getattr(vision, ours)) != getattr(vision, ours):
+                raise ValueError(f"{file} says {theirs} {raw[theirs]}, config.json {getattr(vision, ours)}")
+        vision = replace(vision, **changes)
+    return vision
 
 
 def config_from_published(raw, folder):

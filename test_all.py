@@ -3719,6 +3719,89 @@ def test_flamingo_weights_from_the_command_line_say_what_the_published_model_say
     fails_in_one_line(lambda: flamingo.main(["--weights", str(oracles("llava")[1]), "--prompt", "x"]), capsys, "holds a 'llava'", "reads 'idefics'")
 
 
+def test_qwen_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
+    """End to end: shards, tokenizer.json, preprocessor_config.json, two image files, a video, the published chat template."""
+    oracle = oracles("qwen2.5vl")[0]
+    oracle.save_pretrained(tmp_path, max_shard_size="100KB")
+    special = {"<|im_end|>": 2, "<|im_start|>": 1, "<|vision_end|>": 95, "<|vision_start|>": 96, "<|video_pad|>": 97, "<|image_pad|>": 98}
+    tokenizer = save_tokenizer(tmp_path, word_list(special), "$A")
+    processor = quiet_transformers().Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 64, "longest_edge": 400}, patch_size=4, image_mean=[0.4, 0.5, 0.6]
+    )
+    processor.save_pretrained(tmp_path)
+    pictures, files = [Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB") for size in ((70, 50), (20, 90))], []
+    for n, picture in enumerate(pictures):
+        files += ["--image", str(tmp_path / f"{n}.png")]
+        picture.save(files[-1])
+    inputs = processor(pictures, return_tensors="pt")
+    see = ["<|vision_start|>" + "<|image_pad|>" * (int(grid.prod()) // 4) + "<|vision_end|>" for grid in inputs["image_grid_thw"]]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+    def published(text, **given):
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        new = oracle.generate(input_ids=ids, mm_token_type_ids=types, **given, max_new_tokens=32, do_sample=False, eos_token_id=2)
+        return tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip()
+
+    images = dict(pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
+    expected = published(system + turn.format(f"{see[0]}{see[1]}what is in the image ?"), **images)
+    qwen2vl.main(["--weights", str(tmp_path), *files, "--prompt", "what is in the image ?"])
+    assert capsys.readouterr().out == expected + "\n" and len(expected) > 20
+    expected = published(system + turn.format(f"a {see[0]} what is {see[1]} ?"), **images)
+    qwen2vl.main(["--weights", str(tmp_path), *files, "--prompt", "a <image> what is <image> ?"])
+    assert capsys.readouterr().out == expected + "\n"
+
+    film = [Image.effect_mandelbrot((64, 16), (-2, -1, edge, 1), 50).convert("RGB") for edge in (1, 0.5, 0)]
+    (tmp_path / "film").mkdir()
+    for n, frame in enumerate(film):
+        frame.save(tmp_path / "film" / f"{n}.png")
+    limits = {"size": {"shortest_edge": 64, "longest_edge": 1100}, "image_mean": [0.4, 0.5, 0.6]}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(limits))
+    config = qwen2vl.config_from_published(qwen2vl.read_config(tmp_path), tmp_path).vision
+    patches, grid = qwen2vl.preprocess([film], config)
+    assert (config.max_pixels, config.video_max_pixels) == (400, 1100) and grid.tolist() == [[2, 4, 16]]
+    watch = f"<|vision_start|>{'<|video_pad|>' * 32}<|vision_end|>what is this ?"
+    seconds = dict(second_per_grid_ts=torch.tensor([1.0]))  # two frames a second, two in a patch
+    expected = published(system + turn.format(watch), pixel_values_videos=patches, video_grid_thw=grid, **seconds)
+    qwen2vl.main(["--weights", str(tmp_path), "--video", str(tmp_path / "film"), "--prompt", "what is this ?"])
+    assert capsys.readouterr().out == expected + "\n"
+
+    def wrong(*options):
+        return lambda: qwen2vl.main(["--weights", str(tmp_path), *options])
+
+    Image.new("RGB", (2, 500)).save(tmp_path / "thin.png")
+    fails_in_one_line(wrong("--image", str(tmp_path / "thin.png"), "--prompt", "what ?"), capsys, "500 x 2 pixels is more than 200 times")
+    fails_in_one_line(wrong(*files, "--prompt", "<image> what ?"), capsys, "1 <image> placeholder(s) for 2 image(s)")
+    fails_in_one_line(wrong("--prompt", "<video> what ?"), capsys, "1 <video> placeholder(s) for 0 video(s)")
+    fails_in_one_line(wrong("--video", str(tmp_path / "no"), "--prompt", "what ?"), capsys, "no such image")
+    fails_in_one_line(wrong(*files, "--prompt", "  "), capsys, "empty")
+    fails_in_one_line(wrong(*files, "--prompt", "what " * 300), capsys, "tokens, the context holds 256")
+    fails_in_one_line(wrong(*files), capsys, "--prompt")
+    fails_in_one_line(lambda: qwen2vl.main(["--weights", str(oracles("llava")[1]), "--prompt", "x"]), capsys, "holds a 'llava'", "reads 'qwen2_vl'")
+
+
+def test_qwen_anatomy_says_what_trains_and_what_an_image_costs(capsys):
+    qwen2vl.main(["--anatomy", "qwen2-vl-2b"])
+    out = capsys.readouterr().out
+    assert "stage 1: 665,271,296 trained" in out and "stage 3: 1,543,714,304 trained" in out and "28,672 bytes a token" in out
+    rows = {tuple(map(int, found[:2])): found for found in re.findall(r"(\d+) x (\d+) +([\d,]+) +([\d,]+) +([\d,]+)", out)}
+    assert rows[224, 224][2] == "64" and rows[476, 1288][2] == "782"
+    flops = [int(rows[size][3].replace(",", "")) for size in ((224, 224), (224, 448))]
+    assert flops[1] > 2 * flops[0], "attention over the whole frame grows with the square"
+
+
+def test_qwen_flops_and_tokens_follow_the_area_with_windows():
+    """Twice the area in one image, or two images: without full layers the same work to the digit."""
+    config = replace(qwen2vl.PRESETS["tiny"], vision=replace(qwen2vl.PRESETS["tiny"].vision, window_size=16))
+    with torch.device("meta"):
+        model = qwen2vl.Qwen2VL(config)
+    cost = lambda *grids: qwen2vl.count_flops(
+        lambda: model.encode_image(torch.empty(sum(math.prod(g) for g in grids), 96, device="meta"), torch.tensor(grids, device="cpu"))
+    )
+    assert cost((1, 8, 16)) == 2 * cost((1, 8, 8)) == cost((1, 8, 8), (1, 8, 8)) == cost((2, 8, 8))
+
+
 def test_flamingo_anatomy_says_what_trains_and_what_an_image_costs(capsys):
     flamingo.main(["--anatomy", "idefics-9b"])
     out = capsys.readouterr().out
