@@ -63,7 +63,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from torch import nn
 
 from kernels import apply_rope, attention, draw_mask, mrope, rope_2d
@@ -173,11 +173,11 @@ QWEN_3B = LanguageConfig(width=2048, layers=36, heads=16, mlp_width=11008, conte
 QWEN_7B = LanguageConfig(152064, width=3584, heads=28, kv_heads=4, mlp_width=18944)
 
 PRESETS = {
-    # what train_tiny.py trains in front of you, tower and decoder from nothing, on pictures of many sizes
+    # what train_tiny.py trains in front of you, from the toy CLIP's blocks and a toy language model, on pictures of many sizes
     "tiny": Qwen2VLConfig(
         VisionConfig(
-            4, width=96, layers=4, heads=4, mlp_width=384, min_pixels=16 * 16, max_pixels=64 * 64,
-            video_min_pixels=16 * 16, video_max_pixels=64 * 64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+            8, width=96, layers=4, heads=4, mlp_width=384, min_pixels=16 * 16, max_pixels=128 * 128,
+            video_min_pixels=16 * 16, video_max_pixels=128 * 128, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         ),
         LanguageConfig(
             512, width=96, layers=3, heads=2, kv_heads=1, mlp_width=256, context=512, rope_base=10000.0,
@@ -1396,7 +1396,7 @@ def show_trace():
     ids[0, 4:20] = ids[1, 6:18] = config.image_token_id
     with torch.no_grad(), trace() as t:
         model(ids, torch.randn(64 + 48, config.vision.patch_width), grid)
-    return f"tiny, random weights, 2 rows of 22 tokens: an image of 32 x 32 pixels in one, of 16 x 48 in the other\n\n{t}"
+    return f"tiny, random weights, 2 rows of 22 tokens: an image of 64 x 64 pixels in one, of 32 x 96 in the other\n\n{t}"
 
 
 def show_mask():
@@ -1463,11 +1463,88 @@ def run_weights(args):
         print(answer(model, images, videos, question, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
 
 
+def cut_picture(image, config, scale):
+    """The image as the tower gets it, `scale` times as large, with a line around every token of the decoder."""
+    _, rows, columns = image_grid(image.height, image.width, config)
+    image = image.resize((columns * config.patch_size, rows * config.patch_size), Image.Resampling.BICUBIC)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    pen, side = ImageDraw.Draw(image), config.factor * scale
+    for x in range(0, image.width, side):
+        for y in range(0, image.height, side):
+            pen.rectangle((x, y, x + side - 1, y + side - 1), outline="#ff8800")
+    return image
+
+
+def draw_resolutions(rows, file, config, wide=280, tall=240):
+    """PNG: rows of (image, text) cut into tokens; the same picture at more and more pixels, and what is read there."""
+    page = Image.new("RGB", (max(map(len, rows)) * wide, len(rows) * tall), "white")
+    pen = ImageDraw.Draw(page)
+    for y, row in enumerate(rows):
+        for x, (image, text) in enumerate(row):
+            _, h, w = image_grid(image.height, image.width, config)
+            cut = cut_picture(image, config, max(1, 180 // (max(h, w) * config.patch_size)))
+            page.paste(cut, (x * wide + 8, y * tall + 8))
+            pen.multiline_text((x * wide + 8, y * tall + 16 + cut.height), text, fill="black", spacing=4)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page.save(file)
+
+
 def demo(args):
     """Train the toy Qwen2-VL in front of the reader if it is not cached, then show it pictures of sizes it never saw."""
-    check_device(args.device)
-    _ = [load_image(path) for path in args.image], [load_video(path) for path in args.video]
-    raise ValueError("the toy recipe of this family is not written yet; try --trace, --show-mask, --anatomy or --weights")
+    import train_tiny as tiny
+
+    device, config = check_device(args.device), PRESETS["tiny"]
+    images, videos = [load_image(path) for path in args.image], [load_video(path) for path in args.video]
+    given = read_visuals(images, videos, config.vision)  # wrong input is found before the training
+    for question in args.prompt:
+        if given:
+            prompt = build_prompt(question, len(images), len(videos), config.template)
+            prompt = expand_visuals(prompt, config, given.get("grid_thw"), given.get("video_grid_thw"))
+        else:
+            prompt = expand_visuals(build_prompt(question, 1, 0, config.template), config, torch.tensor([(1, 6, 8)]))
+        if len(tiny.encode(prompt)) + 16 > config.language.context:
+            raise ValueError(f"the prompt has {len(tiny.encode(prompt))} tokens, the context holds {config.language.context}: shorten it")
+    asked = [tiny.qwen_scene(tiny.rng_for("qwen demo", i), [size], "test") for i, size in enumerate(tiny.NEW_CANVASES)]
+    image, turns = asked[0]
+    t, h, w = image_grid(image.height, image.width, config.vision)
+    print(f"In goes a picture as it is, {image.height} x {image.width} pixels: {h} x {w} patches, merged {config.vision.merge} x"
+          f" {config.vision.merge} to {num_image_tokens(image.height, image.width, config)} tokens, and a question:\n"
+          f"    {build_prompt(turns[0][0], 1, 0, config.template)!r}")  # fmt: skip
+    untrained = tiny.untrained_qwen(args.device)
+    print(f"before training it says: {', '.join(repr(text[:24]) for text in tiny.qwen_answers(untrained, asked[:3]))}")
+    model = tiny.demo_qwen(args.device)
+    if given or args.prompt:
+        for question in args.prompt or [tiny.DESCRIBE]:
+            pictures = images if given else [asked[0][0]]
+            print(f"{question} -> {answer(model.to(device), pictures, videos, question, tiny.encode, tiny.decode)}")
+        return
+    print("\nafter training, about pictures of sizes and shapes it was never trained on:")
+    for (picture, turns), text in zip(asked, tiny.qwen_answers(model, asked), strict=True):
+        verdict = "right" if text == turns[0][1] else f"wrong, it is {turns[0][1]}"
+        size = f"{picture.height} x {picture.width}"
+        print(f"    {size:>8} = {num_image_tokens(picture.height, picture.width, config):>2} tokens: {turns[0][0]} -> {text} ({verdict})")
+    many = [tiny.qwen_scene(tiny.rng_for("qwen demo, many", i), tiny.NEW_CANVASES, "test") for i in range(200)]
+    chance = tiny.guess([(None, *turns[0]) for _, turns in many])
+    print(f"of 200 more questions {tiny.qwen_accuracy(model, many):.0%} are answered rightly (guessing: {chance:.0%})")
+    films = [tiny.qwen_movie(tiny.rng_for("qwen demo, movie", i), frames) for i, frames in enumerate((2, 6, 12, 16))]
+    for (frames, turns), text in zip(films, tiny.qwen_answers(model, films), strict=True):
+        verdict = "right" if text == turns[0][1] else f"wrong, it is {turns[0][1]}"
+        print(f"    a movie of {len(frames):>2} frames: {turns[0][0]} -> {text} ({verdict})")
+    if not tiny.recipe_is_done("qwen2vl", tiny.QWEN_STEPS):
+        print("(this model had part of the training; python train_tiny.py qwen2vl gives it all, and the demo then shows that one)")
+    rows = []
+    scene, number = asked[3], tiny.qwen_number(tiny.rng_for("qwen demo, number"), tiny.TOKENS[-1])
+    print("\nthe same picture with fewer and with more pixels, which is fewer and more tokens:")
+    for (picture, turns), budgets in ((number, (1, 4, 12)), (scene, (2, 6, 15))):
+        shrunk = [(tiny.shrink(picture, tokens), turns) for tokens in budgets]
+        rows.append([])
+        for (small, _), text in zip(shrunk, tiny.qwen_answers(model, shrunk), strict=True):
+            size = f"{small.height} x {small.width} pixels, {num_image_tokens(small.height, small.width, config)} tokens"
+            rows[-1].append((small, f"{size}\n{turns[0][0]}\n{text}" + ("" if text == turns[0][1] else f" (it is {turns[0][1]})")))
+            print(f"    {size:>26}: {turns[0][0]} -> {text}" + ("" if text == turns[0][1] else f" (wrong, it is {turns[0][1]})"))
+    file = tiny.RUNS / "qwen2vl" / "demo.png"
+    draw_resolutions(rows, file, config.vision)
+    print(f"written: {file} (two pictures cut into their tokens, at three resolutions each)")
 
 
 class CommandLine(argparse.ArgumentParser):

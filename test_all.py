@@ -2776,10 +2776,10 @@ def visual_row(*pieces, length=None, seed=0):
     return row + torch.randint(3, 90, (max(0, (length or 0) - len(row)),), generator=generator).tolist()
 
 
-def visuals(*grids, seed=1):
-    """Random patches and the grid of these images: what preprocess gives."""
+def visuals(*grids, seed=1, width=96):
+    """Random patches and the grid of these images: what preprocess gives. The oracles' are 3 x 2 x 4 x 4 wide, "tiny"'s 384."""
     grid = torch.tensor(grids)
-    return torch.randn(int(grid.prod(1).sum()), 96, generator=torch.Generator().manual_seed(seed)), grid
+    return torch.randn(int(grid.prod(1).sum()), width, generator=torch.Generator().manual_seed(seed)), grid
 
 
 def published_inputs(ids, images=None, videos=None, mask=None, seconds=None):
@@ -3067,7 +3067,7 @@ def test_qwen_generate_runs_the_tower_once(monkeypatch):
     calls = []
     monkeypatch.setattr(model.vision, "forward", lambda *args, real=model.vision.forward: calls.append(1) or real(*args))
     ids = torch.tensor([visual_row(2, (499, (1, 4, 4)), 1, (500, (2, 4, 4)), 2)])
-    images, videos = visuals((1, 4, 4)), visuals((2, 4, 4))
+    images, videos = visuals((1, 4, 4), width=384), visuals((2, 4, 4), width=384)
     new = model.generate(ids, *images, video_patches=videos[0], video_grid_thw=videos[1], max_new_tokens=5)
     assert calls == [1] and new.shape == (1, 5)
 
@@ -3309,7 +3309,7 @@ def test_qwen_training_moves_what_freeze_says_and_nothing_else(stage):
     trained = qwen2vl.freeze(model, stage)
     ids, labels = torch.tensor([visual_row(2, (499, (1, 4, 4)), 4)]), None
     labels = ids.masked_fill(ids == 499, -100)
-    loss, _ = qwen2vl.language_loss(model(ids, *visuals((1, 4, 4))), labels)
+    loss, _ = qwen2vl.language_loss(model(ids, *visuals((1, 4, 4), width=384)), labels)
     loss.backward()
     moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {1: {"vision", "merger"}, 2: {"vision", "merger", "language"}, 3: {"language"}}[stage]
@@ -3326,14 +3326,14 @@ def test_qwen_starts_at_the_log_of_the_vocabulary_and_can_learn_one_batch_by_hea
     ids = torch.tensor([[10, 11, *[499] * 4, 12, answer] for answer in (20, 21, 22, 23)])
     labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]
-    images, optimizer, first = visuals(*grids), torch.optim.AdamW(model.parameters(), lr=2e-3), None
+    images, optimizer, first = visuals(*grids, width=384), torch.optim.AdamW(model.parameters(), lr=2e-3), None
     for _ in range(60):
         loss, metrics = qwen2vl.language_loss(model(ids, *images), labels)
         first = first or loss.item()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert abs(first - math.log(512)) < 0.1 and loss.item() < 0.05 and metrics["accuracy"] == 1
+    assert abs(first - math.log(512)) < 0.2 and loss.item() < 0.05 and metrics["accuracy"] == 1
 
 
 def test_qwen_prompts_are_the_published_template():
@@ -3793,11 +3793,11 @@ def test_qwen_anatomy_says_what_trains_and_what_an_image_costs(capsys):
 
 def test_qwen_flops_and_tokens_follow_the_area_with_windows():
     """Twice the area in one image, or two images: without full layers the same work to the digit."""
-    config = replace(qwen2vl.PRESETS["tiny"], vision=replace(qwen2vl.PRESETS["tiny"].vision, window_size=16))
+    config = replace(qwen2vl.PRESETS["tiny"], vision=replace(qwen2vl.PRESETS["tiny"].vision, window_size=32))
     with torch.device("meta"):
         model = qwen2vl.Qwen2VL(config)
     cost = lambda *grids: qwen2vl.count_flops(
-        lambda: model.encode_image(torch.empty(sum(math.prod(g) for g in grids), 96, device="meta"), torch.tensor(grids, device="cpu"))
+        lambda: model.encode_image(torch.empty(sum(math.prod(g) for g in grids), 384, device="meta"), torch.tensor(grids, device="cpu"))
     )
     assert cost((1, 8, 16)) == 2 * cost((1, 8, 8)) == cost((1, 8, 8), (1, 8, 8)) == cost((2, 8, 8))
 
@@ -4573,6 +4573,142 @@ def test_one_pair_cannot_be_contrasted(runs, tmp_path, capsys):
     assert stopped.value.code == 2 and "two pairs" in capsys.readouterr().err
 
 
+# Qwen2-VL's recipe
+
+QWEN_MIX = world.QWEN_MIX
+
+
+def test_qwen_starts_from_the_toy_towers_and_sees_a_still_picture_as_clip_did(monkeypatch):
+    tower, language = clip.CLIP(clip.PRESETS["tiny"]), llava.LanguageModel(llava.PRESETS["tiny"].language)
+    monkeypatch.setattr(world, "toy_clip", lambda device: tower)
+    monkeypatch.setattr(world, "toy_lm", lambda device: language)
+    model = world.untrained_qwen()
+    image = world.draw(many_scenes(1)[0])
+    patches, grid = qwen2vl.preprocess([image], model.config.vision)
+    places = qwen2vl.patch_places(grid, 2)
+    theirs = tower.vision.patch_embedding(clip.preprocess([image], clip.PRESETS["tiny"].vision))[0]
+    close(model.vision.patch_embedding(patches), theirs[:, places[1], places[2]].T)
+    for name, parameter in language.named_parameters():
+        assert torch.equal(model.language.get_parameter(name), parameter), name
+    for name, parameter in tower.vision.blocks.named_parameters():
+        assert torch.equal(model.vision.blocks.get_parameter(name), parameter), name
+    assert not model.language.layers[0].self_attn.q_proj.bias.any()
+    assert not world.untrained_qwen(mrope=False).config.mrope and world.untrained_qwen(learned_grid=6).config.vision.learned_grid == 6
+
+
+def test_what_a_step_of_qwen_sees_is_true():
+    config, rng = qwen2vl.PRESETS["tiny"], random.Random(0)
+    for _ in range(40):
+        image, turns = world.qwen_scene(rng)
+        assert image.size in world.CANVASES and len(turns) == 5
+        frames, turns = world.qwen_movie(rng)
+        assert len(frames) in world.FRAMES and "which way does it move?" in dict(turns) and len(turns) == 3
+        for tokens in world.TOKENS:
+            image, turns = world.qwen_number(rng, tokens)
+            assert 1 <= qwen2vl.num_image_tokens(image.height, image.width, config) <= tokens
+    assert image.size == world.NUMBER_SIZE, "with all its tokens a number is as it was drawn"
+    shapes = lambda sizes: {w / h for w, h in sizes}
+    assert not shapes(world.CANVASES) & shapes(world.NEW_CANVASES) and not set(world.LARGE_CANVASES) & set(world.CANVASES)
+    assert max(map(max, world.NEW_CANVASES)) == max(map(max, world.CANVASES)) < min(map(max, world.LARGE_CANVASES))
+    questions = [world.size_questions(30, sizes) for sizes in (world.CANVASES, world.NEW_CANVASES)]
+    assert [turns for _, turns in questions[0]] == [turns for _, turns in questions[1]], "the same scenes and questions in both"
+    assert {image.size for image, _ in questions[1]} == set(world.NEW_CANVASES)
+    assert [t for _, t in world.qwen_numbers(9, 1)] == [t for _, t in world.qwen_numbers(9, 12)]
+
+
+def test_qwen_rows_put_the_answers_where_they_belong():
+    config, rng = qwen2vl.PRESETS["tiny"], random.Random(1)
+    samples = [world.qwen_scene(rng), world.qwen_movie(rng, 4), world.qwen_number(rng, 6)]
+    inputs, labels = world.qwen_inputs(samples, config)
+    for row, (item, turns) in zip(labels, samples):
+        assert world.tokenizer().decode(row[row != -100].tolist()) == "".join(f" {answer}<eos>" for _, answer in turns)
+    assert inputs["grid_thw"].shape == (2, 3) and inputs["video_grid_thw"].tolist() == [[2, 4, 4]]
+    asked, none = world.qwen_inputs(samples, config, answers=False)
+    assert none is None and asked["mask"].sum(1).tolist() == [int((row != -100).float().argmax()) for row in labels]
+    assert qwen2vl.Qwen2VL(config)(**asked).shape[:2] == asked["ids"].shape
+
+
+def test_qwen_accuracy_and_claims_count_what_they_say(monkeypatch, capsys):
+    samples = [(None, [("q", str(i))]) for i in range(4)]
+    monkeypatch.setattr(world, "qwen_answers", lambda model, samples: [turns[0][1] if i else "no" for i, (_, turns) in enumerate(samples)])
+    assert world.qwen_accuracy(None, samples) == 0.75
+    shares = {"seen": 0.9, "new": 0.7, "large": 0.5, "number": iter((0.1, 0.3, 0.25, 0.6, 0.95)), "movie": 0.8}
+    names = {world.CANVASES: "seen", world.NEW_CANVASES: "new", world.LARGE_CANVASES: "large"}
+    monkeypatch.setattr(world, "size_questions", lambda count, sizes: [(names[sizes], [("what is it?", "x")])])
+    monkeypatch.setattr(world, "qwen_numbers", lambda count, tokens: [("number", None)])
+    monkeypatch.setattr(world, "qwen_movies", lambda count, frames: [("movie", None)])
+    monkeypatch.setattr(world, "qwen_accuracy", lambda model, s: next(x) if hasattr(x := shares[s[0][0]], "__next__") else x)
+    claims = {c.name.split(": ")[1]: round(c.measured, 3) for c in world.qwen_claims(None)}
+    assert list(claims.values())[:5] == [0.9, -0.2, 0.8, 0.95, -0.05] and list(claims.values())[5] > 0.98
+    assert "12: 0.950 tokens" in (out := capsys.readouterr().out) and "0.500 in larger ones" in out
+
+
+def small_towers(monkeypatch):
+    """Towers that nobody has trained, and a step of three samples."""
+    monkeypatch.setattr(world, "QWEN_STEPS", 1)
+    monkeypatch.setattr(world.train_qwen, "__defaults__", tuple(tuple(QWEN_MIX[::8]) if x == QWEN_MIX else x for x in world.train_qwen.__defaults__))
+    torch.manual_seed(0)
+    tower, language = clip.CLIP(clip.PRESETS["tiny"]), llava.LanguageModel(llava.PRESETS["tiny"].language)
+    monkeypatch.setattr(world, "toy_clip", lambda device: tower)
+    monkeypatch.setattr(world, "toy_lm", lambda device: language)
+
+
+def test_qwen_interrupted_and_resumed_is_the_same_to_the_bit(runs, monkeypatch):
+    small_towers(monkeypatch)
+    whole = world.toy_qwen(steps=4)
+    train_step = world.train_step
+
+    def interrupt(*arguments, seen=[]):
+        train_step(*arguments)
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(world, "RUNS", runs / "again")
+    monkeypatch.setattr(world, "train_step", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        world.toy_qwen(steps=4)
+    assert stopped.value.code == 130
+    resumed = world.toy_qwen(steps=4)
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_qwen_trains_on_own_data_of_any_shape(runs, tmp_path, monkeypatch, capsys):
+    small_towers(monkeypatch)
+    rows = [json.dumps({"file_name": name, "question": "what is it?", "answer": "a dog"}) for name in ("a.png", "b.png", "thin.png")]
+    rows += ['{"file_name": "a.png", "question": "x"}', json.dumps({"file_name": "a.png", "question": "x " * 300, "answer": "y"})]
+    folder = make_folder(tmp_path / "own", rows, ["a.png"])
+    Image.new("RGB", (300, 20), "red").save(folder / "b.png")
+    Image.new("RGB", (1000, 2), "red").save(folder / "thin.png")
+    assert world.main(["qwen2vl", "--data", str(folder), "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "4 rows, 1 left out" in out and "no answer" in out and "2 x 1000 pixels is more than 200 times" in out
+    assert "2 rows have more than 432 tokens" in out and "qwen2vl-own" in out
+    folder = make_folder(tmp_path / "none", rows[4:], ["a.png"])
+    with pytest.raises(SystemExit) as stopped:
+        world.main(["qwen2vl", "--data", str(folder)])
+    assert stopped.value.code == 2 and "no row of" in capsys.readouterr().err
+
+
+def test_qwens_demo_shows_its_pictures_and_refuses_a_prompt_that_does_not_fit(runs, tmp_path, monkeypatch, capsys):
+    image = str(tmp_path / "a.png")
+    world.draw(many_scenes(1)[0], 60, 40).save(image)
+    demo = lambda *options: lambda: qwen2vl.main(["--demo", *options])
+    fails_in_one_line(demo("--image", image, "--prompt", "<image> what <image>"), capsys, "2 <image> placeholder(s) for 1")
+    fails_in_one_line(demo("--prompt", "<video> what?"), capsys, "1 <video> placeholder(s) for 0")
+    fails_in_one_line(demo("--image", image, "--prompt", "dax " * 600), capsys, "tokens, the context holds 512")
+    assert [path.name for path in runs.iterdir()] == ["a.png"]
+    small_towers(monkeypatch)
+    monkeypatch.setattr(world, "DEMO_QWEN_STEPS", 1)
+    qwen2vl.main(["--demo"])
+    out = capsys.readouterr().out
+    assert "of 200 more questions" in out and "a movie of 16 frames" in out and out.count("\n") < 40
+    assert Image.open(runs / "qwen2vl" / "demo.png").size == (840, 480)
+    qwen2vl.main(["--demo", "--image", image, "--prompt", "what is it?", "--prompt", "what colour is it?"])
+    assert capsys.readouterr().out.count("what") >= 2
+
+
 # Flamingo's recipe
 
 
@@ -4727,6 +4863,7 @@ def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
     recipes = {
         "clip, beside vilt": lambda: [world.clip_near_misses(0, 16)(step) for step in range(20)],
         "vilt": lambda: [world.vilt_world_batch(0, step, 16) for step in range(20)],
+        "qwen2vl": lambda: [world.qwen_scene(rng) for rng in world.batch_rngs(0, "qwen", 400)],
         "blip2, stage 1": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 1, "", 1),
         "blip2, stage 2": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 2, "", 1),
     }
@@ -4911,12 +5048,12 @@ def test_the_claims_table_and_the_exit_status(runs, monkeypatch, capsys):
 
 @pytest.mark.skipif("CI" not in os.environ and "SLOW" not in os.environ, reason="trains for minutes; set SLOW=1")
 def test_demos_train_answer_and_draw(tmp_path):
-    for family in ("clip", "vilt", "flamingo", "blip2", "llava"):
+    for family in ("clip", "vilt", "flamingo", "blip2", "llava", "qwen2vl"):
         done = run(str(ROOT / f"{family}.py"), "--demo", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / family / "demo.png").exists() and re.search("after (training|stage 2)", done.stdout)
         share = re.search(r"of 200 more questions (\d+)%|after training, (?:for )?(\d+)%|after stage 2, .* (\d+)% of the things", done.stdout)
-        least = {"clip": 90, "vilt": 60, "flamingo": 60, "blip2": 30, "llava": 75}[family]  # blip2: towers take most of a demo's time
+        least = {"clip": 90, "vilt": 60, "flamingo": 60, "blip2": 30, "llava": 75, "qwen2vl": 45}[family]  # blip2: towers take most of a demo's time
         assert max(map(int, filter(None, share.groups()))) >= least, done.stdout
     done = run(str(ROOT / "train_tiny.py"), "clip", cwd=tmp_path)   # trained already: only the claims are measured
     assert done.returncode == 0 and done.stdout.count("| holds |") == 3, done.stdout
@@ -4938,6 +5075,10 @@ def test_the_toy_presets_have_the_tokenizers_special_tokens():
     ids = (tiny.qformer.dec_token_id, tiny.qformer.sep_token_id, tiny.qformer.pad_token_id)
     assert (world.DEC_ID, world.SEP_ID, world.PAD_ID) == ids
     assert (world.IMAGE_ID, world.EOS_ID) == (llava.PRESETS["tiny"].image_token_id, llava.PRESETS["tiny"].eos_token_id)
+    tiny = qwen2vl.PRESETS["tiny"]
+    assert world.VOCAB_SIZE == tiny.language.vocab_size
+    assert (world.IMAGE_ID, world.VIDEO_ID, world.EOS_ID) == (tiny.image_token_id, tiny.video_token_id, tiny.eos_token_id)
+    assert all(world.encode(mark) == [i] for mark, i in (("<image>", world.IMAGE_ID), ("<video>", world.VIDEO_ID)))
 
 
 def test_the_readme_shows_only_commands_that_exist():
