@@ -66,7 +66,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from torch import nn
 
-from kernels import apply_rope, attention, draw_mask, mrope, rope_2d
+from kernels import apply_rope, attention, draw_mask, mrope, rope_1d, rope_2d
 
 IGNORE_INDEX = -100  # a label that does not count; cross_entropy's own default
 
@@ -614,8 +614,8 @@ class LanguageModel(nn.Module):
     def hidden(self, x, mask=None, cache=None, positions=None):
         """Embeddings x [B,T,D] of new tokens (and their mask) -> hidden states [B,T,D] after the last norm.
 
-        With a cache, the tokens in it come first. positions [3,B,T] say where the new tokens stand (see rope_index); None:
-        one after another, equal on all three axes, which is what they are for text. Padding is not counted.
+        With a cache, the tokens in it come first. positions [3,B,T] say where the new tokens stand (see rope_index), or [B,T]
+        where the three axes are equal, as they are for text; None: one after another. Padding is not counted.
         """
         B, T, _ = x.shape
         past = 0 if cache is None else cache.length
@@ -633,9 +633,11 @@ class LanguageModel(nn.Module):
             positions = torch.arange(past, past + T, device=x.device).expand(B, T)
             if mask is not None:
                 positions = ((k_segments == 0).cumsum(1) - 1)[:, past:].clamp(min=0)
-            positions = positions.expand(3, B, T)
         c = self.config
-        angles = mrope(positions, c.head_width, c.mrope_sections, c.rope_base)  # [B,T,Dh/2]
+        if positions.ndim == 2:  # M-RoPE with equal axes is RoPE-1D
+            angles = rope_1d(positions, c.head_width, c.rope_base)  # [B,T,Dh/2]
+        else:
+            angles = mrope(positions, c.head_width, c.mrope_sections, c.rope_base)
         rule = dict(causal=True, q_segments=q_segments, k_segments=k_segments)
         for i, layer in enumerate(self.layers):
             x = note(f"language.layers.{i}", layer(x, angles, rule, cache, i))
@@ -665,7 +667,7 @@ class PositionedLM:
         positions = self.positions
         if cache is not None and cache.length:
             places = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
-            positions = (places + self.delta[:, None]).expand(3, *x.shape[:2])
+            positions = places + self.delta[:, None]  # [B,T]: words move all three axes alike
         return self.language.hidden(x, mask, cache, positions)
 
 

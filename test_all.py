@@ -2810,6 +2810,7 @@ CASES = {  # rows, images, videos
     "one image": ([visual_row(3, (IMAGE, A), 5)], (A,), None),
     "images of several sizes": ([visual_row(2, (IMAGE, A), 1, (IMAGE, B), 2, (IMAGE, C), 4)], (A, B, C), None),
     "image at the start": ([visual_row((IMAGE, C), 4)], (C,), None),
+    "image at the end": ([visual_row(4, (IMAGE, C))], (C,), None),
     "a video": ([visual_row(3, (VIDEO, CLIP), 5)], None, (CLIP,)),
     "image and video": ([visual_row(3, (VIDEO, CLIP), 2, (IMAGE, B), 1, (VIDEO, (1, 6, 4)), 3)], (B,), (CLIP, (1, 6, 4))),
     "rows of all kinds": (
@@ -2844,7 +2845,7 @@ def test_qwen_logits_equal_the_published_model(oracles, kind, name):
         close(ours(padded, **our_inputs(images, videos, mask))[mask], theirs[mask])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "image at the end"])
 @pytest.mark.parametrize("kind", ["qwen2vl", "qwen2.5vl tied"])
 def test_qwen_generates_the_same_greedy_tokens_as_the_published_model(oracles, kind, name):
     oracle, folder = oracles(kind)
@@ -2857,6 +2858,20 @@ def test_qwen_generates_the_same_greedy_tokens_as_the_published_model(oracles, k
     theirs = oracle.generate(**published_inputs(ids, images, videos, mask), **options)[:, ids.shape[1] :]
     for _ in range(2):  # twice: nothing is remembered
         assert torch.equal(ours.generate(ids, **our_inputs(images, videos, mask), max_new_tokens=16), theirs)
+
+
+@pytest.mark.parametrize("kind", ["qwen2vl", "qwen2.5vl"])
+@torch.no_grad()
+def test_qwen_generates_after_an_image_as_the_published_model_without_its_cache(oracles, kind):
+    """A prompt may end with an image. The published generate then counts on from the image's last token, on each axis; its
+    own forward, the paper and we from the largest."""
+    oracle, folder = oracles(kind)
+    ours, (ids, images, videos) = qwen2vl.Qwen2VL.from_pretrained(folder), case("image at the end")
+    words = ids
+    for _ in range(10):
+        logits = oracle(**published_inputs(words, images, videos)).logits
+        words = torch.cat([words, logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(ours.generate(ids, *images, max_new_tokens=10), words[:, ids.shape[1] :])
 
 
 @torch.no_grad()
@@ -3004,17 +3019,12 @@ def test_patches_stand_in_the_mergers_order_and_windows_are_cut_from_the_corner(
 
 @torch.no_grad()
 def test_qwen_on_text_alone_is_rope_1d(oracles):
-    """Equal positions on all axes: the decoder with rope_1d in the place of mrope gives the same logits."""
+    """Equal positions on all axes turn as one: the whole model through mrope, its language model alone through rope_1d."""
     model = qwen2vl.Qwen2VL.from_pretrained(oracles("qwen2vl")[1])
     ids = torch.randint(3, 90, (2, 13))
-    before = model(ids)
+    before, mask = model(ids), torch.tensor([[False] * 3 + [True] * 10, [True] * 13])
     assert torch.equal(before, model.language(ids))
-    real = qwen2vl.mrope
-    try:
-        qwen2vl.mrope = lambda positions, dim, sections, base: rope_1d(positions[0], dim, base)
-        assert torch.equal(model(ids), before)
-    finally:
-        qwen2vl.mrope = real
+    close(model(ids, mask=mask)[mask], model.language(ids, mask)[mask], 1e-6)
     shifted = qwen2vl.rope_index(ids, model.config) + 40
     close(model(ids, positions=shifted), before)  # and only differences count
 
@@ -4632,7 +4642,7 @@ def test_qwen_accuracy_and_claims_count_what_they_say(monkeypatch, capsys):
     samples = [(None, [("q", str(i))]) for i in range(4)]
     monkeypatch.setattr(world, "qwen_answers", lambda model, samples: [turns[0][1] if i else "no" for i, (_, turns) in enumerate(samples)])
     assert world.qwen_accuracy(None, samples) == 0.75
-    shares = {"seen": 0.9, "new": 0.7, "large": 0.5, "number": iter((0.1, 0.3, 0.25, 0.6, 0.95)), "movie": 0.8}
+    shares = {"seen": 0.9, "new": 0.7, "large": 0.5, "number": iter((0.1, 0.3, 0.25, 0.95)), "movie": 0.8}
     names = {world.CANVASES: "seen", world.NEW_CANVASES: "new", world.LARGE_CANVASES: "large"}
     monkeypatch.setattr(world, "size_questions", lambda count, sizes: [(names[sizes], [("what is it?", "x")])])
     monkeypatch.setattr(world, "qwen_numbers", lambda count, tokens: [("number", None)])
@@ -4646,7 +4656,7 @@ def test_qwen_accuracy_and_claims_count_what_they_say(monkeypatch, capsys):
 def small_towers(monkeypatch):
     """Towers that nobody has trained, and a step of three samples."""
     monkeypatch.setattr(world, "QWEN_STEPS", 1)
-    monkeypatch.setattr(world.train_qwen, "__defaults__", tuple(tuple(QWEN_MIX[::8]) if x == QWEN_MIX else x for x in world.train_qwen.__defaults__))
+    monkeypatch.setattr(world.train_qwen, "__defaults__", tuple(tuple(QWEN_MIX[::4]) if x == QWEN_MIX else x for x in world.train_qwen.__defaults__))
     torch.manual_seed(0)
     tower, language = clip.CLIP(clip.PRESETS["tiny"]), llava.LanguageModel(llava.PRESETS["tiny"].language)
     monkeypatch.setattr(world, "toy_clip", lambda device: tower)
