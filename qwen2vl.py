@@ -43,9 +43,11 @@ Three conventions on which code in this field disagrees
 Paper / published code / this file
     - Attention over a clip. The paper speaks of 3-D convolutions that let the model "process 3D tubes"; in the published
       code frames meet only there, two by two: each pair of frames is a segment of its own in the tower's attention.
-    - After a clip. Text goes on after the largest of the three axes (paper 2.1, original code, this file). The class in
-      transformers 5 forgets the time axis there: text after a long clip would share positions with the clip's end.
-    - Windows. Published code reorders the patches so that windows are contiguous, and back. Here a window is a segment.
+    - After a clip. Text goes on after the largest of the three axes (paper 2.1, original code, this file). The classes in
+      transformers 5.23 forget the time axis there: text after a long clip shares positions with the clip's end; and their
+      generate, after a prompt that ends with an image, counts on from its last token, which their forward does not.
+    - Windows. Published code reorders the patches so that windows are contiguous, and back. Here a window is a segment like
+      a frame is, and Packing sorts either.
     - Frames are resized one by one by Pillow, as images are; the published video path has torchvision resize them.
 
 What to try: --demo, then your own pictures, tall ones and wide ones; --anatomy qwen2.5-vl-7b; --show-mask; set mrope to
@@ -79,7 +81,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 @dataclass(frozen=True)
 class VisionConfig:
     patch_size: int = 14
-    frames: int = 2  # that share a patch: one token for 1/15 of a second costs what a still picture does
+    frames: int = 2  # that share a patch; a still picture fills both
     merge: int = 2  # merge x merge patches become one token of the decoder
     width: int = 1280
     layers: int = 32
