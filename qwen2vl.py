@@ -1505,7 +1505,7 @@ def demo(args):
             prompt = build_prompt(question, len(images), len(videos), config.template)
             prompt = expand_visuals(prompt, config, given.get("grid_thw"), given.get("video_grid_thw"))
         else:
-            prompt = expand_visuals(build_prompt(question, 1, 0, config.template), config, torch.tensor([(1, 6, 8)]))
+            prompt = expand_visuals(build_prompt(question, 1, 0, config.template), config, torch.tensor([(1, 10, 10)]))
         if len(tiny.encode(prompt)) + 16 > config.language.context:
             raise ValueError(f"the prompt has {len(tiny.encode(prompt))} tokens, the context holds {config.language.context}: shorten it")
     asked = [tiny.qwen_scene(tiny.rng_for("qwen demo", i), [size], "test") for i, size in enumerate(tiny.NEW_CANVASES)]
@@ -1539,7 +1539,7 @@ def demo(args):
     rows = []
     scene, number = asked[3], tiny.qwen_number(tiny.rng_for("qwen demo, number"), tiny.TOKENS[-1])
     print("\nthe same picture with fewer and with more pixels, which is fewer and more tokens:")
-    for (picture, turns), budgets in ((number, (1, 4, 12)), (scene, (2, 6, 15))):
+    for (picture, turns), budgets in ((number, (1, 4, 16)), (scene, (2, 6, 15))):
         shrunk = [(tiny.shrink(picture, tokens), turns) for tokens in budgets]
         rows.append([])
         for (small, _), text in zip(shrunk, tiny.qwen_answers(model, shrunk), strict=True):

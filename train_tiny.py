@@ -1896,22 +1896,26 @@ CANVASES = ((32, 32), (48, 48), (64, 64), (80, 80), (48, 32), (32, 48), (64, 32)
 NEW_CANVASES = ((80, 32), (32, 80), (64, 48), (48, 64), (80, 64), (64, 80))    # (width, height) of shapes never trained on
 LARGE_CANVASES = ((96, 96), (112, 64), (64, 112), (128, 48))           # and larger than any in training
 FRAMES, LONG_MOVIES = (2, 4, 6), (8, 12, 16, 24)    # frames of movies in training, and of longer ones
-NUMBER_SIZE = (64, 48)                              # pixels of the picture with a number in it: 4 x 3 tokens
-TOKENS = (1, 2, 4, 12)                              # how many it may have when it is read
+NUMBER_SIZE = (64, 64)                              # pixels of the picture with a number in it: 4 x 4 tokens
+TOKENS = (1, 4, 9, 16)                              # how many it may have when it is read
 
 
 def untrained_qwen(device="cpu", seed=0, mrope=True, **vision):
     """What the paper starts from, at toy scale: a decoder that knows its language (the toy language model, biases of 0 added),
     and a tower trained by contrast (the toy CLIP's blocks) whose learned positions are left out for RoPE-2D. One frame of a
-    patch gets half of CLIP's patch projection, so that a still picture gives what it gave there. vision: changes."""
+    patch gets half of CLIP's patch projection, so that a still picture gives what it gave there, and the scale that CLIP's
+    norm before the first block, which this tower has not, gave it on average. vision: changes."""
+    import clip
     import qwen2vl
     torch.manual_seed(seed)
     config = replace(qwen2vl.PRESETS["tiny"], mrope=mrope)
     model = qwen2vl.Qwen2VL(replace(config, vision=replace(config.vision, **vision)))
     tower, frames = toy_clip(device).vision, config.vision.frames
     with torch.no_grad():
-        half = torch.stack([tower.patch_embedding.weight] * frames, dim=2) / frames     # [D,3,frames,P,P]
-        model.vision.patch_embedding.weight.copy_(half.flatten(1))
+        pictures = clip.preprocess([draw(make_scene(rng)) for rng in batch_rngs(0, "scale", 32)], tower.config).to(device)
+        spread = tower.patch_embedding(pictures).std(dim=1).mean()
+        scaled = tower.patch_embedding.weight * (tower.ln_pre.weight / spread)[:, None, None, None]
+        model.vision.patch_embedding.weight.copy_(torch.stack([scaled] * frames, dim=2).flatten(1) / frames)    # [D,3*frames*P*P]
     model.vision.blocks.load_state_dict(tower.blocks.state_dict())
     missing = model.language.load_state_dict(toy_lm(device).state_dict(), strict=False)
     assert all(name.endswith("proj.bias") for name in missing.missing_keys) and not missing.unexpected_keys
@@ -1948,7 +1952,7 @@ def qwen_number(rng, tokens=None):
     makes at most `tokens` tokens (None: any of TOKENS, half of the time all)."""
     text, question, answer = read_number(rng)
     number, image = draw_number(text, 24, 18), Image.new("RGB", NUMBER_SIZE, (20,) * 3)
-    image.paste(number, tuple((whole - part) // 2 + rng.randrange(-1, 2) for whole, part in zip(NUMBER_SIZE, number.size)))
+    image.paste(number, tuple((whole - part) // 2 + rng.randrange(-2, 3) for whole, part in zip(NUMBER_SIZE, number.size)))
     return shrink(image, tokens or rng.choice(TOKENS + TOKENS[-1:] * 2)), [(question, answer)]
 
 
@@ -2014,7 +2018,7 @@ def train_qwen(model, name, steps, seed=0, mix=QWEN_MIX, bar=None, draw_batch=No
             total = total + each[kind] * len(rows) / len(labels)
         return total, {kind: loss.detach() for kind, loss in each.items()}
 
-    plan = Plan(name, steps, len(mix), lr=5e-3, muon=5e-3, warmup=50, weight_decay=0.02, seed=seed)
+    plan = Plan(name, steps, len(mix), lr=2e-3, muon=3e-3, warmup=50, weight_decay=0.02, seed=seed)
     return fit(plan, model, loss_of, data=f"{data}, {mix} {sizes}", bar=bar)
 
 
@@ -2081,7 +2085,7 @@ def qwen_claims(model):
             Claim("qwen2vl: gain by sizes and shapes never seen", guessed - seen, new - seen, -0.05),
             Claim("qwen2vl: which way does it move", 0.25, ways, 0.90),
             Claim("qwen2vl: numbers read with all their tokens", 0.01, curve[-1], 0.90),
-            Claim("qwen2vl: least gain from more tokens, 1 2 4 12", 0.0, min(b - a for a, b in zip(curve, curve[1:])), 0.0),
+            Claim("qwen2vl: least gain from more tokens, 1 4 9 16", 0.0, min(b - a for a, b in zip(curve, curve[1:])), 0.0),
             Claim("qwen2vl: tokens grow with the area (correlation)", 0.0, tokens_per_area(), 0.98)]
 
 
