@@ -1888,10 +1888,10 @@ def flamingo_ablations(args):
 # Qwen2-VL
 # ------------------------------------------------------------------------------------------------------------------
 
-QWEN_STEPS, DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = 2000, 600, 500
-QWEN_MIX = ("scene",) * 4 + ("number",) * 4 + ("movie",) * 4        # what a step is made of
-QWEN_KINDS = ("colour", "shape", "pair", "count")   # questions about scenes; those that name a place are left out: there is
-# nothing absolute in this tower's positions, and after these few steps places are still guessed. Add them, and see.
+QWEN_STEPS, DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = 2000, 600, 300
+QWEN_MIX = ("scene",) * 6 + ("number",) * 3 + ("movie",) * 3        # what a step is made of
+QWEN_KINDS = ("colour", "shape", "count", "there")  # questions about scenes. Those that name a place, or a pair of colour and
+# shape, are left out: after these few steps they are still guessed, as nothing is absolute in this tower's positions.
 CANVASES = ((32, 32), (48, 48), (64, 64), (80, 80), (48, 32), (32, 48), (64, 32), (32, 64), (80, 48), (48, 80))    # in training
 NEW_CANVASES = ((80, 32), (32, 80), (64, 48), (48, 64), (80, 64), (64, 80))    # (width, height) of shapes never trained on
 LARGE_CANVASES = ((96, 96), (112, 64), (64, 112), (128, 48))           # and larger than any in training
