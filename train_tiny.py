@@ -1889,7 +1889,7 @@ def flamingo_ablations(args):
 # ------------------------------------------------------------------------------------------------------------------
 
 QWEN_STEPS, DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = 2000, 600, 300
-QWEN_MIX = ("scene",) * 6 + ("number",) * 3 + ("movie",) * 3        # what a step is made of
+QWEN_MIX = ("scene",) * 4 + ("number",) * 4 + ("movie",) * 4        # what a step is made of
 QWEN_KINDS = ("colour", "shape", "count", "there")  # questions about scenes. Those that name a place, or a pair of colour and
 # shape, are left out: after these few steps they are still guessed, as nothing is absolute in this tower's positions.
 CANVASES = ((32, 32), (48, 48), (64, 64), (80, 80), (48, 32), (32, 48), (64, 32), (32, 64), (80, 48), (48, 80))    # in training
