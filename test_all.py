@@ -39,14 +39,15 @@ import clip
 import cogvlm
 import flamingo
 import llava
+import qwen2vl
 import train_tiny as world
 import vilt
 from kernels import allowed, apply_rope, attention, backend, draw_mask, mrope, rope_1d, rope_2d
 
 ROOT = Path(__file__).resolve().parent
-MODULES = {"clip": clip, "vilt": vilt, "flamingo": flamingo, "cogvlm": cogvlm, "blip2": blip2, "llava": llava}
+MODULES = {"clip": clip, "vilt": vilt, "flamingo": flamingo, "cogvlm": cogvlm, "blip2": blip2, "llava": llava, "qwen2vl": qwen2vl}
 MODEL_CLASSES = {"clip": clip.CLIP, "vilt": vilt.ViLT, "flamingo": flamingo.Flamingo, "cogvlm": cogvlm.CogVLM}
-MODEL_CLASSES |= {"blip2": blip2.BLIP2, "llava": llava.LLaVA}
+MODEL_CLASSES |= {"blip2": blip2.BLIP2, "llava": llava.LLaVA, "qwen2vl": qwen2vl.Qwen2VL}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: three backends, one answer
@@ -539,6 +540,11 @@ OWN_IN = {
     "vilt": {"preprocess", "image_config_from_published"},  # any aspect ratio, where the others make squares
     "flamingo": {"LanguageModel"},  # one more argument: what is done before each layer; see the test after the next
     "cogvlm": {"Cache", "generate"},  # the next position is not the next place, and a prompt says which tokens are patches
+    "qwen2vl": {
+        "VisionConfig", "VisionTower", "LanguageConfig", "preprocess", "image_config_from_published",  # any resolution
+        "SwiGLU", "DecoderAttention", "LanguageModel",  # biases, and positions that are given
+        "command_line",  # --video
+    },
     "blip2": {"itm_loss"},  # mismatched rows are made up behind the matched ones, where ViLT's labels say which is which
 }
 
@@ -643,6 +649,8 @@ def make_oracle(kind):
         return make_blip2_oracle(transformers, retrieval=kind == "blip2 retrieval")
     if kind.startswith("flamingo"):
         return make_flamingo_oracle(transformers, kind)
+    if kind.startswith("qwen2"):
+        return make_qwen_oracle(transformers, kind)
     text = transformers.LlamaConfig(
         **text_fields(max_position_embeddings=256, intermediate_size=80),
         num_key_value_heads=2 if kind == "llava with grouped heads" else 4,
@@ -697,6 +705,22 @@ def make_flamingo_oracle(transformers, kind):
         vision_config={"embed_dim": vision.pop("hidden_size")} | vision,
     )  # fmt: skip
     return randomise(transformers.IdeficsForVisionText2Text(config))
+
+
+def make_qwen_oracle(transformers, kind):
+    """kind: "qwen2vl" or "qwen2.5vl", perhaps tied. Windows of 16 pixels are 4 x 4 patches; layer 1 of 3 looks at the whole frame.
+    Rows and columns of images turn 4 of 8 frequencies; heads are grouped by two."""
+    torch.manual_seed(0)
+    text = dict(text_fields(max_position_embeddings=256, intermediate_size=80, hidden_size=64), num_key_value_heads=2, rms_norm_eps=1e-6)
+    text |= dict(rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]}, bos_token_id=1, eos_token_id=2)
+    vision = dict(depth=3, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
+    ids = dict(image_token_id=98, video_token_id=97, vision_start_token_id=96, vision_end_token_id=95, tie_word_embeddings="tied" in kind)
+    if kind.startswith("qwen2.5vl"):
+        vision |= dict(hidden_size=48, intermediate_size=72, out_hidden_size=64, window_size=16, fullatt_block_indexes=[1], tokens_per_second=3)
+        config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids)
+        return randomise(transformers.Qwen2_5_VLForConditionalGeneration(config))
+    config = transformers.Qwen2VLConfig(vision_config=vision | dict(embed_dim=48, hidden_size=64, mlp_ratio=2), text_config=text, **ids)
+    return randomise(transformers.Qwen2VLForConditionalGeneration(config))
 
 
 @pytest.fixture(scope="session")
@@ -787,6 +811,10 @@ PUBLISHED_COUNTS = {
     ("blip2", "blip2-opt-6.7b"): 7_752_738_304,
     ("llava", "llava-1.5-7b"): 7_063_427_072,
     ("llava", "llava-1.5-13b"): 13_351_494_656,
+    ("qwen2vl", "qwen2-vl-2b"): 2_208_985_600,
+    ("qwen2vl", "qwen2-vl-7b"): 8_291_375_616,
+    ("qwen2vl", "qwen2.5-vl-3b"): 3_754_622_976,
+    ("qwen2vl", "qwen2.5-vl-7b"): 8_292_166_656,
 }
 
 
@@ -3456,6 +3484,635 @@ def test_box_iou_by_hand():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Qwen2-VL and Qwen2.5-VL
+
+QWEN_KINDS = ["qwen2vl", "qwen2vl tied", "qwen2.5vl", "qwen2.5vl tied"]
+IMAGE, VIDEO = 98, 97
+
+
+def visual_row(*pieces, length=None, seed=0):
+    """A row of ids: numbers are so many random words, (id, grid) the tokens of an image or a clip, 2 x 2 patches each."""
+    generator, row = torch.Generator().manual_seed(seed), []
+    for piece in pieces:
+        if isinstance(piece, int):
+            row += torch.randint(3, 90, (piece,), generator=generator).tolist()
+        else:
+            row += [piece[0]] * (math.prod(piece[1]) // 4)
+    return row + torch.randint(3, 90, (max(0, (length or 0) - len(row)),), generator=generator).tolist()
+
+
+def visuals(*grids, seed=1, width=96):
+    """Random patches and the grid of these images: what preprocess gives. The oracles' are 3 x 2 x 4 x 4 wide, "tiny"'s 384."""
+    grid = torch.tensor(grids)
+    return torch.randn(int(grid.prod(1).sum()), width, generator=torch.Generator().manual_seed(seed)), grid
+
+
+def published_inputs(ids, images=None, videos=None, mask=None, seconds=None):
+    """The arguments of the published classes for the same."""
+    given = dict(input_ids=ids, mm_token_type_ids=(ids == IMAGE).int() + 2 * (ids == VIDEO).int())
+    if images:
+        given |= dict(pixel_values=images[0], image_grid_thw=images[1])
+    if videos:
+        given |= dict(pixel_values_videos=videos[0], video_grid_thw=videos[1])
+    if mask is not None:
+        given["attention_mask"] = mask.int()
+    return given | (dict(second_per_grid_ts=seconds) if seconds is not None else {})
+
+
+def our_inputs(images=None, videos=None, mask=None, seconds=None):
+    given = dict(mask=mask, seconds=seconds)
+    if images:
+        given |= dict(patches=images[0], grid_thw=images[1])
+    if videos:
+        given |= dict(video_patches=videos[0], video_grid_thw=videos[1])
+    return given
+
+
+A, B, C, CLIP = (1, 8, 4), (1, 2, 2), (1, 4, 14), (2, 4, 8)  # grids of images, and of a clip
+
+CASES = {  # rows, images, videos
+    "text only": ([visual_row(12)], None, None),
+    "one image": ([visual_row(3, (IMAGE, A), 5)], (A,), None),
+    "images of several sizes": ([visual_row(2, (IMAGE, A), 1, (IMAGE, B), 2, (IMAGE, C), 4)], (A, B, C), None),
+    "image at the start": ([visual_row((IMAGE, C), 4)], (C,), None),
+    "image at the end": ([visual_row(4, (IMAGE, C))], (C,), None),
+    "a video": ([visual_row(3, (VIDEO, CLIP), 5)], None, (CLIP,)),
+    "image and video": ([visual_row(3, (VIDEO, CLIP), 2, (IMAGE, B), 1, (VIDEO, (1, 6, 4)), 3)], (B,), (CLIP, (1, 6, 4))),
+    "rows of all kinds": (
+        [visual_row(3, (IMAGE, A), 2, (IMAGE, B), length=38), visual_row(38, seed=5), visual_row(1, (VIDEO, CLIP), 2, (IMAGE, C), 5)],
+        (A, B, C),
+        (CLIP,),
+    ),
+}  # fmt: skip
+
+
+def case(name):
+    rows, images, videos = CASES[name]
+    return torch.tensor(rows), images and visuals(*images), videos and visuals(*videos, seed=2)
+
+
+def pad_left(ids, mask, columns):
+    pad = torch.zeros(len(ids), columns, dtype=torch.long)
+    return torch.cat([pad, ids], 1), torch.cat([pad.bool(), mask], 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", QWEN_KINDS)
+@torch.no_grad()
+def test_qwen_logits_equal_the_published_model(oracles, kind, name):
+    oracle, folder = oracles(kind)
+    ours = qwen2vl.Qwen2VL.from_pretrained(folder)
+    ids, images, videos = case(name)
+    close(ours(ids, **our_inputs(images, videos)), oracle(**published_inputs(ids, images, videos)).logits)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    for padded, mask in (pad_left(ids, mask, 3), tuple(x.flip(1) for x in pad_left(ids.flip(1), mask, 4))):
+        theirs = oracle(**published_inputs(padded, images, videos, mask)).logits
+        close(ours(padded, **our_inputs(images, videos, mask))[mask], theirs[mask])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "image at the end"])
+@pytest.mark.parametrize("kind", ["qwen2vl", "qwen2.5vl tied"])
+def test_qwen_generates_the_same_greedy_tokens_as_the_published_model(oracles, kind, name):
+    oracle, folder = oracles(kind)
+    ours = qwen2vl.Qwen2VL.from_pretrained(folder)
+    ids, images, videos = case(name)
+    ids, mask = pad_left(ids, torch.ones_like(ids, dtype=torch.bool), 2)
+    if len(ids) > 1:
+        mask[1, :9] = False
+    options = dict(max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = oracle.generate(**published_inputs(ids, images, videos, mask), **options)[:, ids.shape[1] :]
+    for _ in range(2):  # twice: nothing is remembered
+        assert torch.equal(ours.generate(ids, **our_inputs(images, videos, mask), max_new_tokens=16), theirs)
+
+
+@pytest.mark.parametrize("kind", ["qwen2vl", "qwen2.5vl"])
+@torch.no_grad()
+def test_qwen_generates_after_an_image_as_the_published_model_without_its_cache(oracles, kind):
+    """A prompt may end with an image. The published generate then counts on from the image's last token, on each axis; its
+    own forward, the paper and we from the largest."""
+    oracle, folder = oracles(kind)
+    ours, (ids, images, videos) = qwen2vl.Qwen2VL.from_pretrained(folder), case("image at the end")
+    words = ids
+    for _ in range(10):
+        logits = oracle(**published_inputs(words, images, videos)).logits
+        words = torch.cat([words, logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(ours.generate(ids, *images, max_new_tokens=10), words[:, ids.shape[1] :])
+
+
+@torch.no_grad()
+def test_qwen_video_seconds_move_time_as_published(oracles):
+    oracle, folder = oracles("qwen2.5vl")
+    ours = qwen2vl.Qwen2VL.from_pretrained(folder)
+    ids, videos = torch.tensor([visual_row(2, (VIDEO, CLIP), 3)]), visuals(CLIP)
+    for seconds in ([0.5], [0.3], [0.7]):
+        theirs = oracle(**published_inputs(ids, None, videos, seconds=torch.tensor(seconds))).logits
+        close(ours(ids, **our_inputs(None, videos, seconds=seconds)), theirs)
+    changed = ours(ids, **our_inputs(None, videos, seconds=[2.0]))
+    assert not torch.allclose(changed, theirs, atol=1e-3), "seconds must matter"
+
+
+def random_mix(rng, second):
+    """A random batch: rows of words, images and clips in any order, padded on a random side."""
+    rows, grids = [], {IMAGE: [], VIDEO: []}
+    for _ in range(rng.randint(1, 3)):
+        pieces = [rng.randint(0, 4)]
+        for _ in range(rng.randint(0, 3)):
+            kind = rng.choice((IMAGE, VIDEO))
+            h, w = 2 * rng.randint(1, 5), 2 * rng.randint(1, 5)
+            # no clip longer than its grid is wide: what follows one is another test's subject
+            most = max(h, w) // 2
+            steps = rng.randint(1, max(1, 1 + (most - 1) // 3 if second else most)) if kind == VIDEO else 1
+            grids[kind].append((steps, h, w))
+            pieces += [(kind, grids[kind][-1]), rng.randint(1, 4)]  # an image and the next are always apart
+        rows.append(visual_row(*pieces, 1, seed=rng.randint(0, 99)))
+    ids, mask = qwen2vl.pad_rows(rows, 0, left=rng.random() < 0.5)
+    return ids, mask, *(torch.tensor(grids[kind]) if grids[kind] else None for kind in (IMAGE, VIDEO))
+
+
+@pytest.mark.parametrize("kind", ["qwen2vl", "qwen2.5vl"])
+def test_rope_index_equals_the_published_one_on_random_mixes(oracles, kind):
+    oracle, folder = oracles(kind)
+    model = qwen2vl.Qwen2VL.from_pretrained(folder)
+    config, rng = model.config, random.Random(0)
+    for _ in range(150):
+        ids, mask, image_grid, video_grid = random_mix(rng, second=kind == "qwen2.5vl")
+        types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        seconds = None if video_grid is None or kind == "qwen2vl" else [rng.choice((1.0, 0.5, 0.9)) for _ in video_grid]
+        more = {} if kind == "qwen2vl" else dict(second_per_grid_ts=seconds)
+        theirs, delta = oracle.model.get_rope_index(ids, types, image_grid_thw=image_grid, video_grid_thw=video_grid, attention_mask=mask.int(), **more)
+        ours = qwen2vl.rope_index(ids, config, image_grid, video_grid, mask, seconds)
+        assert torch.equal(ours, theirs), (ids, image_grid, video_grid)
+        # their delta starts from the real tokens, ours from all columns, which is where the cache counts
+        padding = (~mask).sum(1)
+        assert torch.equal(qwen2vl.PositionedLM(model.language, ours).delta, delta[:, 0] - padding)
+
+
+def positions_by_a_loop(row, config, grids, seconds=1.0):
+    """The paper's rule, token by token: what rope_index must give for one row without padding."""
+    out, at, m, grids = [], 0, config.vision.merge, list(grids)
+    while len(out) < len(row):
+        if row[len(out)] not in (IMAGE, VIDEO):
+            out.append([at] * 3)
+            at += 1
+            continue
+        step = config.tokens_per_second * seconds if row[len(out)] == VIDEO and config.tokens_per_second else 1
+        t, h, w = grids.pop(0)
+        block = [[at + int(i * step), at + j, at + k] for i in range(t) for j in range(h // m) for k in range(w // m)]
+        at = max(map(max, block)) + 1
+        out += block
+    return out
+
+
+@pytest.mark.parametrize("per_second", [0, 2])
+def test_text_goes_on_after_the_largest_position_even_of_a_long_clip(per_second):
+    """Where the class in transformers 5 goes on after rows and columns alone, the paper and the original code do not."""
+    config = replace(qwen2vl.PRESETS["tiny"], image_token_id=IMAGE, video_token_id=VIDEO, tokens_per_second=per_second)
+    long = (9, 2, 4)
+    for pieces, grids in ((((VIDEO, long), 2), [long]), ((1, (IMAGE, A), 1, (VIDEO, long), 3, (VIDEO, CLIP), 1), [A, long, CLIP])):
+        row = visual_row(*pieces)
+        images, videos = ([g for g, p in zip(grids, [p for p in pieces if not isinstance(p, int)]) if p[0] == kind] for kind in (IMAGE, VIDEO))
+        ours = qwen2vl.rope_index(torch.tensor([row]), config, torch.tensor(images) if images else None, torch.tensor(videos))
+        assert ours[:, 0].T.tolist() == positions_by_a_loop(row, config, grids)
+
+
+def test_rope_index_examples_by_hand():
+    """Those of the docstring, number by number."""
+    config = replace(qwen2vl.PRESETS["tiny"], image_token_id=IMAGE, video_token_id=VIDEO)
+    index = lambda row, images=None, videos=None, mask=None, c=config: qwen2vl.rope_index(
+        torch.tensor([row]), c, images and torch.tensor(images), videos and torch.tensor(videos), mask
+    )[:, 0].tolist()
+    image, clip_row = [3, 4] + 4 * [IMAGE] + [5], [3] + 8 * [VIDEO] + [5]
+    assert index(image, [(1, 4, 4)]) == [[0, 1, 2, 2, 2, 2, 4], [0, 1, 2, 2, 3, 3, 4], [0, 1, 2, 3, 2, 3, 4]]
+    assert index([IMAGE] * 3 + [3], [(1, 2, 6)]) == [[0, 0, 0, 3], [0, 0, 0, 3], [0, 1, 2, 3]]
+    rows = [[0, 1, 1, 2, 2, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 1, 2, 1, 2, 3]]
+    assert index(clip_row, None, [(2, 4, 4)]) == [[0, 1, 1, 1, 1, 2, 2, 2, 2, 3], *rows]
+    second = replace(config, tokens_per_second=2)
+    assert index(clip_row, None, [(2, 4, 4)], c=second) == [[0, 1, 1, 1, 1, 3, 3, 3, 3, 4], *(row[:-1] + [4] for row in rows)]
+    for mask, expected in (([False, False, True, True], [0, 0, 0, 1]), ([True, True, False, False], [0, 1, 0, 0])):
+        assert index([0, 0, 3, 4], mask=torch.tensor([mask])) == [expected] * 3
+    one = replace(config, mrope=False)
+    assert index(image, [(1, 4, 4)], c=one) == [list(range(7))] * 3, "the ablation numbers all tokens"
+    doc = " ".join(qwen2vl.rope_index.__doc__.split())
+    for line in ("time 0 1 2 2 2 2 4 row 0 1 2 2 3 3 4 column 0 1 2 3 2 3 4", "time 0 0 0 3", "column 0 1 2 3",
+                 "time 0 1 1 1 1 2 2 2 2 3 row 0 1 1 2 2 1 1 2 2 3 column 0 1 2 1 2 1 2 1 2 3", "1 1 1 1 3 3 3 3, and b at 4"):  # fmt: skip
+        assert line in doc, line
+
+
+@torch.no_grad()
+def test_qwen_packed_images_equal_one_image_at_a_time(oracles):
+    grids = [A, B, CLIP, C, B, (3, 2, 10), A]
+    patches, grid = visuals(*grids)
+    for kind in ("qwen2vl", "qwen2.5vl"):
+        model = qwen2vl.Qwen2VL.from_pretrained(oracles(kind)[1])
+        each = [model.encode_image(x, g[None]) for x, g in zip(patches.split(grid.prod(1).tolist()), grid)]
+        close(model.encode_image(patches, grid), torch.cat(each))
+        frame = model.encode_image(patches[: 32 + 4 + 32], torch.tensor([A, B, (1, 4, 8)]))  # the first step of the clip alone
+        close(frame, model.encode_image(patches, grid)[: len(frame)])
+
+
+@torch.no_grad()
+def test_packing_gives_what_one_call_with_segments_gives():
+    """The reordered small squares against kernels.attention told of segments, for frames and for windows."""
+    config = replace(qwen2vl.TOWER_2_5, window_size=112)
+    grid = torch.tensor([[1, 18, 20], [2, 8, 8], [1, 2, 30], [1, 16, 16], [1, 18, 20]])
+    places = qwen2vl.patch_places(grid, 2)
+    assert places.shape == (3, int(grid.prod(1).sum()))
+    for segments in (places[0], qwen2vl.window_segments(places, config)):
+        q, k, v = torch.randn(3, places.shape[1], 2, 8)
+        packing = qwen2vl.Packing(segments, "cpu")
+        assert sum(m * n for m, n in packing.shapes) == places.shape[1] and len({n for _, n in packing.shapes}) == len(packing.shapes)
+        rule = dict(q_segments=segments[None], k_segments=segments[None])
+        whole = attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), **rule)[0].transpose(0, 1).flatten(1)
+        close(packing.attend(q, k, v), whole)
+        with qwen2vl.trace(maps=True) as t:
+            close(packing.attend(q, k, v), whole)
+        assert t.rows[0][1].shape == (1, 2, places.shape[1], places.shape[1])
+    same = qwen2vl.Packing(torch.arange(12) // 4, "cpu")
+    assert same.order is None and same.shapes == [(3, 4)], "images of one size need no reordering"
+
+
+def test_patches_stand_in_the_mergers_order_and_windows_are_cut_from_the_corner():
+    places = qwen2vl.patch_places(torch.tensor([[1, 2, 4], [2, 2, 2]]), 2)
+    assert places.T.tolist()[:8] == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 2], [0, 0, 3], [0, 1, 2], [0, 1, 3]]
+    assert places[0].tolist() == 8 * [0] + 4 * [1] + 4 * [2]
+    config = replace(qwen2vl.TOWER_2_5, patch_size=4, window_size=16)
+    places = qwen2vl.patch_places(torch.tensor([[1, 6, 6]]), 2)
+    table = torch.full((6, 6), -1)
+    table[places[1], places[2]] = qwen2vl.window_segments(places, config)
+    assert table.tolist() == [[0, 0, 0, 0, 1, 1]] * 4 + [[2, 2, 2, 2, 3, 3]] * 2
+
+
+@torch.no_grad()
+def test_qwen_on_text_alone_is_rope_1d(oracles):
+    """Equal positions on all axes turn as one: the whole model through mrope, its language model alone through rope_1d."""
+    model = qwen2vl.Qwen2VL.from_pretrained(oracles("qwen2vl")[1])
+    ids = torch.randint(3, 90, (2, 13))
+    before, mask = model(ids), torch.tensor([[False] * 3 + [True] * 10, [True] * 13])
+    assert torch.equal(before, model.language(ids))
+    close(model(ids, mask=mask)[mask], model.language(ids, mask)[mask], 1e-6)
+    shifted = qwen2vl.rope_index(ids, model.config) + 40
+    close(model(ids, positions=shifted), before)  # and only differences count
+
+
+@torch.no_grad()
+def test_qwen_padding_on_either_side_gives_the_unpadded_words(oracles):
+    for kind in ("qwen2vl", "qwen2.5vl"):
+        model = qwen2vl.Qwen2VL.from_pretrained(oracles(kind)[1])
+        ids, images, videos = case("image and video")
+        words = model.generate(ids, **our_inputs(images, videos), max_new_tokens=9)
+        left, mask = pad_left(ids, torch.ones_like(ids, dtype=torch.bool), 5)
+        assert torch.equal(model.generate(left, **our_inputs(images, videos, mask), max_new_tokens=9), words)
+        right, mask = (x.flip(1) for x in pad_left(ids.flip(1), torch.ones_like(ids, dtype=torch.bool), 5))
+        assert torch.equal(model.generate(right, **our_inputs(images, videos, mask), max_new_tokens=9), words)
+
+
+@torch.no_grad()
+def test_qwen_cached_logits_equal_uncached_ones(oracles):
+    """New words after images and a long clip, one by one and three at once, on logits."""
+    model = qwen2vl.Qwen2VL.from_pretrained(oracles("qwen2.5vl")[1])
+    ids, images, videos = case("rows of all kinds")
+    more = torch.randint(3, 90, (3, 6))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, :7] = False
+    whole_mask = torch.cat([mask, torch.ones_like(more, dtype=torch.bool)], 1)
+    whole = model(torch.cat([ids, more], 1), **our_inputs(images, videos, whole_mask))
+    x, positions = model.prompt(ids, *images, mask, *videos, None, None)
+    language, cache = qwen2vl.PositionedLM(model.language, positions), qwen2vl.Cache(model.config.language, 3, 60, like=x)
+    pieces = [language.hidden(x, mask, cache)]
+    for start, end in ((0, 1), (1, 2), (2, 5), (5, 6)):
+        pieces.append(language.hidden(language.embed_tokens(more[:, start:end]), None, cache))
+    close(language.lm_head(torch.cat(pieces, 1))[whole_mask], whole[whole_mask])
+
+
+@torch.no_grad()
+def test_qwen_a_later_token_or_image_cannot_change_an_earlier_logit(oracles):
+    model = qwen2vl.Qwen2VL.from_pretrained(oracles("qwen2.5vl")[1])
+    ids, (patches, grid), _ = case("images of several sizes")
+    before, changed, other = model(ids, patches, grid), ids.clone(), patches.clone()
+    changed[0, -2] = 1
+    assert torch.equal(model(changed, patches, grid)[:, :-2], before[:, :-2])
+    other[32:36] += 1  # the second image: its one token stands at 2 + 8 + 1
+    after = model(ids, other, grid)
+    close(after[:, :11], before[:, :11], 1e-6)
+    assert not torch.allclose(after[:, 11:], before[:, 11:], atol=1e-3)
+
+
+def test_qwen_generate_runs_the_tower_once(monkeypatch):
+    model = qwen2vl.Qwen2VL(qwen2vl.PRESETS["tiny"])
+    calls = []
+    monkeypatch.setattr(model.vision, "forward", lambda *args, real=model.vision.forward: calls.append(1) or real(*args))
+    ids = torch.tensor([visual_row(2, (499, (1, 4, 4)), 1, (500, (2, 4, 4)), 2)])
+    images, videos = visuals((1, 4, 4), width=384), visuals((2, 4, 4), width=384)
+    new = model.generate(ids, *images, video_patches=videos[0], video_grid_thw=videos[1], max_new_tokens=5)
+    assert calls == [1] and new.shape == (1, 5)
+
+
+def ids_and(pieces, patches, *grids, cut=slice(None)):
+    return visual_row(*pieces)[cut], (torch.randn(*patches), torch.tensor(grids))
+
+
+ONE = (2, (IMAGE, A), 2)  # words, an image of 8 tokens, words
+WRONG_VISUALS = {
+    "a token too few": (ids_and(ONE, (36, 96), A, B, cut=slice(3, None)), r"7 image tokens.*2 image\(s\) need 9: grids of 1 x 8 x 4, 1 x 2 x 2"),
+    "a token too many": (ids_and((2, (IMAGE, A), (IMAGE, B), 2), (32, 96), A), r"9 image tokens.*1 image\(s\) need 8"),
+    "an image in two pieces": (
+        ids_and((2, (IMAGE, (1, 4, 4)), 1, (IMAGE, (1, 4, 4)), 2), (32, 96), A),
+        "8 tokens of image 1 do not stand side by side",
+    ),
+    "no image": ((visual_row(*ONE), None), "8 image tokens in the ids, but no image was given"),
+    "a patch too few": (ids_and(ONE, (31, 96), A), r"\[31, 96\].*\[\[1, 8, 4\]\] needs 32 patches"),
+    "patches of another model": (ids_and(ONE, (32, 1176), A), r"\[32, 1176\].*of 96 numbers \(3 x 2 x 4 x 4\)"),
+    "an odd grid": (ids_and(ONE, (35, 96), (1, 5, 7)), "5 x 7 patches cannot be merged 2 x 2"),
+    "an empty grid": (ids_and(ONE, (0, 96), (1, 0, 4)), "all positive"),
+    "no grid": ((visual_row(*ONE), (torch.randn(32, 96), None)), "image patches without their grid"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_VISUALS)
+def test_qwen_what_does_not_fit_is_an_error_with_both_numbers(oracles, what):
+    model = qwen2vl.Qwen2VL.from_pretrained(oracles("qwen2vl")[1])
+    (row, images), message = WRONG_VISUALS[what]
+    with pytest.raises(ValueError, match=message):
+        model(torch.tensor([row]), *(images or ()))
+
+
+def test_qwen_a_video_placeholder_without_a_video_and_other_misfits(oracles):
+    model = qwen2vl.Qwen2VL.from_pretrained(oracles("qwen2vl")[1])
+    ids, _, videos = case("a video")
+    with pytest.raises(ValueError, match="16 video tokens in the ids, but no video was given"):
+        model(ids)
+    with pytest.raises(ValueError, match=r"0 image tokens in the ids, but 1 image\(s\) need 16"):
+        model(ids, *visuals(CLIP))  # given as an image
+    with pytest.raises(ValueError, match=r"mask must be bool like ids \[1, 24\], got torch.int64"):
+        model(ids, **our_inputs(None, videos, torch.ones_like(ids)))
+    with pytest.raises(ValueError, match=r"positions are \[1, 24\], ids \[1, 24\] need \[3, 1, 24\]"):
+        model(ids, **our_inputs(None, videos), positions=torch.arange(24)[None])
+    with pytest.raises(ValueError, match="257 tokens .* context of 256"):
+        model(torch.randint(3, 90, (1, 257)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_qwen_in_sixteen_bits_stays_finite_and_near_float32(oracles, dtype):
+    for kind in ("qwen2vl", "qwen2.5vl"):
+        ids, images, videos = case("rows of all kinds")
+        exact = qwen2vl.Qwen2VL.from_pretrained(oracles(kind)[1])(ids, **our_inputs(images, videos))
+        model = qwen2vl.Qwen2VL.from_pretrained(oracles(kind)[1], dtype=dtype)
+        logits = model(ids, **our_inputs(images, videos))
+        assert logits.dtype == dtype and logits.isfinite().all()
+        close(logits.float(), exact, 0.1)
+        assert model.generate(ids, **our_inputs(images, videos), max_new_tokens=4).shape == (3, 4)
+
+
+def test_qwen_preprocessing_equals_the_published_processor():
+    transformers = quiet_transformers()
+    config = replace(qwen2vl.VisionConfig(), max_pixels=600 * 600)
+    processor = transformers.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 600 * 600})
+    images = list(pictures())
+    for image in images:
+        theirs = processor(image, return_tensors="pt")
+        patches, grid = qwen2vl.preprocess([image], config)
+        assert torch.equal(patches, theirs["pixel_values"]) and torch.equal(grid, theirs["image_grid_thw"]), image
+        tokens = qwen2vl.num_image_tokens(image.height, image.width, qwen2vl.Qwen2VLConfig(config))
+        assert tokens * 4 == len(patches) == processor.get_number_of_image_patches(image.height, image.width)
+    theirs = processor(images[:6], return_tensors="pt")
+    patches, grid = qwen2vl.preprocess(images[:6], config)
+    assert torch.equal(patches, theirs["pixel_values"]) and torch.equal(grid, theirs["image_grid_thw"])
+
+
+def test_smart_resize_is_the_published_one():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    rng = random.Random(0)
+    for _ in range(3000):
+        height = int(2 ** rng.uniform(0, 12))
+        width = min(max(1, int(height * 2 ** rng.uniform(-7.5, 7.5))), 200 * height)
+        factor, least = rng.choice(((28, 3136), (28, 100352), (8, 256), (32, 1)))
+        most = rng.choice((least * 2, 10**6, 10**7))
+        try:
+            theirs = smart_resize(height, width, factor, least, most)
+        except ValueError:
+            with pytest.raises(ValueError, match=f"{height} x {width} pixels is more than 200 times"):
+                qwen2vl.smart_resize(height, width, factor, least, most)
+            continue
+        assert qwen2vl.smart_resize(height, width, factor, least, most) == theirs, (height, width, factor, least, most)
+    assert qwen2vl.smart_resize(20, 4000, 28, 56 * 56, 10**7) == (28, 4004)
+    assert qwen2vl.smart_resize(10, 2000, 28, 56 * 56, 10**7) == (28, 812)  # no row of tokens at first, so it is enlarged
+    with pytest.raises(ValueError, match="10 x 2001 pixels is more than 200 times"):
+        qwen2vl.smart_resize(10, 2001, 28, 56 * 56, 10**7)
+
+
+def published_patchify():
+    """How the published video processor cuts a clip. Importing the class takes torchvision, which is not here; this method of it
+    does not."""
+    import transformers
+
+    file = Path(transformers.__file__).parent / "models/qwen2_vl/video_processing_qwen2_vl.py"
+    nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef) and n.name == "patchify"]
+    found = {"torch": torch}
+    exec(compile(ast.Module(nodes, []), str(file), "exec"), found)
+    return found["patchify"]
+
+
+def test_qwen_clips_are_cut_as_the_published_code_cuts_them():
+    """Frames resized one by one as images are (torchvision would do it there), then the published class's own patchify."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    patchify = published_patchify()
+    config = replace(qwen2vl.VisionConfig(), video_min_pixels=56 * 56, video_max_pixels=100 * 100)
+    rng = np.random.default_rng(0)
+    for count, (width, height) in ((1, (90, 70)), (2, (64, 64)), (5, (30, 200)), (6, (91, 57))):
+        frames = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(count)]
+        size = smart_resize(height, width, 28, 56 * 56, 100 * 100)
+        resized = [np.asarray(frame.resize(size[::-1], Image.Resampling.BICUBIC)) for frame in frames]
+        pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)[None] / 255
+        pixels = (pixels - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(config.std).view(3, 1, 1)
+        theirs, *grid = patchify(None, pixels, 14, 2, 2)
+        patches, ours = qwen2vl.preprocess([frames], config)
+        close(patches, theirs[0], 1e-6)
+        assert ours.tolist() == [grid]
+        assert qwen2vl.num_image_tokens(height, width, qwen2vl.Qwen2VLConfig(config), count) * 4 == len(patches)
+    # an image is a clip that shows it twice
+    config = replace(config, min_pixels=56 * 56, max_pixels=100 * 100)
+    assert torch.equal(qwen2vl.preprocess([frames[0]], config)[0], qwen2vl.preprocess([[frames[0]] * 2], config)[0])
+    together = qwen2vl.preprocess([frames, frames[:3], frames[0]], config)
+    apart = [qwen2vl.preprocess([item], config) for item in (frames, frames[:3], frames[0])]
+    for i in (0, 1):
+        assert torch.equal(together[i], torch.cat([x[i] for x in apart]))
+
+
+def test_qwen_preprocess_refuses_what_is_no_image_and_no_clip():
+    config = qwen2vl.VisionConfig()
+    for images, words in (
+        ([], "at least one"),
+        ([[]], "no frames"),
+        ([[Image.new("RGB", (60, 60)), Image.new("RGB", (60, 50))]], "frame 2 has 50 x 60 pixels, frame 1 has 60 x 60"),
+        ([Image.new("RGB", (1, 300))], "300 x 1 pixels is more than 200 times"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            qwen2vl.preprocess(images, config)
+    patches, grid = qwen2vl.preprocess([Image.new("RGB", (3, 2))], config)  # smaller than a patch: enlarged, as published
+    assert grid.tolist() == [[1, 4, 6]] and len(patches) == 24
+
+
+@pytest.mark.parametrize("preset", [name for family, name in PUBLISHED_COUNTS if family == "qwen2vl"])
+def test_qwen_presets_have_the_shapes_of_the_published_classes(preset, tmp_path):
+    """Name by name on the meta device, from a config.json as the hub has it: flat, most defaults left out."""
+    transformers = quiet_transformers()
+    config = qwen2vl.PRESETS[preset]
+    c, second = config.language, config.tokens_per_second > 0
+    raw = dict(hidden_size=c.width, intermediate_size=c.mlp_width, num_hidden_layers=c.layers, num_attention_heads=c.heads)
+    raw |= dict(num_key_value_heads=c.kv_heads, vocab_size=c.vocab_size, max_position_embeddings=c.context, rms_norm_eps=1e-6)
+    raw |= dict(rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}, tie_word_embeddings=c.tie_embeddings)
+    vision = dict(depth=32, num_heads=16, patch_size=14, in_chans=3, spatial_merge_size=2)
+    if second:
+        vision |= dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=c.width, tokens_per_second=2, window_size=112)
+        vision |= dict(fullatt_block_indexes=[7, 15, 23, 31], hidden_act="silu")
+    else:
+        vision |= dict(embed_dim=1280, mlp_ratio=4, hidden_size=c.width)
+    raw |= dict(model_type="qwen2_5_vl" if second else "qwen2_vl", vision_config=vision, eos_token_id=151645)
+    assert qwen2vl.config_from_published(raw, tmp_path) == config
+    version = "Qwen2_5_VL" if second else "Qwen2VL"
+    with torch.device("meta"):
+        oracle = getattr(transformers, f"{version}ForConditionalGeneration")(getattr(transformers, f"{version}Config")(**raw))
+        ours = {name: p.shape for name, p in qwen2vl.Qwen2VL(config).named_parameters()}
+        theirs = dict(pair for name, p in oracle.named_parameters() for pair in qwen2vl.our_tensors(name, torch.empty(p.shape)))
+    assert ours == {name: x.shape for name, x in theirs.items()}
+
+
+def test_qwen_loads_every_layout_its_checkpoints_have_had(oracles, tmp_path):
+    """visual, model, lm_head as first on the hub; model.visual, model.language_model later; in shards; with old buffers."""
+    for kind in QWEN_KINDS:
+        oracle, folder = oracles(kind)
+        expected = dict(qwen2vl.Qwen2VL.from_pretrained(folder).named_parameters())
+        tensors = {name: p.detach() for name, p in oracle.state_dict().items()}
+        assert {name.split(".")[1] for name in tensors if name.startswith("model.")} == {"visual", "language_model"}
+
+        def first(_, tensors=tensors):
+            names = {n: n.replace("model.visual.", "visual.").replace("model.language_model.", "model.") for n in tensors}
+            return {names[n]: t.clone() for n, t in tensors.items() if n != "lm_head.weight" or "tied" not in kind} | {
+                "visual.rotary_pos_emb.inv_freq": torch.ones(4)
+            }
+
+        def later(_, tensors=tensors):
+            return {n: t.clone() for n, t in tensors.items()}
+
+        folders = [resave(folder, tmp_path / f"{kind} {change.__name__}", change) for change in (first, later)]
+        oracle.save_pretrained(tmp_path / f"{kind} shards", max_shard_size="60KB")
+        assert len(list((tmp_path / f"{kind} shards").glob("*.safetensors"))) > 2
+        for each in (*folders, tmp_path / f"{kind} shards"):
+            loaded = qwen2vl.Qwen2VL.from_pretrained(each)
+            for name, parameter in loaded.named_parameters():
+                assert torch.equal(parameter, expected[name]), name
+        tied = loaded.language
+        assert (tied.lm_head.weight is tied.embed_tokens.weight) == ("tied" in kind)
+
+
+def test_a_qwen_checkpoint_is_refused_with_the_reason(oracles, tmp_path):
+    folder = oracles("qwen2.5vl")[1]
+    for n, (change, words) in enumerate((
+        (lambda t: {k: v for k, v in t.items() if "blocks.1.attn.qkv.bias" not in k}, "3 tensors are missing.*vision.blocks.1.attn.k_proj.bias"),
+        (lambda t: t | {"visual.blocks.0.attn.rel_pos": torch.ones(2)}, "unknown tensor 'visual.blocks.0.attn.rel_pos'"),
+        (lambda t: t | {next(k for k in t if k.endswith("patch_embed.proj.weight")): torch.ones(48, 3, 1, 4, 4)}, r"has shape \[48, 48\].*\[48, 96\]"),
+    )):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            qwen2vl.Qwen2VL.from_pretrained(resave(folder, tmp_path / str(n), change))
+    raw = qwen2vl.read_config(folder)
+    for change, words in (
+        ({"model_type": "llava"}, "holds a 'llava' checkpoint; qwen2vl.py reads 'qwen2_vl' and 'qwen2_5_vl'"),
+        ({"text_config": raw["text_config"] | {"use_sliding_window": True}}, "sliding window"),
+        ({"text_config": raw["text_config"] | {"rope_parameters": {"rope_type": "yarn"}}}, "rotary positions"),
+        ({"vision_config": raw["vision_config"] | {"out_hidden_size": 32}}, "ends in 32 numbers, the language model has 64"),
+        ({"vision_config": raw["vision_config"] | {"hidden_act": "gelu"}}, "'gelu'; qwen2vl.py knows 'silu'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            qwen2vl.config_from_published(raw | change, tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"min_pixels": 784, "max_pixels": 7840, "image_mean": [0, 0, 0], "merge_size": 2, "patch_size": 4})
+    )
+    vision = qwen2vl.config_from_published(raw, tmp_path).vision
+    assert (vision.min_pixels, vision.max_pixels, vision.mean) == (784, 7840, (0, 0, 0))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 99, "longest_edge": 999}, "patch_size": 14}))
+    with pytest.raises(ValueError, match="patch_size 14, config.json 4"):
+        qwen2vl.config_from_published(raw, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_qwen_training_moves_what_freeze_says_and_nothing_else(stage):
+    torch.manual_seed(0)
+    model = qwen2vl.Qwen2VL(qwen2vl.PRESETS["tiny"])
+    trained = qwen2vl.freeze(model, stage)
+    ids, labels = torch.tensor([visual_row(2, (499, (1, 4, 4)), 4)]), None
+    labels = ids.masked_fill(ids == 499, -100)
+    loss, _ = qwen2vl.language_loss(model(ids, *visuals((1, 4, 4), width=384)), labels)
+    loss.backward()
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {1: {"vision", "merger"}, 2: {"vision", "merger", "language"}, 3: {"language"}}[stage]
+    assert len(trained) == sum(p.grad is not None for p in model.parameters())
+    with pytest.raises(ValueError, match="stages 1, 2 and 3, not 4"):
+        qwen2vl.freeze(model, 4)
+
+
+def test_qwen_starts_at_the_log_of_the_vocabulary_and_can_learn_one_batch_by_heart():
+    """Four pictures of different sizes after the same words: only what the tower sees tells the rows apart."""
+    torch.manual_seed(0)
+    model = qwen2vl.Qwen2VL(qwen2vl.PRESETS["tiny"])
+    grids = ((1, 4, 4), (1, 2, 8), (1, 8, 2), (1, 4, 4))
+    ids = torch.tensor([[10, 11, *[499] * 4, 12, answer] for answer in (20, 21, 22, 23)])
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    images, optimizer, first = visuals(*grids, width=384), torch.optim.AdamW(model.parameters(), lr=2e-3), None
+    for _ in range(60):
+        loss, metrics = qwen2vl.language_loss(model(ids, *images), labels)
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert abs(first - math.log(512)) < 0.2 and loss.item() < 0.05 and metrics["accuracy"] == 1
+
+
+def test_qwen_prompts_are_the_published_template():
+    prompt = qwen2vl.build_prompt("What?", 2, 1)
+    see, watch = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    turn = system + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt == turn.format(see + see + watch + "What?")
+    assert qwen2vl.build_prompt("In <image> and <video>?", 1, 1) == turn.format(f"In {see} and {watch}?")
+    assert qwen2vl.build_prompt("{} braces", 0) == turn.format("{} braces")
+    for question, images, videos, words in (
+        ("<image> what", 2, 0, r"1 <image> placeholder\(s\) for 2 image"),
+        ("<video> what", 1, 0, r"1 <video> placeholder\(s\) for 0 video"),
+        ("<image> ", 1, 0, "empty"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            qwen2vl.build_prompt(question, images, videos)
+    config, grid = qwen2vl.PRESETS["qwen2-vl-2b"], torch.tensor([(1, 4, 6), (1, 2, 2)])
+    long = qwen2vl.expand_visuals(prompt, config, grid, torch.tensor([(2, 4, 4)]))
+    first, second, third = (f"<|vision_start|>{n * pad}<|vision_end|>" for n, pad in ((6, "<|image_pad|>"), (1, "<|image_pad|>"), (8, "<|video_pad|>")))
+    assert long == turn.format(first + second + third + "What?")
+    with pytest.raises(ValueError, match=r"1 <\|video_pad\|> for 0 grid"):
+        qwen2vl.expand_visuals(prompt, config, grid)
+    ids, labels = qwen2vl.encode_turn("what?", " red", world.encode, qwen2vl.PRESETS["tiny"], torch.tensor([(1, 4, 4)]))
+    assert ids.count(499) == 4 and labels[-2:] == ids[-2:] and ids[-1] == world.EOS_ID and set(labels[:-2]) == {-100}
+
+
+def test_videos_are_read_from_folders_and_gifs(tmp_path):
+    frames = [Image.new("RGB", (20, 10), (80 * i, 0, 0)) for i in range(3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:], duration=200)
+    (tmp_path / "folder").mkdir()
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / "folder" / f"{i}.png")
+    for name, seconds in (("moving.gif", 0.2), ("folder", 0.5)):
+        read, between = qwen2vl.load_video(tmp_path / name)
+        assert [frame.getpixel((0, 0))[0] for frame in read] == [0, 80, 160] and between == pytest.approx(seconds), name
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("no frame")
+    for name, words in (("empty", "no frames"), ("nothing", "no such image"), ("folder", "not an image")):
+        with pytest.raises(ValueError, match=words):
+            qwen2vl.load_video(tmp_path / name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: every way to be wrong has its own sentence
 
 
@@ -3625,7 +4282,7 @@ def fails_in_one_line(call, capsys, *words):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_mask_and_anatomy_print_something_true(family, capsys):
     module = MODULES[family]
-    tokens = {"vilt": "[2, 24, 96]"}.get(family, "[2, 16, 96]")  # ViLT's stream has 7 words in it too
+    tokens = {"vilt": "[2, 24, 96]", "qwen2vl": "[112, 96]"}.get(family, "[2, 16, 96]")  # ViLT: 7 words too; Qwen: one packed row
     blocks = {"blip2": "blocks x 3"}.get(family, "blocks x 4")  # of the tiny vision tower
     for option, words in (("--trace", [tokens]), ("--show-mask", ["# #", "# ."]), ("--anatomy", [blocks])):
         module.main([option])
@@ -3795,6 +4452,89 @@ def test_flamingo_weights_from_the_command_line_say_what_the_published_model_say
     fails_in_one_line(wrong(*files[:2], "--prompt", "what " * 80), capsys, "tokens, the context holds 64")
     fails_in_one_line(wrong(*files), capsys, "--prompt")
     fails_in_one_line(lambda: flamingo.main(["--weights", str(oracles("llava")[1]), "--prompt", "x"]), capsys, "holds a 'llava'", "reads 'idefics'")
+
+
+def test_qwen_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
+    """End to end: shards, tokenizer.json, preprocessor_config.json, two image files, a video, the published chat template."""
+    oracle = oracles("qwen2.5vl")[0]
+    oracle.save_pretrained(tmp_path, max_shard_size="100KB")
+    special = {"<|im_end|>": 2, "<|im_start|>": 1, "<|vision_end|>": 95, "<|vision_start|>": 96, "<|video_pad|>": 97, "<|image_pad|>": 98}
+    tokenizer = save_tokenizer(tmp_path, word_list(special), "$A")
+    processor = quiet_transformers().Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 64, "longest_edge": 400}, patch_size=4, image_mean=[0.4, 0.5, 0.6]
+    )
+    processor.save_pretrained(tmp_path)
+    pictures, files = [Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB") for size in ((70, 50), (20, 90))], []
+    for n, picture in enumerate(pictures):
+        files += ["--image", str(tmp_path / f"{n}.png")]
+        picture.save(files[-1])
+    inputs = processor(pictures, return_tensors="pt")
+    see = ["<|vision_start|>" + "<|image_pad|>" * (int(grid.prod()) // 4) + "<|vision_end|>" for grid in inputs["image_grid_thw"]]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+    def published(text, **given):
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        new = oracle.generate(input_ids=ids, mm_token_type_ids=types, **given, max_new_tokens=32, do_sample=False, eos_token_id=2)
+        return tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip()
+
+    images = dict(pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
+    expected = published(system + turn.format(f"{see[0]}{see[1]}what is in the image ?"), **images)
+    qwen2vl.main(["--weights", str(tmp_path), *files, "--prompt", "what is in the image ?"])
+    assert capsys.readouterr().out == expected + "\n" and len(expected) > 20
+    expected = published(system + turn.format(f"a {see[0]} what is {see[1]} ?"), **images)
+    qwen2vl.main(["--weights", str(tmp_path), *files, "--prompt", "a <image> what is <image> ?"])
+    assert capsys.readouterr().out == expected + "\n"
+
+    film = [Image.effect_mandelbrot((64, 16), (-2, -1, edge, 1), 50).convert("RGB") for edge in (1, 0.5, 0)]
+    (tmp_path / "film").mkdir()
+    for n, frame in enumerate(film):
+        frame.save(tmp_path / "film" / f"{n}.png")
+    limits = {"size": {"shortest_edge": 64, "longest_edge": 1100}, "image_mean": [0.4, 0.5, 0.6]}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(limits))
+    config = qwen2vl.config_from_published(qwen2vl.read_config(tmp_path), tmp_path).vision
+    patches, grid = qwen2vl.preprocess([film], config)
+    assert (config.max_pixels, config.video_max_pixels) == (400, 1100) and grid.tolist() == [[2, 4, 16]]
+    watch = f"<|vision_start|>{'<|video_pad|>' * 32}<|vision_end|>what is this ?"
+    seconds = dict(second_per_grid_ts=torch.tensor([1.0]))  # two frames a second, two in a patch
+    expected = published(system + turn.format(watch), pixel_values_videos=patches, video_grid_thw=grid, **seconds)
+    qwen2vl.main(["--weights", str(tmp_path), "--video", str(tmp_path / "film"), "--prompt", "what is this ?"])
+    assert capsys.readouterr().out == expected + "\n"
+
+    def wrong(*options):
+        return lambda: qwen2vl.main(["--weights", str(tmp_path), *options])
+
+    Image.new("RGB", (2, 500)).save(tmp_path / "thin.png")
+    fails_in_one_line(wrong("--image", str(tmp_path / "thin.png"), "--prompt", "what ?"), capsys, "500 x 2 pixels is more than 200 times")
+    fails_in_one_line(wrong(*files, "--prompt", "<image> what ?"), capsys, "1 <image> placeholder(s) for 2 image(s)")
+    fails_in_one_line(wrong("--prompt", "<video> what ?"), capsys, "1 <video> placeholder(s) for 0 video(s)")
+    fails_in_one_line(wrong("--video", str(tmp_path / "no"), "--prompt", "what ?"), capsys, "no such image")
+    fails_in_one_line(wrong(*files, "--prompt", "  "), capsys, "empty")
+    fails_in_one_line(wrong(*files, "--prompt", "what " * 300), capsys, "tokens, the context holds 256")
+    fails_in_one_line(wrong(*files), capsys, "--prompt")
+    fails_in_one_line(lambda: qwen2vl.main(["--weights", str(oracles("llava")[1]), "--prompt", "x"]), capsys, "holds a 'llava'", "reads 'qwen2_vl'")
+
+
+def test_qwen_anatomy_says_what_trains_and_what_an_image_costs(capsys):
+    qwen2vl.main(["--anatomy", "qwen2-vl-2b"])
+    out = capsys.readouterr().out
+    assert "stage 1: 665,271,296 trained" in out and "stage 3: 1,543,714,304 trained" in out and "28,672 bytes a token" in out
+    rows = {tuple(map(int, found[:2])): found for found in re.findall(r"(\d+) x (\d+) +([\d,]+) +([\d,]+) +([\d,]+)", out)}
+    assert rows[224, 224][2] == "64" and rows[476, 1288][2] == "782"
+    flops = [int(rows[size][3].replace(",", "")) for size in ((224, 224), (224, 448))]
+    assert flops[1] > 2 * flops[0], "attention over the whole frame grows with the square"
+
+
+def test_qwen_flops_and_tokens_follow_the_area_with_windows():
+    """Twice the area in one image, or two images: without full layers the same work to the digit."""
+    config = replace(qwen2vl.PRESETS["tiny"], vision=replace(qwen2vl.PRESETS["tiny"].vision, window_size=32))
+    with torch.device("meta"):
+        model = qwen2vl.Qwen2VL(config)
+    cost = lambda *grids: qwen2vl.count_flops(
+        lambda: model.encode_image(torch.empty(sum(math.prod(g) for g in grids), 384, device="meta"), torch.tensor(grids, device="cpu"))
+    )
+    assert cost((1, 8, 16)) == 2 * cost((1, 8, 8)) == cost((1, 8, 8), (1, 8, 8)) == cost((2, 8, 8))
 
 
 def test_flamingo_anatomy_says_what_trains_and_what_an_image_costs(capsys):
@@ -4740,6 +5480,146 @@ def test_one_pair_cannot_be_contrasted(runs, tmp_path, capsys):
     assert stopped.value.code == 2 and "two pairs" in capsys.readouterr().err
 
 
+# Qwen2-VL's recipe
+
+QWEN_MIX = world.QWEN_MIX
+
+
+def test_qwen_starts_from_the_toy_towers_and_sees_a_still_picture_as_clip_did(monkeypatch):
+    tower, language = clip.CLIP(clip.PRESETS["tiny"]), llava.LanguageModel(llava.PRESETS["tiny"].language)
+    monkeypatch.setattr(world, "toy_clip", lambda device: tower)
+    monkeypatch.setattr(world, "toy_lm", lambda device: language)
+    model = world.untrained_qwen()
+    image = world.draw(many_scenes(1)[0])
+    patches, grid = qwen2vl.preprocess([image], model.config.vision)
+    places = qwen2vl.patch_places(grid, 2)
+    theirs = tower.vision.patch_embedding(clip.preprocess([image], clip.PRESETS["tiny"].vision))[0]
+    ours, theirs = model.vision.patch_embedding(patches), theirs[:, places[1], places[2]].T
+    close(ours, theirs * (ours.norm() / theirs.norm()))  # but for the scale, which is that of CLIP's norm before the first block
+    assert 0.5 < ours.std() < 2
+    for name, parameter in language.named_parameters():
+        assert torch.equal(model.language.get_parameter(name), parameter), name
+    for name, parameter in tower.vision.blocks.named_parameters():
+        assert torch.equal(model.vision.blocks.get_parameter(name), parameter), name
+    assert not model.language.layers[0].self_attn.q_proj.bias.any()
+    assert not world.untrained_qwen(mrope=False).config.mrope and world.untrained_qwen(learned_grid=6).config.vision.learned_grid == 6
+
+
+def test_what_a_step_of_qwen_sees_is_true():
+    config, rng = qwen2vl.PRESETS["tiny"], random.Random(0)
+    for _ in range(40):
+        image, turns = world.qwen_scene(rng)
+        assert image.size in world.CANVASES and len(turns) == 5
+        frames, turns = world.qwen_movie(rng)
+        assert len(frames) in world.FRAMES and "which way does it move?" in dict(turns) and len(turns) == 3
+        for tokens in world.TOKENS:
+            image, turns = world.qwen_number(rng, tokens)
+            assert 1 <= qwen2vl.num_image_tokens(image.height, image.width, config) <= tokens
+    assert image.size == world.NUMBER_SIZE, "with all its tokens a number is as it was drawn"
+    shapes = lambda sizes: {w / h for w, h in sizes}
+    assert not shapes(world.CANVASES) & shapes(world.NEW_CANVASES) and not set(world.LARGE_CANVASES) & set(world.CANVASES)
+    assert max(map(max, world.NEW_CANVASES)) == max(map(max, world.CANVASES)) < min(map(max, world.LARGE_CANVASES))
+    questions = [world.size_questions(30, sizes) for sizes in (world.CANVASES, world.NEW_CANVASES)]
+    assert [turns for _, turns in questions[0]] == [turns for _, turns in questions[1]], "the same scenes and questions in both"
+    assert {image.size for image, _ in questions[1]} == set(world.NEW_CANVASES)
+    assert [t for _, t in world.qwen_numbers(9, 1)] == [t for _, t in world.qwen_numbers(9, 12)]
+
+
+def test_qwen_rows_put_the_answers_where_they_belong():
+    config, rng = qwen2vl.PRESETS["tiny"], random.Random(1)
+    samples = [world.qwen_scene(rng), world.qwen_movie(rng, 4), world.qwen_number(rng, 6)]
+    inputs, labels = world.qwen_inputs(samples, config)
+    for row, (item, turns) in zip(labels, samples):
+        assert world.tokenizer().decode(row[row != -100].tolist()) == "".join(f" {answer}<eos>" for _, answer in turns)
+    assert inputs["grid_thw"].shape == (2, 3) and inputs["video_grid_thw"].tolist() == [[2, 4, 4]]
+    asked, none = world.qwen_inputs(samples, config, answers=False)
+    assert none is None and asked["mask"].sum(1).tolist() == [int((row != -100).float().argmax()) for row in labels]
+    assert qwen2vl.Qwen2VL(config)(**asked).shape[:2] == asked["ids"].shape
+
+
+def test_qwen_accuracy_and_claims_count_what_they_say(monkeypatch, capsys):
+    samples = [(None, [("q", str(i))]) for i in range(4)]
+    monkeypatch.setattr(world, "qwen_answers", lambda model, samples: [turns[0][1] if i else "no" for i, (_, turns) in enumerate(samples)])
+    assert world.qwen_accuracy(None, samples) == 0.75
+    shares = {"seen": 0.9, "new": 0.7, "large": 0.5, "number": iter((0.1, 0.3, 0.25, 0.95)), "movie": 0.8}
+    names = {world.CANVASES: "seen", world.NEW_CANVASES: "new", world.LARGE_CANVASES: "large"}
+    monkeypatch.setattr(world, "size_questions", lambda count, sizes: [(names[sizes], [("what is it?", "x")])])
+    monkeypatch.setattr(world, "qwen_numbers", lambda count, tokens: [("number", None)])
+    monkeypatch.setattr(world, "qwen_movies", lambda count, frames: [("movie", None)])
+    monkeypatch.setattr(world, "qwen_accuracy", lambda model, s: next(x) if hasattr(x := shares[s[0][0]], "__next__") else x)
+    claims = {c.name.split(": ")[1]: round(c.measured, 3) for c in world.qwen_claims(None)}
+    assert list(claims.values())[:5] == [0.9, -0.2, 0.8, 0.95, -0.05] and list(claims.values())[5] > 0.98
+    assert "16: 0.950 tokens" in (out := capsys.readouterr().out) and "0.500 in larger ones" in out
+
+
+def small_towers(monkeypatch):
+    """Towers that nobody has trained, and a step of three samples."""
+    monkeypatch.setattr(world, "QWEN_STEPS", 1)
+    small = (QWEN_MIX[0], QWEN_MIX[-5], QWEN_MIX[-1])
+    defaults = tuple(small if x == QWEN_MIX else x for x in world.train_qwen.__defaults__)
+    monkeypatch.setattr(world.train_qwen, "__defaults__", defaults)
+    torch.manual_seed(0)
+    tower, language = clip.CLIP(clip.PRESETS["tiny"]), llava.LanguageModel(llava.PRESETS["tiny"].language)
+    monkeypatch.setattr(world, "toy_clip", lambda device: tower)
+    monkeypatch.setattr(world, "toy_lm", lambda device: language)
+
+
+def test_qwen_interrupted_and_resumed_is_the_same_to_the_bit(runs, monkeypatch):
+    small_towers(monkeypatch)
+    whole = world.toy_qwen(steps=4)
+    train_step = world.train_step
+
+    def interrupt(*arguments, seen=[]):
+        train_step(*arguments)
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(world, "RUNS", runs / "again")
+    monkeypatch.setattr(world, "train_step", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        world.toy_qwen(steps=4)
+    assert stopped.value.code == 130
+    resumed = world.toy_qwen(steps=4)
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_qwen_trains_on_own_data_of_any_shape(runs, tmp_path, monkeypatch, capsys):
+    small_towers(monkeypatch)
+    rows = [json.dumps({"file_name": name, "question": "what is it?", "answer": "a dog"}) for name in ("a.png", "b.png", "thin.png")]
+    rows += ['{"file_name": "a.png", "question": "x"}', json.dumps({"file_name": "a.png", "question": "x " * 300, "answer": "y"})]
+    folder = make_folder(tmp_path / "own", rows, ["a.png"])
+    Image.new("RGB", (300, 20), "red").save(folder / "b.png")
+    Image.new("RGB", (1000, 2), "red").save(folder / "thin.png")
+    assert world.main(["qwen2vl", "--data", str(folder), "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "4 rows, 1 left out" in out and "no answer" in out and "2 x 1000 pixels is more than 200 times" in out
+    assert "2 rows have more than 432 tokens" in out and "qwen2vl-own" in out
+    folder = make_folder(tmp_path / "none", rows[4:], ["a.png"])
+    with pytest.raises(SystemExit) as stopped:
+        world.main(["qwen2vl", "--data", str(folder)])
+    assert stopped.value.code == 2 and "no row of" in capsys.readouterr().err
+
+
+def test_qwens_demo_shows_its_pictures_and_refuses_a_prompt_that_does_not_fit(runs, tmp_path, monkeypatch, capsys):
+    image = str(tmp_path / "a.png")
+    world.draw(many_scenes(1)[0], 60, 40).save(image)
+    demo = lambda *options: lambda: qwen2vl.main(["--demo", *options])
+    fails_in_one_line(demo("--image", image, "--prompt", "<image> what <image>"), capsys, "2 <image> placeholder(s) for 1")
+    fails_in_one_line(demo("--prompt", "<video> what?"), capsys, "1 <video> placeholder(s) for 0")
+    fails_in_one_line(demo("--image", image, "--prompt", "dax " * 600), capsys, "tokens, the context holds 512")
+    assert [path.name for path in runs.iterdir()] == ["a.png"]
+    small_towers(monkeypatch)
+    monkeypatch.setattr(world, "DEMO_QWEN_STEPS", 1)
+    qwen2vl.main(["--demo"])
+    out = capsys.readouterr().out
+    assert "of 200 more questions" in out and "a movie of 16 frames" in out and out.count("\n") < 40
+    assert Image.open(runs / "qwen2vl" / "demo.png").size == (840, 480)
+    qwen2vl.main(["--demo", "--image", image, "--prompt", "what is it?", "--prompt", "what colour is it?"])
+    assert capsys.readouterr().out.count("what") >= 2
+
+
 # Flamingo's recipe
 
 
@@ -4922,6 +5802,7 @@ def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
     recipes = {
         "clip, beside vilt": lambda: [world.clip_near_misses(0, 16)(step) for step in range(20)],
         "vilt": lambda: [world.vilt_world_batch(0, step, 16) for step in range(20)],
+        "qwen2vl": lambda: [world.qwen_scene(rng) for rng in world.batch_rngs(0, "qwen", 400)],
         "blip2, stage 1": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 1, "", 1),
         "blip2, stage 2": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 2, "", 1),
     }
@@ -5106,12 +5987,13 @@ def test_the_claims_table_and_the_exit_status(runs, monkeypatch, capsys):
 
 @pytest.mark.skipif("CI" not in os.environ and "SLOW" not in os.environ, reason="trains for minutes; set SLOW=1")
 def test_demos_train_answer_and_draw(tmp_path):
-    for family in ("clip", "vilt", "flamingo", "cogvlm", "blip2", "llava"):
+    for family in ("clip", "vilt", "flamingo", "cogvlm", "blip2", "llava", "qwen2vl"):
         done = run(str(ROOT / f"{family}.py"), "--demo", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / family / "demo.png").exists() and re.search("after (training|stage 2)", done.stdout)
         share = re.search(r"of 200 more questions (\d+)%|after training, (?:for )?(\d+)%|after stage 2, .* (\d+)% of the things", done.stdout)
-        least = {"clip": 90, "vilt": 60, "flamingo": 60, "cogvlm": 44, "blip2": 30, "llava": 75}[family]  # blip2: towers take most of a demo's time
+        # blip2, cogvlm: their towers take most of the time that a demo has
+        least = {"clip": 90, "vilt": 60, "flamingo": 60, "cogvlm": 44, "blip2": 30, "llava": 75, "qwen2vl": 45}[family]
         assert max(map(int, filter(None, share.groups()))) >= least, done.stdout
     done = run(str(ROOT / "train_tiny.py"), "clip", cwd=tmp_path)   # trained already: only the claims are measured
     assert done.returncode == 0 and done.stdout.count("| holds |") == 3, done.stdout
@@ -5136,6 +6018,10 @@ def test_the_toy_presets_have_the_tokenizers_special_tokens():
     ids = (tiny.qformer.dec_token_id, tiny.qformer.sep_token_id, tiny.qformer.pad_token_id)
     assert (world.DEC_ID, world.SEP_ID, world.PAD_ID) == ids
     assert (world.IMAGE_ID, world.EOS_ID) == (llava.PRESETS["tiny"].image_token_id, llava.PRESETS["tiny"].eos_token_id)
+    tiny = qwen2vl.PRESETS["tiny"]
+    assert world.VOCAB_SIZE == tiny.language.vocab_size
+    assert (world.IMAGE_ID, world.VIDEO_ID, world.EOS_ID) == (tiny.image_token_id, tiny.video_token_id, tiny.eos_token_id)
+    assert all(world.encode(mark) == [i] for mark, i in (("<image>", world.IMAGE_ID), ("<video>", world.VIDEO_ID)))
 
 
 def test_the_readme_shows_only_commands_that_exist():

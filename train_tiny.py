@@ -2187,6 +2187,255 @@ def cogvlm_ablations(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Qwen2-VL
+# ------------------------------------------------------------------------------------------------------------------
+
+QWEN_STEPS, DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = 2000, 600, 300
+QWEN_MIX = ("scene",) * 4 + ("number",) * 4 + ("movie",) * 4        # what a step is made of
+QWEN_KINDS = ("colour", "shape", "count", "there")  # questions about scenes. Those that name a place, or a pair of colour and
+# shape, are left out: after these few steps they are still guessed, as nothing is absolute in this tower's positions.
+CANVASES = ((32, 32), (48, 48), (64, 64), (80, 80), (48, 32), (32, 48), (64, 32), (32, 64), (80, 48), (48, 80))    # in training
+NEW_CANVASES = ((80, 32), (32, 80), (64, 48), (48, 64), (80, 64), (64, 80))    # (width, height) of shapes never trained on
+LARGE_CANVASES = ((96, 96), (112, 64), (64, 112), (128, 48))           # and larger than any in training
+FRAMES, LONG_MOVIES = (2, 4, 6), (8, 12, 16, 24)    # frames of movies in training, and of longer ones
+NUMBER_SIZE = (64, 64)                              # pixels of the picture with a number in it: 4 x 4 tokens
+TOKENS = (1, 4, 9, 16)                              # how many it may have when it is read
+
+
+def untrained_qwen(device="cpu", seed=0, mrope=True, **vision):
+    """What the paper starts from, at toy scale: a decoder that knows its language (the toy language model, biases of 0 added),
+    and a tower trained by contrast (the toy CLIP's blocks) whose learned positions are left out for RoPE-2D. One frame of a
+    patch gets half of CLIP's patch projection, so that a still picture gives what it gave there, and the scale that CLIP's
+    norm before the first block, which this tower has not, gave it on average. vision: changes."""
+    import clip
+    import qwen2vl
+    torch.manual_seed(seed)
+    config = replace(qwen2vl.PRESETS["tiny"], mrope=mrope)
+    model = qwen2vl.Qwen2VL(replace(config, vision=replace(config.vision, **vision)))
+    tower, frames = toy_clip(device).vision, config.vision.frames
+    with torch.no_grad():
+        pictures = clip.preprocess([draw(make_scene(rng)) for rng in batch_rngs(0, "scale", 32)], tower.config).to(device)
+        spread = tower.patch_embedding(pictures).std(dim=1).mean()
+        scaled = tower.patch_embedding.weight * (tower.ln_pre.weight / spread)[:, None, None, None]
+        model.vision.patch_embedding.weight.copy_(torch.stack([scaled] * frames, dim=2).flatten(1) / frames)    # [D,3*frames*P*P]
+    model.vision.blocks.load_state_dict(tower.blocks.state_dict())
+    missing = model.language.load_state_dict(toy_lm(device).state_dict(), strict=False)
+    assert all(name.endswith("proj.bias") for name in missing.missing_keys) and not missing.unexpected_keys
+    return model.to(device).eval()
+
+
+def shrink(image, tokens):
+    """The image with so few pixels that it becomes at most this many tokens: what a smaller max_pixels does to it."""
+    import qwen2vl
+    factor = qwen2vl.PRESETS["tiny"].vision.factor
+    height, width = qwen2vl.smart_resize(image.height, image.width, factor, factor**2, tokens * factor**2)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def ask_by_content(scene, rng):
+    """A (question, answer) that finds its thing by colour or shape, not by place."""
+    while True:
+        question, answer = ask(scene, rng, QWEN_KINDS)
+        if not any(place in question for place in PLACES):
+            return question, answer
+
+
+def qwen_scene(rng, sizes=CANVASES, split="train"):
+    """A picture of one of these sizes: what is in it, in reading order, among four questions; a test scene with one question."""
+    scene = make_scene(rng, split=split)
+    turns = [ask_by_content(scene, rng) for _ in range(4 if split == "train" else 1)]
+    if split == "train":
+        turns.insert(rng.randrange(5), (DESCRIBE, ", ".join(f"a {thing.name}" for thing in scene.things)))
+    return draw(scene, *rng.choice(sizes)), turns
+
+
+def qwen_number(rng, tokens=None):
+    """A small number, its strokes 3 pixels wide, about in the middle of a picture that is then given so few pixels that it
+    makes at most `tokens` tokens (None: any of TOKENS, half of the time all)."""
+    text, question, answer = read_number(rng)
+    number, image = draw_number(text, 24, 18), Image.new("RGB", NUMBER_SIZE, (20,) * 3)
+    image.paste(number, tuple((whole - part) // 2 + rng.randrange(-2, 3) for whole, part in zip(NUMBER_SIZE, number.size)))
+    return shrink(image, tokens or rng.choice(TOKENS + TOKENS[-1:] * 2)), [(question, answer)]
+
+
+def qwen_movie(rng, frames=None):
+    """A movie as a list of frames, and which way its thing moves; in training also what it is."""
+    scenes, question, way = movie(rng, frames or rng.choice(FRAMES))
+    thing, turns = scenes[0].things[0], [(question, way)]
+    if frames is None:
+        turns = rng.sample([*turns, ("what colour is it?", thing.colour), ("what shape is it?", thing.shape)], 3)
+    return [draw(scene) for scene in scenes], turns
+
+
+def qwen_thing(rng, sizes=CANVASES, split="any"):
+    """A picture of one thing, and what it is. For comparisons that must be quick."""
+    (thing,) = (scene := make_scene(rng, 1, split="any")).things
+    return draw(scene, *rng.choice(sizes)), [("what is it?", f"a {thing.full_name}")]
+
+
+QWEN_SAMPLES = {"scene": qwen_scene, "thing": qwen_thing, "number": qwen_number, "movie": qwen_movie}
+
+
+def qwen_inputs(samples, config, answers=True):
+    """[(picture or frames, turns)] -> the arguments of the model, and labels. Without answers the rows end where the first
+    answer would begin, padding is on the left, and labels are None."""
+    import qwen2vl
+    given, grids, rows = {}, [(None, None)] * len(samples), []
+    for prefix, is_movie in (("", False), ("video_", True)):
+        chosen = [i for i, (item, _) in enumerate(samples) if isinstance(item, list) == is_movie]
+        if chosen:
+            patches, grid = qwen2vl.preprocess([samples[i][0] for i in chosen], config.vision)
+            given |= {f"{prefix}patches": patches, f"{prefix}grid_thw": grid}
+            for i, row in zip(chosen, grid):
+                grids[i] = (None, row[None]) if is_movie else (row[None], None)
+    for (_, turns), grid in zip(samples, grids):
+        ids, labels = [], []
+        for n, (question, answer) in enumerate(turns if answers else turns[:1]):
+            more = qwen2vl.encode_turn(question, f" {answer}", encode, config, *(grid if n == 0 else ()))
+            ids, labels = ids + more[0], labels + more[1]
+        rows.append((ids, labels) if answers else (ids[: labels.count(qwen2vl.IGNORE_INDEX)], None))
+    if answers:                                     # padding is to the right of all labels: nothing looks at it
+        return given | dict(ids=pad([ids for ids, _ in rows])[0]), pad([labels for _, labels in rows], qwen2vl.IGNORE_INDEX)[0]
+    ids, mask = qwen2vl.pad_rows([ids for ids, _ in rows], PAD_ID, left=True)
+    return given | dict(ids=ids, mask=mask), None
+
+
+def train_qwen(model, name, steps, seed=0, mix=QWEN_MIX, bar=None, draw_batch=None, data="world", sizes=CANVASES):
+    """The paper's stage 2: everything trains. mix: the kind of each sample of a step, equal ones together; sizes: of its scenes.
+    draw_batch(step) -> samples replaces the world by other data."""
+    import qwen2vl
+    qwen2vl.freeze(model, 2)
+    device, counts = next(model.parameters()).device, [mix.count(kind) for kind in dict.fromkeys(mix)]
+
+    def from_world(step):
+        rngs = batch_rngs(seed, ("qwen", step), len(mix))
+        return [QWEN_SAMPLES[kind](rng, *([sizes] if kind in ("scene", "thing") else ())) for kind, rng in zip(mix, rngs)]
+
+    def loss_of(step):
+        inputs, labels = qwen_inputs((draw_batch or from_world)(step), model.config)
+        logits = model(**{key: x if "grid" in key else x.to(device) for key, x in inputs.items()})
+        each, total = {}, 0                         # a kind counts by its samples, not by its words: captions have many
+        for kind, part, rows in zip(dict.fromkeys(mix), logits.split(counts), labels.to(device).split(counts)):
+            each[kind] = qwen2vl.language_loss(part, rows)[0]
+            total = total + each[kind] * len(rows) / len(labels)
+        return total, {kind: loss.detach() for kind, loss in each.items()}
+
+    plan = Plan(name, steps, len(mix), lr=2e-3, muon=3e-3, warmup=50, weight_decay=0.02, seed=seed)
+    return fit(plan, model, loss_of, data=f"{data}, {mix} {sizes}", bar=bar)
+
+
+def toy_qwen(device="cpu", seed=0, steps=None):
+    """The standard toy Qwen2-VL; towers and result are cached."""
+    return train_qwen(untrained_qwen(device, seed), run_name("qwen2vl", seed, steps), steps or QWEN_STEPS, seed)
+
+
+def demo_qwen(device="cpu"):
+    """For the demo: the recipe's result if it has been trained, else that of fewer steps, since somebody is waiting."""
+    return toy_qwen(device, steps=None if recipe_is_done("qwen2vl", QWEN_STEPS) else DEMO_QWEN_STEPS)
+
+
+@torch.no_grad()
+def qwen_answers(model, samples, longest=12):
+    """What the model says to the first question of each (picture or frames, turns), as text."""
+    device, said = next(model.parameters()).device, []
+    for start in range(0, len(samples), 64):
+        inputs, _ = qwen_inputs(samples[start:start + 64], model.config, answers=False)
+        inputs = {key: x if "grid" in key else x.to(device) for key, x in inputs.items()}
+        said += [decode(row).strip() for row in model.generate(**inputs, max_new_tokens=longest, eos_id=EOS_ID).tolist()]
+    return said
+
+
+def qwen_accuracy(model, samples):
+    """The share of first questions that is answered word for word."""
+    return sum(said == turns[0][1] for said, (_, turns) in zip(qwen_answers(model, samples), samples)) / len(samples)
+
+
+def size_questions(count, sizes, ask_about=qwen_scene):
+    """Questions about test scenes drawn in these sizes: the same scenes and questions whatever the sizes."""
+    return [ask_about(rng_for("qwen size", i), [sizes[i % len(sizes)]], "test") for i in range(count)]
+
+
+def qwen_movies(count, frames):
+    rng = rng_for("qwen movies", frames)
+    return [qwen_movie(rng, frames) for _ in range(count)]
+
+
+def qwen_numbers(count, tokens):
+    rng = rng_for("qwen numbers")                   # the same numbers whatever the tokens
+    return [qwen_number(rng, tokens) for _ in range(count)]
+
+
+def tokens_per_area():
+    """The correlation of visual tokens with the area of pictures of random sizes and shapes, as preprocess makes them."""
+    import qwen2vl
+    rng, vision = rng_for("qwen areas"), qwen2vl.PRESETS["tiny"].vision
+    sizes = [(rng.randrange(32, 129), rng.randrange(32, 129)) for _ in range(200)]
+    tokens = [len(qwen2vl.preprocess([Image.new("RGB", size)], vision)[0]) / vision.merge**2 for size in sizes]
+    return float(np.corrcoef([w * h for w, h in sizes], tokens)[0, 1])
+
+
+def qwen_claims(model):
+    asked = [size_questions(300, sizes) for sizes in (CANVASES, NEW_CANVASES, LARGE_CANVASES)]
+    seen, new, large = (qwen_accuracy(model, questions) for questions in asked)
+    guessed = guess([(None, *turns[0]) for _, turns in asked[0]])
+    curve = [qwen_accuracy(model, qwen_numbers(200, tokens)) for tokens in TOKENS]
+    ways = qwen_accuracy(model, [one for frames in FRAMES for one in qwen_movies(100, frames)])
+    say(f"questions answered: {seen:.3f} in sizes of training, {new:.3f} in shapes never seen, {large:.3f} in larger ones",
+        "numbers read with " + ", ".join(f"{tokens}: {share:.3f}" for tokens, share in zip(TOKENS, curve)) + " tokens",
+        "longer movies: " + ", ".join(f"{frames} frames: {qwen_accuracy(model, qwen_movies(100, frames)):.3f}" for frames in LONG_MOVIES))
+    return [Claim("qwen2vl: questions about unseen scenes", guessed, seen, 0.80),
+            Claim("qwen2vl: gain by sizes and shapes never seen", guessed - seen, new - seen, -0.05),
+            Claim("qwen2vl: which way does it move", 0.25, ways, 0.90),
+            Claim("qwen2vl: numbers read with all their tokens", 0.01, curve[-1], 0.90),
+            Claim("qwen2vl: least gain from more tokens, 1 4 9 16", 0.0, min(b - a for a, b in zip(curve, curve[1:])), 0.0),
+            Claim("qwen2vl: tokens grow with the area (correlation)", 0.0, tokens_per_area(), 0.98)]
+
+
+def qwen_samples(model, folder):
+    rng = rng_for("qwen samples")
+    samples = [qwen_scene(rng, [size], "test") for size in (*CANVASES[1:3], *NEW_CANVASES[:4])]
+    samples += [qwen_number(rng, tokens) for tokens in (2, 12)]
+    said = qwen_answers(model, samples)
+    sheet([(item, f"{turns[0][0]}\n{text}" + ("" if text == turns[0][1] else f"\n(WRONG: {turns[0][1]})"))
+           for (item, turns), text in zip(samples, said)], folder / "samples.png", scale=2)
+
+
+def qwen_recipe(args):
+    model = toy_qwen(args.device, args.seed, args.steps)
+    qwen_samples(model, RUNS / "qwen2vl")
+    return qwen_claims(model)
+
+
+def qwen_ablations(args):
+    """On pictures of one thing: many sizes as they are, against a tower of one resolution with learned positions, trained on
+    48 x 48 and stretched to other sizes. On movies: M-RoPE against all tokens numbered one by one, on movies longer than those
+    of training. Equal steps, mean of 3 seeds."""
+    steps, seeds, score, batch = args.steps or QWEN_ABLATION_STEPS, (0, 1, 2), {}, 8
+    variants = {"any size": ("thing", {}), "one size, learned positions": ("thing", dict(learned_grid=6)),
+                "M-RoPE": ("movie", {}), "RoPE-1D": ("movie", dict(mrope=False))}
+    untrained_qwen(args.device)                     # the towers, before the bar starts
+    movies = [one for frames in LONG_MOVIES for one in qwen_movies(50, frames)]
+    with tqdm(total=len(seeds) * len(variants) * steps * batch, unit=" samples", desc="qwen2vl ablations", disable=None) as bar:
+        for variant, (kind, changes) in variants.items():
+            sizes = ((48, 48),) if "learned_grid" in changes else CANVASES
+            for seed in seeds:
+                name = f"qwen2vl-ablations/{variant.replace(' ', '-').replace(',', '')}-seed{seed}-steps{steps}"
+                model = train_qwen(untrained_qwen(args.device, seed, **changes), name, steps, seed, (kind,) * batch, bar, sizes=sizes)
+                if kind == "movie":
+                    score.setdefault(variant, []).append(qwen_accuracy(model, movies))
+                else:
+                    own, new = (qwen_accuracy(model, size_questions(300, which, qwen_thing)) for which in (sizes, NEW_CANVASES))
+                    score.setdefault(variant, []).append(new - own)
+                    score.setdefault(f"{variant}, in its own sizes", []).append(own)
+    say(*(f"{'longer movies' if 'RoPE' in variant else 'answered' if 'own' in variant else 'gain by new sizes'}, {variant}: "
+          + ", ".join(f"{x:.3f}" for x in each) for variant, each in score.items()))
+    mean = {variant: sum(each) / len(seeds) for variant, each in score.items()}
+    one, flat = mean["one size, learned positions"], mean["RoPE-1D"]
+    return [Claim("qwen2vl: any size loses less by new sizes than one size does", one, mean["any size"], one),
+            Claim("qwen2vl: M-RoPE better than RoPE-1D on longer movies", flat, mean["M-RoPE"], flat)]
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Your own data: a folder of images with a metadata.jsonl, the layout the ecosystem calls imagefolder
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -2382,6 +2631,33 @@ def cogvlm_own_data(args):
     return []
 
 
+def qwen_own_data(args):
+    """`python train_tiny.py qwen2vl --data FOLDER`: rows with question and answer, pictures of any size, from the toy Qwen2-VL."""
+    import qwen2vl
+    rows, vision = read_folder(args.data, ("question", "answer")), qwen2vl.PRESETS["tiny"].vision
+    longest, fits = qwen2vl.PRESETS["tiny"].language.context - 80, []    # 64 tokens are the largest picture
+    for image, row in rows:
+        try:
+            qwen2vl.image_grid(image.height, image.width, vision)
+            if len(encode(row["question"] + row["answer"])) < longest:
+                fits.append((image, [(row["question"].replace("<image>", ""), row["answer"])]))
+        except ValueError as error:
+            say(f"  {row['file_name']}: {error}")
+    if len(fits) < len(rows):
+        say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text, or pictures too long, and are left out")
+    if not fits:
+        stop(f"no row of {args.data} can be used: {longest} tokens of text at most, pictures up to 200 : 1")
+    model = toy_qwen(args.device)
+
+    def draw_batch(step):
+        return [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), 8)]
+
+    name = run_name("qwen2vl-own", args.seed, args.steps)
+    train_qwen(model, name, args.steps or 100, args.seed, ("own",) * 8, draw_batch=draw_batch, data=fingerprint(rows))
+    say(f"the trained model is in {RUNS / name}")
+    return []
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------------
@@ -2394,6 +2670,7 @@ RECIPES = {                                         # family: (level claims, abl
     "vilt": (vilt_recipe, vilt_ablations, vilt_own_data),
     "flamingo": (flamingo_recipe, flamingo_ablations, flamingo_own_data),
     "llava": (llava_recipe, llava_ablations, llava_own_data),
+    "qwen2vl": (qwen_recipe, qwen_ablations, qwen_own_data),
 }
 
 
