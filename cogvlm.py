@@ -1,4 +1,4 @@
-"""
+r"""
 CogVLM: a frozen language model in which image tokens have weights of their own, in every layer.
 
     CogVLM     Wang et al. 2023, CogVLM: Visual Expert for Pretrained Language Models, arXiv 2311.03079
@@ -8,7 +8,8 @@ The idea. LLaVA maps patches to vectors that look like words, and the decoder re
 the decoder stays frozen that is too shallow, and if it is trained it forgets how to talk. CogVLM gives image tokens their
 own query, key, value, output and MLP matrices in every layer, the "visual expert", copied from the language weights
 and then trained. Words keep theirs, frozen. Both kinds meet in one softmax: two sets of weights, one attention (deep
-fusion, type B). A text without an image never touches a new weight, so its logits are the language model's to the bit.
+fusion, type B). A text without an image never touches a new weight: its logits stay what they were before training, to
+the bit.
 
     image [n,3,H,W]                              "Question: where is the circle? Answer:"
       | EVA2-CLIP: post-norm ViT, class token      | token ids; image_token_id stands N + 2 times behind <bos>
@@ -20,9 +21,9 @@ fusion, type B). A text without an image never touches a new weight, so its logi
                                                    |
          layer:   image tokens                words
                   vision expert's QKV         language expert's QKV
-                            \\                /
+                            \                /
                              one causal softmax over all of them
-                            /                \\
+                            /                \
                   its dense, its SwiGLU      its dense, its SwiGLU
                                                    |
                                                  logits [B,T,V] -> "[[094,062,406,375]]"
@@ -57,6 +58,9 @@ Paper / published code / this file
       is one image with its own boi and eoi, which stands together, whatever follows it.
     - Prompts. Published weights on the hub: "Question: ... Answer:" (chat) and "... Short answer:" (VQA); the authors' own
       training repository also knows "[INST] ... [/INST]". Here the hub's.
+    - What it is held against. transformers has no CogVLM, so no published class computes beside this file: logits and words
+      are compared with a second, naive implementation in double precision, written from the paper and the published code
+      (test_all.py), and preprocessing with SigLIP's processor, which resizes and normalises by the same arithmetic.
     - CogVLM2. A stride-2 convolution in front of the adapter quarters the patches, Llama-3's grouped heads, and (in the
       published code alone) a bias on the vision expert's QKV.
 
@@ -300,7 +304,7 @@ class Attention(nn.Module):
 
 class PostNormBlock(nn.Module):
     """EVA2-CLIP-E's block: what a branch says is normalised before it is added, and the branch itself reads x as it is
-    ("post-norm", as in Swin v2; the tower was too large to train with norms in front of the branches)."""
+    ("res-post-norm", as in Swin v2): no branch can add more than its norm lets through."""
 
     def __init__(self, config):
         super().__init__()
@@ -451,7 +455,7 @@ def position_ids(roles, mask=None, last=-1):
 
 
 def takes_vision_expert(roles):
-    """roles [B,T] -> [B,T], True for boi and patches. eoi takes the language expert: see above."""
+    """roles [B,T] -> [B,T], True for boi and patches. eoi takes the language expert: see "experts" at the top of the file."""
     return (roles == BOI) | (roles == PATCH)
 
 
@@ -603,8 +607,10 @@ class ExpertDecoder(nn.Module):
     def copy_experts(self):
         """The vision experts begin as copies of the language weights (paper 2.1): an image is first read as words are."""
         for layer in self.layers:
-            layer.vision_expert.load_state_dict(layer.language_expert.state_dict(), strict=False)  # which has no bias
-            if layer.vision_expert.query_key_value.bias is not None:
+            copies = dict(layer.vision_expert.named_parameters())
+            for name, weight in layer.language_expert.named_parameters():
+                copies[name].copy_(weight)
+            if layer.vision_expert.query_key_value.bias is not None:  # CogVLM2's, which words do not have
                 layer.vision_expert.query_key_value.bias.zero_()
 
     def hidden(self, x, mask=None, cache=None, roles=None):
@@ -1077,7 +1083,7 @@ def our_tensors(published, tensor):
     if not fused:
         return [(our_name(published), tensor)]
     layer, kind = fused.groups()
-    return [(f"vision.blocks.{layer}.attn.{name}_proj.{kind}", part) for name, part in zip("qkv", tensor.chunk(3), strict=False)]
+    return [(f"vision.blocks.{layer}.attn.{name}_proj.{kind}", part) for name, part in zip("qkv", tensor.chunk(3), strict=True)]
 
 
 def checkpoint_folder(path):
@@ -1360,7 +1366,10 @@ def run_weights(args):
     model = CogVLM.from_pretrained(folder, getattr(torch, args.dtype), check_device(args.device))
     for question in args.prompt:
         text = answer(model, images, question, encode, tokenizer.decode)
-        tell(question, text, images) if parse_box(text) else print(text)
+        if parse_box(text):
+            tell(question, text, images)
+        else:
+            print(text)
 
 
 def draw_boxes(rows, file, size=128):
