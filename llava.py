@@ -1072,7 +1072,7 @@ def anatomy(name):
             f"{', and the class token' if config.keep_class_token else ''})",
             f"FLOPs: {count_flops(lambda: model.encode_image(pixels)):,} to encode an image,"
             f" {count_flops(lambda: model.language.hidden(prompt)):,} to read it with {words} words,",
-            f"{2 * (count_parameters(model.language) - c.vocab_size * c.width):,} for each new word, but for its attention",
+            f"{2 * (count_parameters(model.language) - c.vocab_size * c.width * (not c.tie_embeddings)):,} for each new word, but for its attention",
             f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cache * tokens:,} for one image",
         ]
     )

@@ -20,15 +20,17 @@ and a long film does not use up the positions that it was trained with.
       | blocks, one packed row:             |                   positions [3,B,T]
       | each frame (2.5: window) by itself  |                     |
     [N,Dv]                                  |                     |
-      | merger: 2 x 2 patches, LayerNorm, MLP                     |
+      | merger: LayerNorm, 2 x 2 patches joined, MLP              |
     [N/4,D] ---- put where the <|image_pad|> ids stand ----> [B,T,D]
                                             | Qwen2 blocks: causal; RMSNorm, M-RoPE, SwiGLU
                                           logits [B,T,V] -> "41.50"
 
-Three stages (paper 2.2.1): the tower alone learns from captioned pictures, then all learns together, then the tower is
-locked and the language model learns from conversations. Qwen2.5-VL changes the tower: RMSNorm, SwiGLU, and in all but
-four layers a patch looks only around itself in its window of 112 pixels, so that cost grows with the area and not with
-its square; and the decoder's time axis counts seconds, not frames.
+Three stages (paper 2.2): the tower alone learns from captioned pictures, then all learns together, then the tower is
+locked and the language model learns from conversations. Qwen2.5-VL changes the tower: RMSNorm, SwiGLU, and windows. A
+grid of squares of 112 pixels is laid over the image from its upper left corner, and in all but four layers a patch sees
+only the square it stands in: neighbours on two sides of a line of the grid do not meet there. In those layers cost grows
+with the area of the image; in the four that see all of it still with the square of the area. And the decoder's time axis
+counts seconds, not frames.
 
 Axis letters, here and in all seven files: B batch, T text length, S joint length, N images or patches, P patch size,
 D width, H heads, K key/value heads, Dh head width, L latents or queries, F frames, V vocabulary, E shared embedding
@@ -46,6 +48,11 @@ Paper / published code / this file
     - After a clip. Text goes on after the largest of the three axes (paper 2.1, original code, this file). The classes in
       transformers 5.23 forget the time axis there: text after a long clip shares positions with the clip's end; and their
       generate, after a prompt that ends with an image, counts on from its last token, which their forward does not.
+    - The merger. The paper calls it a simple MLP. Published code normalises each patch by itself, then joins four and maps them,
+      and so does this file. With what it trains the paper does not say: there it belongs to the tower (visual.merger), so
+      here it trains and is locked with it.
+    - Length of clips. The paper reads two frames a second and shrinks them until a clip has at most 16384 tokens (2.1). Here every
+      frame given is read, up to 768 tokens for two of them: of a long film, give some frames only.
     - Windows. Published code reorders the patches so that windows are contiguous, and back. Here a window is a segment like
       a frame is, and Packing sorts either.
     - Frames are resized one by one by Pillow, as images are; the published video path has torchvision resize them.
@@ -93,7 +100,7 @@ class VisionConfig:
     window_size: int = 0  # pixels; 0: every layer looks at the whole frame. Qwen2.5-VL: 112, that is 8 x 8 patches
     full_layers: tuple = ()  # the layers that look at the whole frame in spite of a window
     norm_eps: float = 1e-6
-    learned_grid: int = 0  # an ablation: instead of RoPE-2D a table of learned positions for a grid of this many patches
+    learned_grid: int = 0  # an ablation: n > 0 replaces RoPE-2D by a table of learned positions for n x n patches, stretched
     min_pixels: int = 56 * 56  # of an image after smart_resize
     max_pixels: int = 16384 * 28 * 28
     video_min_pixels: int = 128 * 28 * 28  # of a frame of a clip
@@ -165,7 +172,9 @@ class Qwen2VLConfig:
     image_token_id: int = 151655
     video_token_id: int = 151656
     eos_token_id: int = 151645  # <|im_end|>
-    tokens_per_second: int = 0  # Qwen2.5-VL: the time axis of a clip counts this many positions a second; 0: one a patch
+    # How fast the time axis of a clip runs. Qwen2.5-VL: so many positions a second. 0, as in Qwen2-VL: one position for
+    # each pair of frames, however long it lasts.
+    tokens_per_second: int = 0
     mrope: bool = True  # an ablation: False numbers all tokens one after another, whatever they are
 
 
@@ -355,7 +364,7 @@ def patch_places(grid_thw, merge):
                                     2 3 6 7
     """
     places, before = [], 0
-    for t, h, w in grid_thw.tolist():
+    for t, h, w in grid_thw.tolist():  # on the CPU, whatever the default: anatomy's is "meta", where numbers have no values
         row, column = torch.meshgrid(torch.arange(h, device="cpu"), torch.arange(w, device="cpu"), indexing="ij")
         blocks = (h // merge, merge, w // merge, merge)
         row, column = (x.reshape(blocks).transpose(1, 2).flatten().repeat(t) for x in (row, column))  # each [t*h*w]
@@ -495,14 +504,14 @@ class VisionTower(nn.Module):
         grid_thw = grid_thw.cpu()  # sizes are numbers for Python: who works on the GPU keeps them here
         places = patch_places(grid_thw, c.merge)
         x = note("vision.patches", self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)))  # [N,D]
-        whole, angles = Packing(places[0], x.device), None
+        within_frames, angles = Packing(places[0], x.device), None
         if c.learned_grid:
             x = x + self.learned_positions(places, grid_thw)
         else:
             angles = rope_2d(places[1:, None].to(x.device), c.width // c.heads)  # [1,N,Dh/2]
-        windows = Packing(window_segments(places, c), x.device) if c.window_size else whole
+        within_windows = Packing(window_segments(places, c), x.device) if c.window_size else within_frames
         for i, block in enumerate(self.blocks):
-            x = note(f"vision.blocks.{i}", block(x, angles, whole if i in c.full_layers else windows))
+            x = note(f"vision.blocks.{i}", block(x, angles, within_frames if i in c.full_layers else within_windows))
         return x
 
 
@@ -800,7 +809,7 @@ class Qwen2VL(nn.Module):
         x[here[0]], x[here[1]] = features[:images].to(x.dtype), features[images:].to(x.dtype)
         return note("words and patches", x)
 
-    def prompt(self, ids, patches, grid_thw, mask, video_patches, video_grid_thw, seconds, positions):
+    def embed_and_position(self, ids, patches, grid_thw, mask, video_patches, video_grid_thw, seconds, positions):
         """What both forward and generate begin with -> embeddings [B,T,D], positions [3,B,T]."""
         x = self.embed(ids, patches, grid_thw, video_patches, video_grid_thw, mask)
         if positions is None:
@@ -815,7 +824,7 @@ class Qwen2VL(nn.Module):
         """ids [B,T] with one image_token_id (video_token_id) per visual token; patches [N,patch_width] and grid_thw [n,3] of
         all images of all rows in order, as preprocess gives them, and the same of all videos; mask [B,T] (True = real
         token); seconds and positions [3,B,T]: see rope_index -> logits [B,T,V]."""
-        x, positions = self.prompt(ids, patches, grid_thw, mask, video_patches, video_grid_thw, seconds, positions)
+        x, positions = self.embed_and_position(ids, patches, grid_thw, mask, video_patches, video_grid_thw, seconds, positions)
         return note("logits", self.language.lm_head(self.language.hidden(x, mask, positions=positions)))
 
     def generate(
@@ -824,7 +833,7 @@ class Qwen2VL(nn.Module):
     ):  # fmt: skip
         """Continue each row of ids; the tower runs once. Arguments as in forward; options and result: see generate below."""
         with torch.no_grad():
-            x, positions = self.prompt(ids, patches, grid_thw, mask, video_patches, video_grid_thw, seconds, positions)
+            x, positions = self.embed_and_position(ids, patches, grid_thw, mask, video_patches, video_grid_thw, seconds, positions)
             return generate(PositionedLM(self.language, positions), x, mask, **options)
 
     @classmethod
@@ -838,7 +847,7 @@ class Qwen2VL(nn.Module):
 
 
 def freeze(model, stage):
-    """Set what trains (paper 2.2.1). Stage 1: the tower and its merger, on captions; stage 2: everything; stage 3: the
+    """Set what trains (paper 2.2). Stage 1: the tower and its merger, on captions; stage 2: everything; stage 3: the
     language model, on conversations, with the tower locked. Returns the parameters that train."""
     if stage not in (1, 2, 3):
         raise ValueError(f"Qwen2-VL trains in stages 1, 2 and 3, not {stage!r}")
@@ -1364,16 +1373,16 @@ def anatomy(name):
     rows = []
     for height, width in ((8, 8), (8, 16), (16, 16), (17, 46)):  # in tokens of the decoder
         height, width = height * v.factor, width * v.factor
-        grid = torch.tensor([image_grid(height, width, v)], device="cpu")
+        grid = torch.tensor([image_grid(height, width, v)])
         tokens = num_image_tokens(height, width, config)
         patches = torch.empty(int(grid.prod()), v.patch_width, device="meta")
         prompt = torch.empty(1, tokens + words, c.width, device="meta")
         flops = count_flops(lambda p=patches, g=grid: model.encode_image(p, g)), count_flops(lambda p=prompt: model.language.hidden(p))
         rows.append(f"{height:>6} x {width:<6}{tokens:>8,}{flops[0]:>22,}{flops[1]:>22,}{2 * cache * tokens:>18,}")
-    windows = f", windows of {v.window_size} pixels but in layers {', '.join(map(str, v.full_layers))}" if v.window_size else ""
+    of_windows = f", windows of {v.window_size} pixels but in layers {', '.join(map(str, v.full_layers))}" if v.window_size else ""
     return "\n".join(
         [
-            f"{name}: {total:,} parameters, any resolution from {v.min_pixels:,} to {v.max_pixels:,} pixels{windows}",
+            f"{name}: {total:,} parameters, any resolution from {v.min_pixels:,} to {v.max_pixels:,} pixels{of_windows}",
             "",
             table(describe(model)),
             "",
@@ -1381,7 +1390,8 @@ def anatomy(name):
             "",
             f"  an image of    tokens  FLOPs to encode it {f'... to read it with {words} words':>32}   KV cache, bytes",
             *rows,
-            f"{2 * (count_parameters(model.language) - c.vocab_size * c.width):,} FLOPs for each new word, but for its attention",
+            f"{2 * (count_parameters(model.language) - c.vocab_size * c.width * (not c.tie_embeddings)):,} FLOPs for each new word,"
+            " but for its attention",
             f"KV cache: {2 * cache:,} bytes a token in 16 bits; a token is {v.factor} x {v.factor} pixels, of a clip {v.frames} frames too",
         ]
     )
@@ -1406,16 +1416,16 @@ def show_trace():
 def show_mask():
     """Who may look at whom, drawn from the same rule that the attention kernels follow."""
     grid = torch.tensor([[1, 2, 2], [2, 2, 2]])
-    frames = patch_places(grid, 2)[0]
-    windows = window_segments(patch_places(torch.tensor([[1, 4, 4]]), 2), replace(TOWER_2_5, window_size=28))
+    frame_of = patch_places(grid, 2)[0]
+    window_of = window_segments(patch_places(torch.tensor([[1, 4, 4]]), 2), replace(TOWER_2_5, window_size=28))
     padded = torch.tensor([[-1, -1, 0, 0, 0, 0, 0, 0]])
     return "\n\n".join(
         [
             "rows look at columns; # may, . may not",
             "vision tower, one packed row: an image of 2 x 2 patches, a clip of two frame pairs of 2 x 2\n"
-            + draw_mask(12, 12, q_segments=frames, k_segments=frames),
+            + draw_mask(12, 12, q_segments=frame_of, k_segments=frame_of),
             "Qwen2.5-VL's windows, here of 2 x 2 patches in an image of 4 x 4; in 4 of 32 layers all see all\n"
-            + draw_mask(16, 16, q_segments=windows, k_segments=windows),
+            + draw_mask(16, 16, q_segments=window_of, k_segments=window_of),
             "decoder: causal over words and image tokens alike, here 2 words, 4 tokens, 2 words\n" + draw_mask(8, 8, causal=True),
             "decoder, a row with 2 tokens of padding on the left\n"
             + draw_mask(8, 8, causal=True, q_segments=padded, k_segments=padded),
@@ -1435,16 +1445,22 @@ def read_visuals(images, videos, config):
     return given
 
 
+def question_ids(question, given, encode, config, room=1):
+    """One question about what read_visuals gave -> ids. Raises ValueError when the context has no room for an answer."""
+    grids = given.get("grid_thw"), given.get("video_grid_thw")
+    prompt = build_prompt(question, *(0 if grid is None else len(grid) for grid in grids), config.template)
+    ids = encode(expand_visuals(prompt, config, *grids))
+    if len(ids) + room > config.language.context:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the context holds {config.language.context}: shorten it")
+    return ids
+
+
 def answer(model, images, videos, question, encode, decode, max_new_tokens=32):
     """One question about images and videos (see read_visuals) -> the model's answer as text."""
     device, config = model.language.norm.weight.device, model.config
     given = read_visuals(images, videos, config.vision)
-    prompt = build_prompt(question, len(images), len(videos), config.template)
-    prompt = expand_visuals(prompt, config, given.get("grid_thw"), given.get("video_grid_thw"))
-    ids = torch.tensor([encode(prompt)], device=device)
+    ids = torch.tensor([question_ids(question, given, encode, config)], device=device)
     room = config.language.context - ids.shape[1]
-    if room < 1:
-        raise ValueError(f"the prompt has {ids.shape[1]} tokens, the context holds {room + ids.shape[1]}: shorten it")
     given |= {name: given[name].to(device) for name in ("patches", "video_patches") if name in given}
     new = model.generate(ids, **given, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_id)[0].tolist()
     return decode([i for i in new if i != config.eos_token_id]).strip()
@@ -1459,12 +1475,16 @@ def run_weights(args):
         build_prompt(question, len(images), len(videos))  # a placeholder too many is found before gigabytes are read
     folder = checkpoint_folder(args.weights)
     config = config_from_published(read_config(folder), folder)  # so is a checkpoint of another family
-    for image in images:
-        num_image_tokens(image.height, image.width, config)  # and an impossible shape
-    tokenizer = load_tokenizer(folder)
+    given, tokenizer = read_visuals(images, videos, config.vision), load_tokenizer(folder)  # and an impossible shape
+
+    def encode(text):
+        return tokenizer.encode(text).ids
+
+    for question in args.prompt:
+        question_ids(question, given, encode, config)  # and a prompt too long
     model = Qwen2VL.from_pretrained(folder, getattr(torch, args.dtype), check_device(args.device))
     for question in args.prompt:
-        print(answer(model, images, videos, question, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
+        print(answer(model, images, videos, question, encode, tokenizer.decode))
 
 
 def cut_picture(image, config, scale):
@@ -1499,16 +1519,12 @@ def demo(args):
 
     device, config = check_device(args.device), PRESETS["tiny"]
     images, videos = [load_image(path) for path in args.image], [load_video(path) for path in args.video]
-    given = read_visuals(images, videos, config.vision)  # wrong input is found before the training
-    for question in args.prompt:
-        if given:
-            prompt = build_prompt(question, len(images), len(videos), config.template)
-            prompt = expand_visuals(prompt, config, given.get("grid_thw"), given.get("video_grid_thw"))
-        else:
-            prompt = expand_visuals(build_prompt(question, 1, 0, config.template), config, torch.tensor([(1, 10, 10)]))
-        if len(tiny.encode(prompt)) + 16 > config.language.context:
-            raise ValueError(f"the prompt has {len(tiny.encode(prompt))} tokens, the context holds {config.language.context}: shorten it")
     asked = [tiny.qwen_scene(tiny.rng_for("qwen demo", i), [size], "test") for i, size in enumerate(tiny.NEW_CANVASES)]
+    own = images or videos
+    pictures = images if own else [asked[0][0]]  # what the reader's questions are about
+    given = read_visuals(pictures, videos, config.vision)  # wrong input is found before the training
+    for question in args.prompt or [tiny.DESCRIBE]:
+        question_ids(question, given, tiny.encode, config, room=16)  # what the longest answers of the toy world take
     image, turns = asked[0]
     t, h, w = image_grid(image.height, image.width, config.vision)
     print(f"In goes a picture as it is, {image.height} x {image.width} pixels: {h} x {w} patches, merged {config.vision.merge} x"
@@ -1517,9 +1533,8 @@ def demo(args):
     untrained = tiny.untrained_qwen(args.device)
     print(f"before training it says: {', '.join(repr(text[:24]) for text in tiny.qwen_answers(untrained, asked[:3]))}")
     model = tiny.demo_qwen(args.device)
-    if given or args.prompt:
+    if own or args.prompt:
         for question in args.prompt or [tiny.DESCRIBE]:
-            pictures = images if given else [asked[0][0]]
             print(f"{question} -> {answer(model.to(device), pictures, videos, question, tiny.encode, tiny.decode)}")
         return
     print("\nafter training, about pictures of sizes and shapes it was never trained on:")

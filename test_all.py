@@ -3777,7 +3777,7 @@ def test_qwen_cached_logits_equal_uncached_ones(oracles):
     mask[1, :7] = False
     whole_mask = torch.cat([mask, torch.ones_like(more, dtype=torch.bool)], 1)
     whole = model(torch.cat([ids, more], 1), **our_inputs(images, videos, whole_mask))
-    x, positions = model.prompt(ids, *images, mask, *videos, None, None)
+    x, positions = model.embed_and_position(ids, *images, mask, *videos, None, None)
     language, cache = qwen2vl.PositionedLM(model.language, positions), qwen2vl.Cache(model.config.language, 3, 60, like=x)
     pieces = [language.hidden(x, mask, cache)]
     for start, end in ((0, 1), (1, 2), (2, 5), (5, 6)):
@@ -4528,14 +4528,32 @@ def test_qwen_anatomy_says_what_trains_and_what_an_image_costs(capsys):
 
 
 def test_qwen_flops_and_tokens_follow_the_area_with_windows():
-    """Twice the area in one image, or two images: without full layers the same work to the digit."""
+    """Twice the area in one image, or two images: without full layers the same work to the digit. With them more."""
     config = replace(qwen2vl.PRESETS["tiny"], vision=replace(qwen2vl.PRESETS["tiny"].vision, window_size=32))
+    full = replace(config, vision=replace(config.vision, full_layers=(1,)))
     with torch.device("meta"):
-        model = qwen2vl.Qwen2VL(config)
-    cost = lambda *grids: qwen2vl.count_flops(
+        model, mixed = qwen2vl.Qwen2VL(config), qwen2vl.Qwen2VL(full)
+    cost = lambda *grids, model=model: qwen2vl.count_flops(
         lambda: model.encode_image(torch.empty(sum(math.prod(g) for g in grids), 384, device="meta"), torch.tensor(grids, device="cpu"))
     )
     assert cost((1, 8, 16)) == 2 * cost((1, 8, 8)) == cost((1, 8, 8), (1, 8, 8)) == cost((2, 8, 8))
+    assert cost((1, 8, 16), model=mixed) > 2 * cost((1, 8, 8), model=mixed) == cost((2, 8, 8), model=mixed)
+
+
+@pytest.mark.parametrize("family, preset", [
+    ("llava", "tiny"), ("llava", "llava-1.5-7b"), ("qwen2vl", "tiny"), ("qwen2vl", "qwen2-vl-2b"), ("qwen2vl", "qwen2-vl-7b"),
+    ("cogvlm", "tiny"), ("blip2", "tiny"),
+])  # fmt: skip
+def test_anatomy_counts_the_flops_of_a_new_word_with_its_head_tied_or_not(family, preset):
+    """Against the counter that watches one word go through; biases, norms and its attention are the difference."""
+    module = MODULES[family]
+    with torch.device("meta"):
+        language = MODEL_CLASSES[family](module.PRESETS[preset]).language
+    counted = module.count_flops(lambda: language(torch.zeros(1, 1, dtype=torch.long, device="meta")))
+    said = re.search(r"([\d,]+)(?: FLOPs)? for each new word", module.anatomy(preset))[1]
+    assert int(said.replace(",", "")) == pytest.approx(counted, rel=0.01)
+    if preset == "qwen2-vl-2b":
+        assert said == "3,087,428,608"
 
 
 def test_flamingo_anatomy_says_what_trains_and_what_an_image_costs(capsys):
