@@ -1008,12 +1008,15 @@ def load_video(path):
         if not files:
             raise ValueError(f"{path} has no frames in it: a video is a folder of images, or an animated GIF")
         return [load_image(file) for file in files], 0.5
-    load_image(path)  # whatever is wrong with the file is said there
-    with Image.open(path) as image:
-        frames, seconds = [], []
-        for frame in ImageSequence.Iterator(image):
-            frames.append(frame.convert("RGB"))
-            seconds.append(frame.info.get("duration", 100) / 1000)
+    load_image(path)  # whatever is wrong with the file or its first frame is said there
+    frames, seconds = [], []
+    try:
+        with Image.open(path) as image:
+            for frame in ImageSequence.Iterator(image):
+                frames.append(frame.convert("RGB"))
+                seconds.append(frame.info.get("duration", 100) / 1000)
+    except Exception as error:  # see load_image; a file cut short is found in one of its later frames
+        raise ValueError(f"{path} is broken behind frame {len(frames)} ({error}): save it again") from None
     return frames, sum(seconds) / len(seconds) or 0.1
 
 
