@@ -6,7 +6,7 @@ training, neither drawn nor named: whoever gets those right has learned to compo
 
 How.    python train_tiny.py world              a sheet of samples, to see what the models see
         python train_tiny.py clip               train, then print the paper's claims at toy scale: hold or not
-        python train_tiny.py all                every family built so far, and the table for the README
+        python train_tiny.py all                all seven families, and the table for the README
         python train_tiny.py clip --ablations   "a beats b", three seeds, equal steps, in minutes
         python train_tiny.py clip --data DIR    your own pictures: DIR/metadata.jsonl with file_name and text
         torchrun --nproc-per-node 2 train_tiny.py clip
@@ -1287,11 +1287,12 @@ def llava_turns(scene, rng, stage):
     return [*turns[: (where := rng.randrange(5))], (DESCRIBE, caption(scene)), *turns[where:]]
 
 
-def conversation_loss(model, images, turns):
-    """The loss of a batch: images [PIL], turns [[(question, answer), ...] per image]; it counts the answers only."""
+def conversation_loss(model, images, turns, to_row=None):
+    """The loss of a batch: images [PIL], turns [[(question, answer), ...] per image]; it counts the answers only.
+    to_row: the turns about an image -> ids, labels; LLaVA's unless told otherwise. Loss and pixels are the same in all families."""
     import llava
     device = next(model.parameters()).device
-    rows = [llava.encode_conversation(said, encode, model.config) for said in turns]
+    rows = [to_row(said) if to_row else llava.encode_conversation(said, encode, model.config) for said in turns]
     ids, labels = pad([ids for ids, _ in rows])[0], pad([labels for _, labels in rows], llava.IGNORE_INDEX)[0]
     pixels = llava.preprocess(images, model.config.vision).to(device)
     return llava.language_loss(model(ids.to(device), pixels), labels.to(device))    # padding is to the right of all labels
@@ -1356,9 +1357,9 @@ def vqa_questions(rng, count):
     return asked
 
 
-def accuracy(model, asked):
-    """Fraction of [(scene, question, answer)] that is answered word for word."""
-    said = answers(model, [scene for scene, _, _ in asked], [question for _, question, _ in asked], longest=8)
+def accuracy(model, asked, respond=answers):
+    """Fraction of [(scene, question, answer)] that is answered word for word. respond: as `answers`, of another family."""
+    said = respond(model, [scene for scene, _, _ in asked], [question for _, question, _ in asked], longest=8)
     return sum(text == right for text, (_, _, right) in zip(said, asked)) / len(asked)
 
 
@@ -2011,13 +2012,9 @@ def untrained_cogvlm(device="cpu", seed=0, towers=TOWERS):
 
 
 def cogvlm_loss(model, images, turns):
-    """The loss of a batch: images [PIL], turns [[(question, answer), ...] per image]; it counts the answers only."""
+    """`conversation_loss` of rows in CogVLM's form; what looks like a special token in a text is plain text."""
     import cogvlm
-    device = model.adapter.boi.device
-    rows = [cogvlm.conversation_row(said, tokenizer().encode_ordinary, model.config) for said in turns]
-    ids, labels = pad([ids for ids, _ in rows])[0], pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)[0]
-    pixels = cogvlm.preprocess(images, model.config.vision).to(device)
-    return cogvlm.language_loss(model(ids.to(device), pixels), labels.to(device))   # padding is to the right of all labels
+    return conversation_loss(model, images, turns, lambda said: cogvlm.conversation_row(said, tokenizer().encode_ordinary, model.config))
 
 
 def train_cogvlm(model, name, steps, seed=0, bar=None, draw_batch=None, data="world", towers=TOWERS, freeze=None):
@@ -2067,9 +2064,7 @@ def cogvlm_answers(model, scenes, questions, longest=40):
 
 
 def cogvlm_accuracy(model, asked):
-    """Fraction of [(scene, question, answer)] that is answered word for word."""
-    said = cogvlm_answers(model, [scene for scene, _, _ in asked], [question for _, question, _ in asked], longest=8)
-    return sum(text == right for text, (_, _, right) in zip(said, asked)) / len(asked)
+    return accuracy(model, asked, cogvlm_answers)
 
 
 def box_questions(rng, count):
@@ -2439,6 +2434,13 @@ def qwen_ablations(args):
 # Your own data: a folder of images with a metadata.jsonl, the layout the ecosystem calls imagefolder
 # ------------------------------------------------------------------------------------------------------------------
 
+def words_only(text):
+    """A text without the <image> and <video> that other data sets write into it: here pictures stand in front by themselves."""
+    while (rest := re.sub("<image>|<video>", "", text)) != text:
+        text = rest
+    return text.strip()
+
+
 def read_row(folder, line, fields):
     """One line of metadata.jsonl -> (PIL image, row). Raises ValueError saying what is wrong with it."""
     import clip
@@ -2446,7 +2448,8 @@ def read_row(folder, line, fields):
     if not isinstance(row, dict):
         raise ValueError('not an object like {"file_name": "a.png", "text": "..."}')
     for field in ("file_name", *fields):
-        if not isinstance(row.get(field), str) or not row[field].strip():
+        text = row.get(field)
+        if not isinstance(text, str) or not (words_only(text) if field == "answer" else text.strip()):
             raise ValueError(f"no {field}")
     return clip.load_image(folder / row["file_name"]), row
 
@@ -2457,7 +2460,7 @@ def read_folder(folder, fields):
     path = Path(folder) / "metadata.jsonl"
     need = ", ".join(("file_name", *fields))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         stop(f"cannot read {path} ({type(error).__name__}): --data wants a folder with a metadata.jsonl, a line with {need} per image")
     good, bad = [], []
@@ -2473,6 +2476,22 @@ def read_folder(folder, fields):
     if len(bad) > 10:
         say(f"  and {len(bad) - 10} more")
     return good
+
+
+def short_enough(folder, rows, tokens, context):
+    """Those of [(PIL image, row)] that fit the context, tokens(image, row) being how many they take with their picture and all
+    that is written around a text. The others are counted; the program ends (status 2) when none is left."""
+    fits = [(image, row) for image, row in rows if tokens(image, row) <= context]
+    if len(fits) < len(rows):
+        say(f"{len(rows) - len(fits)} rows do not fit the context of {context} tokens and are left out")
+    if not fits:
+        stop(f"no row of {folder} is short enough: {context} tokens with its picture, and the toy vocabulary spells words it does not know")
+    return fits
+
+
+def question_and_answer(row):
+    """[(question, answer)] of a row, as words; a question of nothing but <image> asks for a description."""
+    return [(words_only(row["question"]) or DESCRIBE, words_only(row["answer"]))]
 
 
 def fingerprint(rows):
@@ -2548,18 +2567,15 @@ def vilt_own_data(args):
 
 def llava_own_data(args):
     """`python train_tiny.py llava --data FOLDER`: rows with question and answer too; stage 2 on them, from the toy LLaVA."""
-    rows = read_folder(args.data, ("question", "answer"))
+    import llava
+    rows, config = read_folder(args.data, ("question", "answer")), llava_config()
+    fits = short_enough(args.data, rows, lambda _, row: len(llava.encode_conversation(question_and_answer(row), encode, config)[0]),
+                        config.language.context)
     model = toy_llava(args.device)
-    longest = model.config.language.context - 64
-    fits = [row for row in rows if len(encode(row[1]["question"] + row[1]["answer"])) < longest]
-    if len(fits) < len(rows):
-        say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text and are left out")
-    if not fits:
-        stop(f"no row of {args.data} is short enough: {longest} tokens, and the toy vocabulary spells words it does not know")
 
     def draw_batch(step):
         chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), LLAVA_BATCH)]
-        return [image for image, _ in chosen], [[(row["question"], row["answer"])] for _, row in chosen]
+        return [image for image, _ in chosen], [question_and_answer(row) for _, row in chosen]
 
     llava_stage(model, 2, run_name("llava-own", args.seed, args.steps), args.steps or 100, args.seed,
                 draw_batch=draw_batch, data=fingerprint(rows))
@@ -2568,14 +2584,12 @@ def llava_own_data(args):
 
 def blip2_own_data(args):
     """`python train_tiny.py blip2 --data FOLDER`: rows with a text; stage 2 on them, from the toy BLIP-2."""
+    import blip2
     rows = read_folder(args.data, ("text",))
+    config = blip2.PRESETS["tiny"]
+    prompt = len(blip2_prompt(config))              # behind the text stands <eos>
+    fits = short_enough(args.data, rows, lambda _, row: prompt + len(tokenizer().encode_ordinary(f" {row['text']}")) + 1, config.language.context)
     model = toy_blip2(args.device)
-    longest = model.config.language.context - len(blip2_prompt(model.config)) - 2
-    fits = [row for row in rows if len(tokenizer().encode_ordinary(row[1]["text"])) <= longest]
-    if len(fits) < len(rows):
-        say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text and are left out")
-    if not fits:
-        stop(f"no row of {args.data} is short enough: {longest} tokens, and the toy vocabulary spells words it does not know")
 
     def draw_batch(step):
         chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), BLIP2_BATCH)]
@@ -2589,14 +2603,10 @@ def blip2_own_data(args):
 
 def flamingo_own_data(args):
     """`python train_tiny.py flamingo --data FOLDER`: rows with a text; the toy Flamingo learns them as captions."""
-    rows = read_folder(args.data, ("text",))
-    model = toy_flamingo(args.device)
-    longest = model.config.language.context - 2     # <image> in front, <|endofchunk|> behind
-    fits = [row for row in rows if len(tokenizer().encode_ordinary(f" {row[1]['text']}")) <= longest]
-    if len(fits) < len(rows):
-        say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text and are left out")
-    if not fits:
-        stop(f"no row of {args.data} is short enough: {longest} tokens, and the toy vocabulary spells words it does not know")
+    import flamingo
+    rows, context = read_folder(args.data, ("text",)), flamingo.PRESETS["tiny"].language.context
+    fits = short_enough(args.data, rows, lambda _, row: 1 + len(tokenizer().encode_ordinary(f" {row['text']}")) + 1, context)
+    model = toy_flamingo(args.device)               # <image> in front, <|endofchunk|> behind
 
     def draw_batch(step):
         chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), FLAMINGO_BATCH)]
@@ -2611,19 +2621,15 @@ def flamingo_own_data(args):
 def cogvlm_own_data(args):
     """`python train_tiny.py cogvlm --data FOLDER`: rows with question and answer too; the experts on them, from the toy CogVLM."""
     import cogvlm
-    rows = read_folder(args.data, ("question", "answer"))
+    rows, config = read_folder(args.data, ("question", "answer")), cogvlm.PRESETS["tiny"]
+    ordinary = tokenizer().encode_ordinary
+    fits = short_enough(args.data, rows, lambda _, row: len(cogvlm.conversation_row(question_and_answer(row), ordinary, config)[0]),
+                        config.language.context)
     model = toy_cogvlm(args.device)
-    longest = model.config.language.context - len(cogvlm.conversation_row([("?", "")], encode, model.config)[0])
-    pairs = [(image, row["question"].replace("<image>", "").strip() or DESCRIBE, row["answer"]) for image, row in rows]
-    fits = [pair for pair in pairs if len(tokenizer().encode_ordinary(pair[1] + pair[2])) <= longest]
-    if len(fits) < len(rows):
-        say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text and are left out")
-    if not fits:
-        stop(f"no row of {args.data} is short enough: {longest} tokens, and the toy vocabulary spells words it does not know")
 
     def draw_batch(step):
         chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), COGVLM_BATCH)]
-        return [image for image, _, _ in chosen], [[(question, said)] for _, question, said in chosen]
+        return [image for image, _ in chosen], [question_and_answer(row) for _, row in chosen]
 
     name = run_name("cogvlm-own", args.seed, args.steps)
     train_cogvlm(model, name, args.steps or 100, args.seed, draw_batch=draw_batch, data=fingerprint(rows))
@@ -2634,23 +2640,22 @@ def cogvlm_own_data(args):
 def qwen_own_data(args):
     """`python train_tiny.py qwen2vl --data FOLDER`: rows with question and answer, pictures of any size, from the toy Qwen2-VL."""
     import qwen2vl
-    rows, vision = read_folder(args.data, ("question", "answer")), qwen2vl.PRESETS["tiny"].vision
-    longest, fits = qwen2vl.PRESETS["tiny"].language.context - 80, []    # 64 tokens are the largest picture
-    for image, row in rows:
+    rows, config = read_folder(args.data, ("question", "answer")), qwen2vl.PRESETS["tiny"]
+
+    def tokens(image, row):
         try:
-            qwen2vl.image_grid(image.height, image.width, vision)
-            if len(encode(row["question"] + row["answer"])) < longest:
-                fits.append((image, [(row["question"].replace("<image>", ""), row["answer"])]))
-        except ValueError as error:
+            grid = torch.tensor([qwen2vl.image_grid(image.height, image.width, config.vision)])
+        except ValueError as error:                 # longer than 200 : 1
             say(f"  {row['file_name']}: {error}")
-    if len(fits) < len(rows):
-        say(f"{len(rows) - len(fits)} rows have more than {longest} tokens of text, or pictures too long, and are left out")
-    if not fits:
-        stop(f"no row of {args.data} can be used: {longest} tokens of text at most, pictures up to 200 : 1")
+            return math.inf
+        return len(qwen2vl.encode_turn(*question_and_answer(row)[0], encode, config, grid)[0])
+
+    fits = short_enough(args.data, rows, tokens, config.language.context)
     model = toy_qwen(args.device)
 
     def draw_batch(step):
-        return [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), 8)]
+        chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), 8)]
+        return [(image, question_and_answer(row)) for image, row in chosen]
 
     name = run_name("qwen2vl-own", args.seed, args.steps)
     train_qwen(model, name, args.steps or 100, args.seed, ("own",) * 8, draw_batch=draw_batch, data=fingerprint(rows))
@@ -2662,13 +2667,12 @@ def qwen_own_data(args):
 # Command line
 # ------------------------------------------------------------------------------------------------------------------
 
-FAMILIES = ("clip", "vilt", "flamingo", "cogvlm", "blip2", "llava", "qwen2vl")
 RECIPES = {                                         # family: (level claims, ablations, own data)
-    "blip2": (blip2_recipe, blip2_ablations, blip2_own_data),
-    "cogvlm": (cogvlm_recipe, cogvlm_ablations, cogvlm_own_data),
     "clip": (clip_recipe, clip_ablations, clip_own_data),
     "vilt": (vilt_recipe, vilt_ablations, vilt_own_data),
     "flamingo": (flamingo_recipe, flamingo_ablations, flamingo_own_data),
+    "cogvlm": (cogvlm_recipe, cogvlm_ablations, cogvlm_own_data),
+    "blip2": (blip2_recipe, blip2_ablations, blip2_own_data),
     "llava": (llava_recipe, llava_ablations, llava_own_data),
     "qwen2vl": (qwen_recipe, qwen_ablations, qwen_own_data),
 }
@@ -2689,8 +2693,8 @@ def steps_number(text):
 
 def command_line():
     parser = CommandLine(prog="train_tiny.py", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("world", "all", *FAMILIES), metavar="WHAT",
-                        help=f"world (a sheet of samples), all, or a family: {', '.join(FAMILIES)}")
+    parser.add_argument("what", choices=("world", "all", *RECIPES), metavar="WHAT",
+                        help=f"world (a sheet of samples), all, or a family: {', '.join(RECIPES)}")
     parser.add_argument("--ablations", action="store_true", help='"a beats b" at three seeds and equal steps, in minutes')
     parser.add_argument("--data", metavar="FOLDER", help="train on your own images: FOLDER/metadata.jsonl")
     parser.add_argument("--loss", choices=("softmax", "sigmoid"), default="softmax", help="clip only: CLIP's or SigLIP's")
@@ -2703,8 +2707,6 @@ def command_line():
 
 def check(args):
     """Wrong combinations end here, before anything is trained."""
-    if args.what in FAMILIES and args.what not in RECIPES:
-        stop(f"{args.what} has no recipe yet; there are: {', '.join(RECIPES)}")
     if args.data and (args.what not in RECIPES or args.ablations):
         stop(f"--data goes with one family ({', '.join(RECIPES)}) and without --ablations")
     if args.loss != "softmax" and args.what != "clip":
@@ -2718,13 +2720,8 @@ def check(args):
 
 
 def run_all(args):
-    """Every family that is built; the table for the README in runs/claims.md."""
-    claims = []
-    for family in FAMILIES:
-        if family in RECIPES:
-            claims += RECIPES[family][int(args.ablations)](args)
-        else:
-            say(f"{family}: not built yet")
+    """All families, one after the other; the table for the README in runs/claims.md."""
+    claims = [claim for recipes in RECIPES.values() for claim in recipes[int(args.ablations)](args)]
     table = RUNS / ("ablations.md" if args.ablations else "claims.md")
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(f"Seed {args.seed}, {time.strftime('%Y-%m-%d')}\n\n{claims_table(claims)}\n")
