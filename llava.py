@@ -1183,8 +1183,10 @@ def demo(args):
 
     device = check_device(args.device)
     own = [load_image(path) for path in args.image]  # wrong input is found before the training
+    side = PRESETS["tiny"].vision.image_size
     for question in args.prompt:
-        tokens = len(tiny.encode(build_prompt(question, len(own) or 1)))
+        prompt = expand_images(build_prompt(question, len(own) or 1), num_image_tokens(side, side, PRESETS["tiny"]))
+        tokens = len(tiny.encode(prompt))
         if tokens + 16 > PRESETS["tiny"].language.context:
             raise ValueError(f"the prompt has {tokens} tokens, the context holds {PRESETS['tiny'].language.context}: shorten it")
     rng = tiny.rng_for("llava demo")

@@ -4386,6 +4386,13 @@ def test_vilts_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(
     assert not list(runs.iterdir())
 
 
+def test_llavas_demo_counts_the_image_in_a_prompt_before_it_trains(runs, capsys):
+    words = 256 - 16 - len(world.encode(llava.build_prompt("red"))) + 1  # with one token for <image> that would fit
+    assert len(world.encode(llava.build_prompt("red" + " red" * (words - 1)))) + 16 == 256
+    fails_in_one_line(lambda: llava.main(["--demo", "--prompt", "red" + " red" * (words - 1)]), capsys, "255 tokens, the context holds 256")
+    assert not list(runs.iterdir())
+
+
 def test_a_mistake_in_a_real_shell_leaves_no_traceback(tmp_path):
     done = run(str(ROOT / "llava.py"), "--demo", "--image", "missing.png", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == "llava.py: no such image: missing.png\n" and not done.stdout
