@@ -6092,5 +6092,14 @@ def test_the_readme_shows_only_commands_that_exist():
             assert option in text, f"{script} has no {option}"
 
 
+def test_the_readmes_claims_have_the_names_that_the_code_prints():
+    names = {node.args[0].value for node in ast.walk(ast.parse(TRAIN_TINY.read_text()))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Claim"}
+    rows = re.findall(rf"^\| ((?:{'|'.join(FAMILIES)})[\w.-]*: [^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    for row in rows:  # behind a name may stand how it was measured: ", 700 steps"
+        assert any(row == name or row.startswith(f"{name}, ") for name in names), row
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))
