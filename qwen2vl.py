@@ -1014,10 +1014,10 @@ def load_video(path):
         with Image.open(path) as image:
             for frame in ImageSequence.Iterator(image):
                 frames.append(frame.convert("RGB"))
-                seconds.append(frame.info.get("duration", 100) / 1000)
+                seconds.append((frame.info.get("duration") or 100) / 1000)  # none, or 0: a tenth, as browsers show it
     except Exception as error:  # see load_image; a file cut short is found in one of its later frames
         raise ValueError(f"{path} is broken behind frame {len(frames)} ({error}): save it again") from None
-    return frames, sum(seconds) / len(seconds) or 0.1
+    return frames, sum(seconds) / len(seconds)
 
 
 def preprocess(images, config):

@@ -707,18 +707,19 @@ def make_flamingo_oracle(transformers, kind):
 
 
 def make_qwen_oracle(transformers, kind):
-    """kind: "qwen2vl" or "qwen2.5vl", perhaps tied. Windows of 16 pixels are 4 x 4 patches; layer 1 of 3 looks at the whole frame.
-    Rows and columns of images turn 4 of 8 frequencies; heads are grouped by two."""
+    """kind: "qwen2vl" or "qwen2.5vl", perhaps tied. Windows of 20 pixels are 4 x 4 patches (not 5 x 5: a token is not cut in two);
+    layer 1 of 3 looks at the whole frame. Rows and columns of images turn 6 of 8 frequencies; heads are grouped by two."""
     torch.manual_seed(0)
-    text = dict(text_fields(max_position_embeddings=256, intermediate_size=80, hidden_size=64), num_key_value_heads=2, rms_norm_eps=1e-6)
+    text = dict(text_fields(max_position_embeddings=256, intermediate_size=80, hidden_size=64), num_key_value_heads=2, rms_norm_eps=0.02)
     text |= dict(rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]}, bos_token_id=1, eos_token_id=2)
     vision = dict(depth=3, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
     ids = dict(image_token_id=98, video_token_id=97, vision_start_token_id=96, vision_end_token_id=95, tie_word_embeddings="tied" in kind)
     if kind.startswith("qwen2.5vl"):
-        vision |= dict(hidden_size=48, intermediate_size=72, out_hidden_size=64, window_size=16, fullatt_block_indexes=[1], tokens_per_second=3)
+        vision |= dict(hidden_size=48, intermediate_size=72, out_hidden_size=64, window_size=20, fullatt_block_indexes=[1], tokens_per_second=3)
         config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids)
         return randomise(transformers.Qwen2_5_VLForConditionalGeneration(config))
-    config = transformers.Qwen2VLConfig(vision_config=vision | dict(embed_dim=48, hidden_size=64, mlp_ratio=2), text_config=text, **ids)
+    vision |= dict(embed_dim=48, hidden_size=64, mlp_ratio=2, hidden_act="gelu" if "tied" in kind else "quick_gelu")
+    config = transformers.Qwen2VLConfig(vision_config=vision, text_config=text, **ids)
     return randomise(transformers.Qwen2VLForConditionalGeneration(config))
 
 
@@ -3172,6 +3173,19 @@ def test_cogvlm_experts_and_positions_against_tables_by_hand(tokens):
             assert ["v" if v else "l" for v in cogvlm.takes_vision_expert(roles)[0, left : left + T]] == experts.split()
 
 
+@torch.no_grad()
+def test_cogvlm2_joins_patches_that_lie_together_on_an_oblong_grid_too():
+    """Each token of a 4 x 6 grid is what the adapter makes of its own 2 x 2 patches alone."""
+    torch.manual_seed(0)
+    adapter = cogvlm.Adapter(replace(cogvlm.PRESETS["tiny"], strided=True))
+    patches = torch.randn(1, 4, 6, 96)
+    tokens = adapter(patches.view(1, 24, 96), 4, 6)[0, 1:-1].view(2, 3, -1)
+    for row in range(2):
+        for column in range(3):
+            four = patches[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(1, 4, 96)
+            close(tokens[row, column], adapter(four, 2, 2)[0, 1])
+
+
 def test_cogvlm_a_torn_image_is_an_error_that_says_where():
     model, I = cogvlm.CogVLM(cogvlm.PRESETS["tiny"]), cogvlm.PRESETS["tiny"].image_token_id
     pixels = torch.randn(2, 3, 32, 32)
@@ -3740,6 +3754,23 @@ def test_patches_stand_in_the_mergers_order_and_windows_are_cut_from_the_corner(
     table = torch.full((6, 6), -1)
     table[places[1], places[2]] = qwen2vl.window_segments(places, config)
     assert table.tolist() == [[0, 0, 0, 0, 1, 1]] * 4 + [[2, 2, 2, 2, 3, 3]] * 2
+    odd = replace(config, window_size=20)  # 2.5 tokens of 8 pixels: windows hold whole tokens
+    assert torch.equal(qwen2vl.window_segments(places, odd), qwen2vl.window_segments(places, config))
+
+
+@torch.no_grad()
+def test_learned_positions_stand_where_their_patches_do():
+    """The ablation's table, in the packed row's order: as it is on its own grid, stretched on others."""
+    tower = qwen2vl.VisionTower(replace(qwen2vl.PRESETS["tiny"].vision, learned_grid=6, layers=0))
+    row, column = torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij")
+    tower.position_embedding.zero_()
+    tower.position_embedding[:, :2] = torch.stack([row, column], dim=-1).view(36, 2)
+    grid = torch.tensor([[1, 6, 6], [1, 4, 12], [2, 6, 6]])
+    places = qwen2vl.patch_places(grid, 2)
+    own, wide, clip_ = tower.learned_positions(places, grid)[:, :2].split([36, 48, 72])
+    assert torch.equal(own, places[1:, :36].T.float()) and torch.equal(clip_, own.repeat(2, 1))
+    close(wide[:, 0].view(1, 2, 6, 2, 2).transpose(2, 3).reshape(4, 12)[:, 5], (torch.arange(4) + 0.5) * 6 / 4 - 0.5, 0.1)
+    close(wide[:, 1].view(1, 2, 6, 2, 2).transpose(2, 3).reshape(4, 12)[1], (torch.arange(12) + 0.5) * 6 / 12 - 0.5, 0.1)
 
 
 @torch.no_grad()
@@ -3822,7 +3853,12 @@ WRONG_VISUALS = {
     "no image": ((visual_row(*ONE), None), "8 image tokens in the ids, but no image was given"),
     "a patch too few": (ids_and(ONE, (31, 96), A), r"\[31, 96\].*\[\[1, 8, 4\]\] needs 32 patches"),
     "patches of another model": (ids_and(ONE, (32, 1176), A), r"\[32, 1176\].*of 96 numbers \(3 x 2 x 4 x 4\)"),
-    "an odd grid": (ids_and(ONE, (35, 96), (1, 5, 7)), "5 x 7 patches cannot be merged 2 x 2"),
+    "an image in two rows": (  # 7 to 10 and 11 to 14: from the first to the last column as many as an image has tokens
+        ([visual_row(7, (IMAGE, (1, 4, 4)), 4), visual_row(11, (IMAGE, (1, 4, 4)))], (torch.randn(32, 96), torch.tensor([A]))),
+        "8 tokens of image 1 do not stand side by side",
+    ),
+    "an odd number of rows": (ids_and(ONE, (20, 96), (1, 5, 4)), "5 x 4 patches cannot be merged 2 x 2"),
+    "an odd number of columns": (ids_and(ONE, (28, 96), (1, 4, 7)), "4 x 7 patches cannot be merged 2 x 2"),
     "an empty grid": (ids_and(ONE, (0, 96), (1, 0, 4)), "all positive"),
     "no grid": ((visual_row(*ONE), (torch.randn(32, 96), None)), "image patches without their grid"),
 }
@@ -3833,7 +3869,7 @@ def test_qwen_what_does_not_fit_is_an_error_with_both_numbers(oracles, what):
     model = qwen2vl.Qwen2VL.from_pretrained(oracles("qwen2vl")[1])
     (row, images), message = WRONG_VISUALS[what]
     with pytest.raises(ValueError, match=message):
-        model(torch.tensor([row]), *(images or ()))
+        model(torch.tensor(row if isinstance(row[0], list) else [row]), *(images or ()))
 
 
 def test_qwen_a_video_placeholder_without_a_video_and_other_misfits(oracles):
@@ -3980,6 +4016,35 @@ def test_qwen_presets_have_the_shapes_of_the_published_classes(preset, tmp_path)
     assert ours == {name: x.shape for name, x in theirs.items()}
 
 
+@pytest.mark.parametrize("version", ["Qwen2VL", "Qwen2_5_VL"])
+def test_what_a_qwen_config_leaves_out_is_what_the_published_class_means_by_silence(version, tmp_path):
+    """And the forms that eos_token_id, ties and rotary positions have had."""
+    published = getattr(quiet_transformers(), f"{version}Config")()
+    width = published.text_config.hidden_size
+    vision = {"out_hidden_size": width} if version == "Qwen2_5_VL" else {"hidden_size": width}
+    ours = qwen2vl.config_from_published({"model_type": published.model_type, "vision_config": vision}, tmp_path)
+    text, tower, c = published.text_config, published.vision_config, ours.language
+    assert (c.width, c.layers, c.heads, c.kv_heads, c.mlp_width) == (
+        width, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads, text.intermediate_size
+    )  # fmt: skip
+    assert (c.vocab_size, c.context, c.norm_eps) == (text.vocab_size, text.max_position_embeddings, text.rms_norm_eps)
+    assert (ours.vision.layers, ours.vision.heads, ours.vision.patch_size, ours.vision.merge) == (
+        tower.depth, tower.num_heads, tower.patch_size, tower.spatial_merge_size
+    )  # fmt: skip
+    assert (ours.image_token_id, ours.video_token_id) == (published.image_token_id, published.video_token_id)
+    if version == "Qwen2_5_VL":
+        assert ours.tokens_per_second == tower.tokens_per_second and ours.vision.full_layers == tuple(tower.fullatt_block_indexes)
+        assert (ours.vision.width, ours.vision.window_size) == (tower.hidden_size, tower.window_size)
+    read = lambda **changes: qwen2vl.config_from_published({"model_type": published.model_type, "vision_config": vision} | changes, tmp_path)
+    assert read(eos_token_id=[7, 8]).eos_token_id == read(eos_token_id=7).eos_token_id == 7
+    assert read(text_config={"eos_token_id": 9}).eos_token_id == 9 and ours.eos_token_id == 151645
+    assert read(num_key_value_heads=None).language.kv_heads == c.heads, "null: no groups"
+    assert read(tie_word_embeddings=True).language.tie_embeddings and read(text_config={"tie_word_embeddings": True}).language.tie_embeddings
+    for place in ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 24, 32]}}, {"text_config": {"rope_parameters": {"mrope_section": [8, 24, 32]}}}):
+        assert read(**place).language.mrope_sections == (8, 24, 32)
+    assert read(text_config={"vocab_size": 10}, rope_scaling={"type": "mrope", "mrope_section": [8, 24, 32]}).language.mrope_sections == (8, 24, 32)
+
+
 def test_qwen_loads_every_layout_its_checkpoints_have_had(oracles, tmp_path):
     """visual, model, lm_head as first on the hub; model.visual, model.language_model later; in shards; with old buffers."""
     for kind in QWEN_ORACLES:
@@ -4022,16 +4087,20 @@ def test_a_qwen_checkpoint_is_refused_with_the_reason(oracles, tmp_path):
         ({"model_type": "llava"}, "holds a 'llava' checkpoint; qwen2vl.py reads 'qwen2_vl' and 'qwen2_5_vl'"),
         ({"text_config": raw["text_config"] | {"use_sliding_window": True}}, "sliding window"),
         ({"text_config": raw["text_config"] | {"rope_parameters": {"rope_type": "yarn"}}}, "rotary positions"),
+        ({"text_config": raw["text_config"] | {"rope_parameters": None, "rope_scaling": {"type": "yarn"}}}, "rotary positions"),
         ({"vision_config": raw["vision_config"] | {"out_hidden_size": 32}}, "ends in 32 numbers, the language model has 64"),
         ({"vision_config": raw["vision_config"] | {"hidden_act": "gelu"}}, "'gelu'; qwen2vl.py knows 'silu'"),
     ):
         with pytest.raises(ValueError, match=words):
             qwen2vl.config_from_published(raw | change, tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"min_pixels": 784, "max_pixels": 7840, "image_mean": [0, 0, 0], "merge_size": 2, "patch_size": 4})
+        json.dumps({"min_pixels": 784, "max_pixels": 7840, "image_mean": [0, 0, 0], "image_std": [1, 1, 2], "merge_size": 2, "patch_size": 4})
     )
     vision = qwen2vl.config_from_published(raw, tmp_path).vision
-    assert (vision.min_pixels, vision.max_pixels, vision.mean) == (784, 7840, (0, 0, 0))
+    assert (vision.min_pixels, vision.max_pixels, vision.mean, vision.std) == (784, 7840, (0, 0, 0), (1, 1, 2))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"min_pixels": 98, "max_pixels": 998}, "patch_size": 4}))
+    vision = qwen2vl.config_from_published(raw, tmp_path).vision
+    assert (vision.min_pixels, vision.max_pixels) == (98, 998)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 99, "longest_edge": 999}, "patch_size": 14}))
     with pytest.raises(ValueError, match="patch_size 14, config.json 4"):
         qwen2vl.config_from_published(raw, tmp_path)
@@ -4078,6 +4147,9 @@ def test_qwen_prompts_are_the_published_template():
     turn = system + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert prompt == turn.format(see + see + watch + "What?")
     assert qwen2vl.build_prompt("In <image> and <video>?", 1, 1) == turn.format(f"In {see} and {watch}?")
+    assert qwen2vl.build_prompt("In <image>?", 1, 1) == turn.format(f"{watch}In {see}?")
+    assert qwen2vl.build_prompt("<image>?", 1, 1) == turn.format(f"{see}{watch}?")
+    assert qwen2vl.build_prompt("In <video>?", 1, 1) == turn.format(f"{see}In {watch}?")
     assert qwen2vl.build_prompt("{} braces", 0) == turn.format("{} braces")
     for question, images, videos, words in (
         ("<image> what", 2, 0, r"1 <image> placeholder\(s\) for 2 image"),
@@ -4105,6 +4177,12 @@ def test_videos_are_read_from_folders_and_gifs(tmp_path):
     for name, seconds in (("moving.gif", 0.2), ("folder", 0.5)):
         read, between = qwen2vl.load_video(tmp_path / name)
         assert [frame.getpixel((0, 0))[0] for frame in read] == [0, 80, 160] and between == pytest.approx(seconds), name
+    frames[0].save(tmp_path / "uneven.gif", save_all=True, append_images=frames[1:], duration=[100, 300, 500])
+    frames[0].save(tmp_path / "hasty.gif", save_all=True, append_images=frames[1:], duration=0)
+    for name, seconds in (("uneven.gif", 0.3), ("hasty.gif", 0.1), ("folder/0.png", 0.1)):  # a time of 0, or none, is a tenth
+        assert qwen2vl.load_video(tmp_path / name)[1] == pytest.approx(seconds), name
+    (tmp_path / "folder" / ".hidden").write_text("what file managers leave behind")
+    assert len(qwen2vl.load_video(tmp_path / "folder")[0]) == 3
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("no frame")
     for name, words in (("empty", "no frames"), ("nothing", "no such image"), ("folder", "not an image")):
