@@ -3795,6 +3795,8 @@ def test_qwen_padding_on_either_side_gives_the_unpadded_words(oracles):
         assert torch.equal(model.generate(left, **our_inputs(images, videos, mask), max_new_tokens=9), words)
         right, mask = (x.flip(1) for x in pad_left(ids.flip(1), torch.ones_like(ids, dtype=torch.bool), 5))
         assert torch.equal(model.generate(right, **our_inputs(images, videos, mask), max_new_tokens=9), words)
+        right = right.masked_fill(~mask, IMAGE)  # whatever stands in the padding, it is no image
+        assert torch.equal(model.generate(right, **our_inputs(images, videos, mask), max_new_tokens=9), words)
 
 
 @torch.no_grad()
@@ -4040,6 +4042,7 @@ def test_what_a_qwen_config_leaves_out_is_what_the_published_class_means_by_sile
     assert read(text_config={"eos_token_id": 9}).eos_token_id == 9 and ours.eos_token_id == 151645
     assert read(num_key_value_heads=None).language.kv_heads == c.heads, "null: no groups"
     assert read(tie_word_embeddings=True).language.tie_embeddings and read(text_config={"tie_word_embeddings": True}).language.tie_embeddings
+    assert read(tie_word_embeddings=True, text_config={"vocab_size": 10}).language.tie_embeddings
     for place in ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 24, 32]}}, {"text_config": {"rope_parameters": {"mrope_section": [8, 24, 32]}}}):
         assert read(**place).language.mrope_sections == (8, 24, 32)
     assert read(text_config={"vocab_size": 10}, rope_scaling={"type": "mrope", "mrope_section": [8, 24, 32]}).language.mrope_sections == (8, 24, 32)
@@ -4166,6 +4169,24 @@ def test_qwen_prompts_are_the_published_template():
         qwen2vl.expand_visuals(prompt, config, grid)
     ids, labels = qwen2vl.encode_turn("what?", " red", world.encode, qwen2vl.PRESETS["tiny"], torch.tensor([(1, 4, 4)]))
     assert ids.count(499) == 4 and labels[-2:] == ids[-2:] and ids[-1] == world.EOS_ID and set(labels[:-2]) == {-100}
+
+
+def test_qwen_answers_end_with_their_turn_and_fit_the_context(monkeypatch):
+    model, asked = qwen2vl.Qwen2VL(qwen2vl.PRESETS["tiny"]), []
+    said = torch.tensor([[*world.encode(" a dog"), world.EOS_ID, world.EOS_ID]])
+    monkeypatch.setattr(model, "generate", lambda ids, **given: asked.append((ids, given)) or said)
+    picture = Image.new("RGB", (64, 48))
+    ask = lambda question: qwen2vl.answer(model, [picture], [([picture] * 3, 0.2)], question, world.encode, world.decode)
+    assert ask("red") == "a dog"
+    ids, given = asked[0]
+    assert given["max_new_tokens"] == 32 and given["eos_id"] == world.EOS_ID
+    assert (ids == world.IMAGE_ID).sum() == 12 and (ids == world.VIDEO_ID).sum() == 24
+    assert given["seconds"] == [0.4], "how long a step lasts: two frames"
+    fits = 512 - ids.shape[1]  # more words that the context holds, with no room for an answer
+    ask("red" + " red" * (fits - 3))
+    assert asked[1][0].shape[1] == 509 and asked[1][1]["max_new_tokens"] == 3
+    with pytest.raises(ValueError, match="the prompt has 512 tokens, the context holds 512"):
+        ask("red" + " red" * fits)
 
 
 def test_videos_are_read_from_folders_and_gifs(tmp_path):
