@@ -3131,6 +3131,18 @@ def test_the_published_cogvlm_configs_mean_the_presets(tmp_path):
     assert cogvlm.config_from_published(raw, tmp_path) == cogvlm.PRESETS["cogvlm2-llama3-19b"]
 
 
+def test_what_a_cogvlm_config_says_is_read_and_silence_means_the_first_models_defaults(tmp_path):
+    raw = cogvlm_fields()
+    read = lambda raw: cogvlm.config_from_published(raw, tmp_path)
+    silent = read({key: raw[key] for key in raw if key not in ("rms_norm_eps", "bos_token_id", "eos_token_id", "architectures")} | {"model_type": "cogvlm"})
+    assert (silent.language.norm_eps, silent.bos_token_id, silent.eos_token_id) == (1e-6, 1, 2)
+    said = read(raw | {"tie_word_embeddings": True, "vision_config": raw["vision_config"] | {"hidden_act": "quick_gelu"}})
+    assert said.language.tie_embeddings and not read(raw).language.tie_embeddings and said.vision.activation == "quick_gelu"
+    assert (said.image_token_id, said.bos_token_id, said.eos_token_id, said.language.context) == (60, 4, 5, 64)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 2]}))
+    assert (read(raw).vision.mean, read(raw).vision.std, read(raw).vision.resize) == ((0, 0, 0), (1, 1, 2), "squash")
+
+
 def test_cogvlm_counts_its_tokens():
     first, second = cogvlm.PRESETS["cogvlm-chat-17b"], cogvlm.PRESETS["cogvlm2-llama3-19b"]
     assert cogvlm.num_image_tokens(490, 490, first) == 35 * 35 + 2 == 1227
