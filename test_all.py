@@ -3131,6 +3131,18 @@ def test_the_published_cogvlm_configs_mean_the_presets(tmp_path):
     assert cogvlm.config_from_published(raw, tmp_path) == cogvlm.PRESETS["cogvlm2-llama3-19b"]
 
 
+def test_what_a_cogvlm_config_says_is_read_and_silence_means_the_first_models_defaults(tmp_path):
+    raw = cogvlm_fields()
+    read = lambda raw: cogvlm.config_from_published(raw, tmp_path)
+    silent = read({key: raw[key] for key in raw if key not in ("rms_norm_eps", "bos_token_id", "eos_token_id", "architectures")} | {"model_type": "cogvlm"})
+    assert (silent.language.norm_eps, silent.bos_token_id, silent.eos_token_id) == (1e-6, 1, 2)
+    said = read(raw | {"tie_word_embeddings": True, "vision_config": raw["vision_config"] | {"hidden_act": "quick_gelu"}})
+    assert said.language.tie_embeddings and not read(raw).language.tie_embeddings and said.vision.activation == "quick_gelu"
+    assert (said.image_token_id, said.bos_token_id, said.eos_token_id, said.language.context) == (60, 4, 5, 64)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 2]}))
+    assert (read(raw).vision.mean, read(raw).vision.std, read(raw).vision.resize) == ((0, 0, 0), (1, 1, 2), "squash")
+
+
 def test_cogvlm_counts_its_tokens():
     first, second = cogvlm.PRESETS["cogvlm-chat-17b"], cogvlm.PRESETS["cogvlm2-llama3-19b"]
     assert cogvlm.num_image_tokens(490, 490, first) == 35 * 35 + 2 == 1227
@@ -3795,6 +3807,8 @@ def test_qwen_padding_on_either_side_gives_the_unpadded_words(oracles):
         assert torch.equal(model.generate(left, **our_inputs(images, videos, mask), max_new_tokens=9), words)
         right, mask = (x.flip(1) for x in pad_left(ids.flip(1), torch.ones_like(ids, dtype=torch.bool), 5))
         assert torch.equal(model.generate(right, **our_inputs(images, videos, mask), max_new_tokens=9), words)
+        right = right.masked_fill(~mask, IMAGE)  # whatever stands in the padding, it is no image
+        assert torch.equal(model.generate(right, **our_inputs(images, videos, mask), max_new_tokens=9), words)
 
 
 @torch.no_grad()
@@ -4040,6 +4054,7 @@ def test_what_a_qwen_config_leaves_out_is_what_the_published_class_means_by_sile
     assert read(text_config={"eos_token_id": 9}).eos_token_id == 9 and ours.eos_token_id == 151645
     assert read(num_key_value_heads=None).language.kv_heads == c.heads, "null: no groups"
     assert read(tie_word_embeddings=True).language.tie_embeddings and read(text_config={"tie_word_embeddings": True}).language.tie_embeddings
+    assert read(tie_word_embeddings=True, text_config={"vocab_size": 10}).language.tie_embeddings
     for place in ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 24, 32]}}, {"text_config": {"rope_parameters": {"mrope_section": [8, 24, 32]}}}):
         assert read(**place).language.mrope_sections == (8, 24, 32)
     assert read(text_config={"vocab_size": 10}, rope_scaling={"type": "mrope", "mrope_section": [8, 24, 32]}).language.mrope_sections == (8, 24, 32)
@@ -4166,6 +4181,24 @@ def test_qwen_prompts_are_the_published_template():
         qwen2vl.expand_visuals(prompt, config, grid)
     ids, labels = qwen2vl.encode_turn("what?", " red", world.encode, qwen2vl.PRESETS["tiny"], torch.tensor([(1, 4, 4)]))
     assert ids.count(499) == 4 and labels[-2:] == ids[-2:] and ids[-1] == world.EOS_ID and set(labels[:-2]) == {-100}
+
+
+def test_qwen_answers_end_with_their_turn_and_fit_the_context(monkeypatch):
+    model, asked = qwen2vl.Qwen2VL(qwen2vl.PRESETS["tiny"]), []
+    said = torch.tensor([[*world.encode(" a dog"), world.EOS_ID, world.EOS_ID]])
+    monkeypatch.setattr(model, "generate", lambda ids, **given: asked.append((ids, given)) or said)
+    picture = Image.new("RGB", (64, 48))
+    ask = lambda question: qwen2vl.answer(model, [picture], [([picture] * 3, 0.2)], question, world.encode, world.decode)
+    assert ask("red") == "a dog"
+    ids, given = asked[0]
+    assert given["max_new_tokens"] == 32 and given["eos_id"] == world.EOS_ID
+    assert (ids == world.IMAGE_ID).sum() == 12 and (ids == world.VIDEO_ID).sum() == 24
+    assert given["seconds"] == [0.4], "how long a step lasts: two frames"
+    fits = 512 - ids.shape[1]  # more words that the context holds, with no room for an answer
+    ask("red" + " red" * (fits - 3))
+    assert asked[1][0].shape[1] == 509 and asked[1][1]["max_new_tokens"] == 3
+    with pytest.raises(ValueError, match="the prompt has 512 tokens, the context holds 512"):
+        ask("red" + " red" * fits)
 
 
 def test_videos_are_read_from_folders_and_gifs(tmp_path):
