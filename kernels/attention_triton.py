@@ -244,7 +244,7 @@ def _combine_kernel(PART, PART_LSE, O, LSE, so, PARTS: tl.constexpr, DH: tl.cons
     o = tl.sum(w[:, None] * part, 0) / l_safe
     O += b.to(tl.int64) * so[0] + h.to(tl.int64) * so[1] + t.to(tl.int64) * so[2]
     tl.store(O + d, o.to(O.dtype.element_ty), mask=d < DH)
-    tl.store(LSE + row, m + tl.log(l))
+    tl.store(LSE + row, tl.where(l == 0.0, float("-inf"), m + tl.log(l_safe)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -440,6 +440,7 @@ def bench_cpu():
         ("prefill, grouped", (1, 14, 2, 256, 256, 64), dict(causal=True)),
         ("one token, grouped", (1, 14, 2, 1, 1024, 64), dict(causal=True)),
     ]
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     about = versions() | {"device": f"cpu, {torch.get_num_threads()} threads"}
     print(", ".join(f"{name} {value}" for name, value in about.items()) + "; float32, medians")
     rows = []
@@ -467,7 +468,6 @@ def bench_cpu():
     from .attention import _triton_installed
 
     if _triton_installed():
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
         results["blocks"] = block_table()
     print("\nleft out, for want of a CUDA GPU: the Triton kernels' times, and what there is to compare them with there: SDPA's flash,"
           "\ncuDNN and efficient backends, eager, torch.compile, Liger-Kernel (--compile shows registers and spills without a GPU)")  # fmt: skip
