@@ -280,7 +280,7 @@ def test_blocks_that_nobody_sees_are_never_loaded():
 @needs_triton
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_packing_m_images_costs_m_small_squares(of_keys):
-    from kernels.attention_triton import plan
+    from kernels.attention_blocks import plan
 
     count = lambda ids: plan(ids, ids, None, 64, 64, False, of_keys)[1][..., 1].sum().item()
     t = torch.arange(1024, dtype=torch.int32)[None]
@@ -391,10 +391,10 @@ def test_keys_are_split_only_where_programs_are_few(monkeypatch):
 @kernels
 @needs_triton
 def test_the_plan_of_a_mask_is_kept_until_the_mask_changes(monkeypatch):
-    import kernels.attention_triton as triton_code
+    import kernels.attention_blocks as blocks
 
-    made, plan = [], triton_code.plan
-    monkeypatch.setattr(triton_code, "plan", lambda *a: made.append(a) or plan(*a))
+    made, plan = [], blocks.plan
+    monkeypatch.setattr(blocks, "plan", lambda *a: made.append(a) or plan(*a))
     torch.manual_seed(0)
     q, k, v = qkv(1, 2, 1, 20, 20, 16)
     ids, others = torch.arange(20)[None] // 7, torch.arange(20)[None] // 5
@@ -679,7 +679,7 @@ for mask, off in (("none", {"CAUSAL", "PREFIX", "SEGMENTS"}), ("causal", {"PREFI
     source = ast.unparse(ast.fix_missing_locations(Without(off).visit(ast.parse(open(attention_triton.__file__).read()))))
     assert "if SEGMENTS" not in source and "if PREFIX" not in source
     path = sys.argv[1] + f"/without_{mask}.py"
-    open(path, "w").write(source)
+    open(path, "w").write(source.replace("from .", "from kernels."))
     spec = importlib.util.spec_from_file_location(f"without_{mask}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -399,7 +399,8 @@ def bench_tiles(z):
 
 def block_table(T=2048):
     """How many key blocks the query tiles visit, counted by the kernels' own planning, beside the pairs that a mask leaves."""
-    from .attention_triton import CONFIGS, Mask
+    from .attention_blocks import Mask
+    from .attention_triton import CONFIGS
 
     t, rows, (BM, BN, *_) = torch.arange(T)[None], [], CONFIGS["forward", 128][0]
     third = T // 3
@@ -532,11 +533,12 @@ def compile_kernel(job):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from . import attention_triton, rope_triton
+    from . import attention_blocks, attention_triton, rope_triton
 
     direction, arch, Dh, dtype, mask, by_descriptor, group = job
     BD = triton.next_power_of_2(Dh)
-    kernel = getattr(rope_triton if direction == "rope" else attention_triton, (MATRIX | OTHERS)[direction])
+    module = {"rope": rope_triton, "ranges": attention_blocks, "plan": attention_blocks}.get(direction, attention_triton)
+    kernel = getattr(module, (MATRIX | OTHERS)[direction])
     queries = {"short": 64, "dq short": 64, "decode": 16}.get(direction, 4096)
     family = direction.split()[0] if direction.split()[0] in ("dkdv", "dq") else "forward"
     BM, BN, warps, stages = attention_triton.config(family, BD, DTYPES[dtype], queries, by_descriptor)
