@@ -315,7 +315,7 @@ CONFIGS = {
 def config(direction, BD, dtype, Tq, tma):
     """Tile sizes for a padded head width BD and Tq queries."""
     if dtype == torch.float32:  # full precision has no matrix instructions, every factor sits in registers: small tiles
-        return (16, 16, 8, 1) if BD == 256 else (32, 32, 8, 1)
+        return (32, 32, 8, 1) if BD <= 64 else (16, 16, 8, 1)
     if direction == "forward" and Tq <= 64:
         direction = "decode" if Tq <= 16 else "short"
     elif direction == "dq" and Tq <= 64:
@@ -343,10 +343,10 @@ def _rows(x):
 
 
 def _fits_tma(*tensors):
-    """Descriptors want every row to start, and to end, at a multiple of 16 bytes."""
+    """Descriptors want every row to start, and to end, at a multiple of 16 bytes. (In float32 they make registers spill.)"""
     steps = lambda x: [x.shape[3]] + [s for s, n in zip(x.stride()[:3], x.shape) if n > 1]
     aligned = lambda x: x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in steps(x))
-    return _has_tma(tensors[0].device) and all(map(aligned, tensors))
+    return tensors[0].dtype != torch.float32 and _has_tma(tensors[0].device) and all(map(aligned, tensors))
 
 
 def _tiled(x, rows, BD, tma):
