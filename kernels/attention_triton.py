@@ -287,8 +287,8 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
 # Tile sizes: (queries BM, keys BN, warps, stages of the load pipeline)
 
 # Direction, padded head width -> tiles for descriptors (Hopper, Blackwell), tiles for pointers (Ampere, rows out of step).
-# Chosen by compiling (python -m kernels.bench --compile): nothing spills for any one rule on sm_80, sm_90 and sm_100, and
-# with pointers less than 99 KB of shared memory, all that GeForce cards have. --tiles times the alternatives on a GPU.
+# Chosen by compiling (python -m kernels.bench --compile): nothing spills for any one rule on sm_80, sm_90 and sm_100 (16
+# bytes in some decoding variants), and pointers take less than 99 KB of shared memory, all that GeForce cards have. --tiles times the alternatives on a GPU.
 # Eight warps are two warp groups of 64 rows each; with three stages a tile is fetched two steps before it is needed.
 CONFIGS = {
     ("forward", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),  # at most 128 registers: two programs fit, one's exp under the other's products
