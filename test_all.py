@@ -4,6 +4,8 @@ Every test of the repo.
     python test_all.py              everything (about two minutes on two cores; SLOW=1 trains the demos too)
     python test_all.py -k clip      tests with clip in their name
     python test_all.py -k "not compile and not two_processes" -x
+    python test_all.py -k kernels   the kernels; where there is a GPU on it, with fresh random inputs (SEED=n repeats a run).
+                                    compute-sanitizer python test_all.py -k "kernels and configuration" looks for bad accesses
 
 It all runs offline and without a GPU: Triton's kernels run under its interpreter (TRITON_INTERPRET=1, set below) and are
 compiled, not run, for three generations of GPUs. The oracles are tiny random models of `transformers`.
@@ -11,7 +13,10 @@ compiled, not run, for three generations of GPUs. The oracles are tiny random mo
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
+import torch
+
+# before Triton is imported: its kernels then run on the CPU
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import ast
 import importlib.util
@@ -30,7 +35,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
 from PIL import Image
 
@@ -53,8 +57,36 @@ MODEL_CLASSES |= {"blip2": blip2.BLIP2, "llava": llava.LLaVA, "qwen2vl": qwen2vl
 # Kernels: three backends, one answer
 
 MODULE = sys.modules["kernels.attention"]  # kernels.attention itself is the function of that name
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter computes bfloat16 wrong: this needs a CUDA GPU")
+SEED = int(os.environ.get("SEED") or (random.randrange(2**31) if ON_GPU else 0))  # on a GPU the inputs are fresh ones each time
+
+
+@pytest.fixture
+def on_device():
+    """Tensors are made on the GPU where there is one."""
+    with torch.device(DEVICE):
+        yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory is full of NaN (of large numbers, if of integers): who reads what nobody wrote will be seen."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        real = getattr(owner, name)
+        fill = lambda x: x.fill_(torch.nan if x.is_floating_point() else 2**20)
+        monkeypatch.setattr(owner, name, lambda *a, real=real, fill=fill, **kw: fill(real(*a, **kw)))
+
+
+def kernels(test):
+    """For `-k kernels`: a test of the kernels, to be run on the device."""
+    test.kernels = True
+    return pytest.mark.usefixtures("on_device")(test)
+
+
 ALL_BACKENDS = ["reference", "torch", pytest.param("triton", marks=needs_triton)]
 
 RULES = {  # B, Tq, Tk -> the mask arguments of attention
@@ -86,7 +118,7 @@ def plain(q, k, v, rule):
 
 
 def output_and_gradients(f, inputs, grad):
-    inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    inputs = [x.detach().requires_grad_() for x in inputs]  # where they lie: how rows are aligned is part of the test
     o = f(*inputs)
     return [x.detach().double() for x in (o, *torch.autograd.grad(o, inputs, grad.to(o.dtype)))]
 
@@ -122,29 +154,35 @@ GRID = [  # B, H, K, Tq, Tk, Dh, dtype, rule, strided.  B is not H, G is 3 at ti
 def per_backend(rows, dtype):
     """Each row once per backend. The interpreter, which runs Triton here, computes bfloat16 wrong (and attention refuses it
     there): Triton's bf16 rows are left to the compile test below, and to a GPU. dtype: the column that holds it."""
-    triton = [pytest.param("triton", *row, marks=needs_triton) for row in rows if row[dtype] != "bfloat16"]
+    marks = lambda row: [needs_triton] + [needs_gpu] * (row[dtype] == "bfloat16")
+    triton = [pytest.param("triton", *row, marks=marks(row)) for row in rows]
     return [(name, *row) for name in ("reference", "torch") for row in rows] + triton
 
 
+@kernels
 @pytest.mark.parametrize("name,B,H,K,Tq,Tk,Dh,dtype,rule,strided", per_backend(GRID, dtype=6))
-def test_attention_and_its_gradients_are_exact(name, B, H, K, Tq, Tk, Dh, dtype, rule, strided):
+def test_attention_and_its_gradients_are_exact(poisoned, name, B, H, K, Tq, Tk, Dh, dtype, rule, strided):
+    torch.manual_seed(SEED + Tq + Dh)
+    check_attention(name, qkv(B, H, K, Tq, Tk, Dh, getattr(torch, dtype), strided), RULES[rule](B, Tq, Tk))
+
+
+def check_attention(name, inputs, rule):
     """Against float64: float32 to rounding; 16 bits at most 2 (output) or 3 (gradients) times as far off as plain code."""
-    torch.manual_seed(Tq + Dh)
-    rule = RULES[rule](B, Tq, Tk)
-    inputs, grad = qkv(B, H, K, Tq, Tk, Dh, getattr(torch, dtype), strided), torch.randn(B, H, Tq, Dh)
-    grad = grad.to(inputs[0].dtype)
+    (B, _, Tq, _), Tk, dtype = inputs[0].shape, inputs[1].shape[2], inputs[0].dtype
+    grad = torch.randn(inputs[0].shape).to(dtype)
     exact = output_and_gradients(lambda *x: plain(*x, rule), [x.double() for x in inputs], grad.double())
     usual = output_and_gradients(lambda *x: plain(*x, rule), inputs, grad)
     with backend(name):
         ours = output_and_gradients(lambda *x: attention(*x, **rule), inputs, grad)
     for what, a, b, c, factor in zip(("o", "dq", "dk", "dv"), ours, exact, usual, (2, 3, 3, 3)):
-        limit = 3e-6 * (1 + b.abs().max().item()) if dtype == "float32" else factor * distance(c, b) + 1e-5
-        assert distance(a, b) <= limit, f"{what} is off by {distance(a, b):.1e}, {limit:.1e} is allowed"
+        limit = 3e-6 * (1 + b.abs().max().item()) if dtype == torch.float32 else factor * distance(c, b) + 1e-5
+        assert distance(a, b) <= limit, f"{what} is off by {distance(a, b):.1e}, {limit:.1e} is allowed (SEED={SEED})"
     blind = ~allowed(Tq, Tk, **rule).any(-1).expand(B, Tq)  # queries that see nothing
     for what, x in (("o", ours[0]), ("dq", ours[1])):
         assert not x.transpose(1, 2)[blind].any(), f"{what} must be exactly 0 for a query that sees nothing"
 
 
+@kernels
 @pytest.mark.parametrize("name", ALL_BACKENDS)
 def test_a_batch_in_which_nobody_sees_anything_gives_zeros(name):
     q, k, v = qkv(2, 2, 1, 5, 7, 16)
@@ -157,6 +195,7 @@ def test_a_batch_in_which_nobody_sees_anything_gives_zeros(name):
         assert attention(q, k[:, :, :0], v[:, :, :0]).shape == q.shape  # no keys at all
 
 
+@kernels
 @pytest.mark.parametrize("name", ALL_BACKENDS)
 def test_lse_is_the_log_of_the_sum_of_exponentials(name):
     torch.manual_seed(0)
@@ -172,6 +211,7 @@ def test_lse_is_the_log_of_the_sum_of_exponentials(name):
         assert ((lse == -torch.inf) == (expected == -torch.inf)).all()
 
 
+@kernels
 @pytest.mark.parametrize("name", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_scores_in_the_tens_of_thousands_do_not_overflow(name, dtype):
@@ -185,6 +225,7 @@ def test_scores_in_the_tens_of_thousands_do_not_overflow(name, dtype):
     assert distance(ours[0], exact[0]) < (0.06 if dtype == "float16" else 1e-3)
 
 
+@kernels
 @pytest.mark.parametrize("name", ALL_BACKENDS)
 def test_packed_rows_give_what_separate_rows_give(name):
     """Images of 9, 30 and 50 patches in one row: output and gradients are those of one image at a time."""
@@ -235,10 +276,11 @@ def test_blocks_that_nobody_sees_are_never_loaded():
         assert torch.equal(a[:, :, :128], b) and not a[:, :, 128:].any()
 
 
+@kernels
 @needs_triton
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_packing_m_images_costs_m_small_squares(of_keys):
-    from kernels.attention_triton import plan
+    from kernels.attention_blocks import plan
 
     count = lambda ids: plan(ids, ids, None, 64, 64, False, of_keys)[1][..., 1].sum().item()
     t = torch.arange(1024, dtype=torch.int32)[None]
@@ -252,6 +294,7 @@ def test_packing_m_images_costs_m_small_squares(of_keys):
     assert causal[..., 1].sum() == 8 * 3 and causal[..., 0].sum() == 8  # of each 2 x 2 one is empty, one needs no mask
 
 
+@kernels
 @needs_triton
 def test_triton_gives_the_same_bits_twice_whatever_lies_in_fresh_memory(monkeypatch):
     torch.manual_seed(0)
@@ -265,6 +308,117 @@ def test_triton_gives_the_same_bits_twice_whatever_lies_in_fresh_memory(monkeypa
             monkeypatch.setattr(torch, name, poisoned)
         again = output_and_gradients(lambda *x: attention(*x, **rule), inputs, grad)
     assert all(torch.equal(a, b) for a, b in zip(once, again))
+
+
+CONFIGURATIONS = [  # queries, and the directions of attention_triton.CONFIGS that so many take
+    (150, ("forward", "dkdv", "dq")),
+    (50, ("short", "dkdv", "dq short")),
+    (9, ("decode", "dkdv", "dq short")),
+]
+
+
+@kernels
+@needs_triton
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=needs_gpu)])
+@pytest.mark.parametrize("fetch", ["descriptors", "pointers"])
+@pytest.mark.parametrize("Dh", [64, 128, 256])
+@pytest.mark.parametrize("Tq,directions", CONFIGURATIONS)
+def test_every_configuration_is_right(poisoned, monkeypatch, Tq, directions, Dh, fetch, dtype):
+    """Each entry of CONFIGS, not only those that usual shapes take; rows out of step with 16 bytes go by pointers."""
+    import kernels.attention_triton as triton_code
+
+    taken, config = [], triton_code.config
+    monkeypatch.setattr(triton_code, "config", lambda *a: taken.append((a[0], a[-1])) or config(*a))
+    torch.manual_seed(SEED + Tq + Dh)
+    inputs = qkv(2, 3, 1, Tq, 300, Dh, getattr(torch, dtype))
+    if fetch == "pointers":
+        inputs = [F.pad(x, (1, 0))[..., 1:] for x in inputs]
+    rules = RULES if ON_GPU else ["all at once"]  # the interpreter would take a minute for all
+    for rule in rules:
+        check_attention("triton", inputs, RULES[rule](2, Tq, 300))
+    tma = fetch == "descriptors" and triton_code._has_tma(inputs[0].device)
+    assert taken == [(d, tma) for d in ("forward", "dkdv", "dq")] * len(rules)
+    sizes = {config(d, Dh, inputs[0].dtype, Tq, tma) for d in ("forward", "dkdv", "dq")}
+    assert sizes == {triton_code.CONFIGS[d, Dh][0 if tma else 1] for d in directions}
+
+
+@needs_triton
+def test_the_configurations_tested_are_all_there_are():
+    from kernels.attention_triton import CONFIGS
+
+    assert set(CONFIGS) == {(d, Dh) for _, directions in CONFIGURATIONS for d in directions for Dh in (64, 128, 256)}
+
+
+SPLIT = [  # B, H, K, Tq, Tk, Dh, rule
+    (1, 6, 2, 1, 700, 64, "everything"),  # one token of grouped heads
+    (2, 2, 2, 1, 600, 80, "padded left"),
+    (1, 2, 1, 40, 900, 64, "causal"),
+    (2, 3, 1, 20, 800, 40, "all at once"),
+    (1, 2, 1, 70, 1100, 64, "packed"),  # most queries find all of their keys in one part
+]
+
+
+@kernels
+@needs_triton
+@pytest.mark.parametrize("dtype", ["float32", "float16", pytest.param("bfloat16", marks=needs_gpu)])
+@pytest.mark.parametrize("B,H,K,Tq,Tk,Dh,rule", SPLIT)
+def test_keys_split_over_programs_change_nothing(poisoned, monkeypatch, B, H, K, Tq, Tk, Dh, rule, dtype):
+    import kernels.attention_triton as triton_code
+
+    counts, parts = [], triton_code.parts
+    monkeypatch.setattr(triton_code, "_processors", lambda device: 100)
+    monkeypatch.setattr(triton_code, "parts", lambda *a: counts.append(parts(*a)) or counts[-1])
+    torch.manual_seed(SEED)
+    inputs, rule = qkv(B, H, K, Tq, Tk, Dh, getattr(torch, dtype)), RULES[rule](B, Tq, Tk)
+    check_attention("triton", inputs, rule)
+    assert counts and min(counts) > 1
+    with backend("triton"):
+        lse = attention(*inputs, **rule, return_lse=True)[1]
+    with backend("reference"):
+        expected = attention(*inputs, **rule, return_lse=True)[1]
+    torch.testing.assert_close(lse, expected, atol=2e-5, rtol=2e-5)
+
+
+@needs_triton
+def test_keys_are_split_only_where_programs_are_few(monkeypatch):
+    import kernels.attention_triton as triton_code
+
+    monkeypatch.setattr(triton_code, "_processors", lambda device: 132)
+    for programs, blocks, n in ((8, 512, 32), (128, 64, 2), (132, 64, 1), (1, 7, 1), (1, 8, 2), (1, 100000, 256)):
+        assert triton_code.parts(programs, blocks, None) == n
+
+
+@kernels
+@needs_triton
+def test_the_plan_of_a_mask_is_kept_until_the_mask_changes(monkeypatch):
+    import kernels.attention_blocks as blocks
+
+    made, plan = [], blocks.plan
+    monkeypatch.setattr(blocks, "plan", lambda *a: made.append(a) or plan(*a))
+    torch.manual_seed(0)
+    q, k, v = qkv(1, 2, 1, 20, 20, 16)
+    ids, others = torch.arange(20)[None] // 7, torch.arange(20)[None] // 5
+
+    def run(**rule):
+        with backend("triton"):
+            ours = attention(q, k, v, **rule)
+        with backend("reference"):
+            torch.testing.assert_close(ours, attention(q, k, v, **rule), atol=1e-5, rtol=1e-5)
+        return len(made)
+
+    assert run(q_segments=ids, k_segments=ids) == run(q_segments=ids, k_segments=ids) == 1  # all layers share it
+    assert run(q_segments=ids, k_segments=others) == 2
+    assert run(q_segments=ids, k_segments=others, causal=True) == 3
+    assert run(q_segments=ids) == 4 and run(k_segments=ids) == 5
+    ids[0, 3:] += 1  # in place: the same tensor is another mask now
+    assert run(k_segments=ids) == 6
+    prefix = torch.tensor([4])
+    assert run(k_segments=ids, causal=True, prefix=prefix) == 7
+    prefix += 5
+    assert run(k_segments=ids, causal=True, prefix=prefix) == 8
+    with torch.inference_mode():  # its tensors do not say when they change: nothing is kept
+        fresh = ids.clone()
+        assert run(k_segments=fresh) == 9 and run(k_segments=fresh) == 10
 
 
 def test_mask_tables_by_hand():
@@ -468,6 +622,7 @@ def test_cosines_kept_with_the_angles_follow_a_change_in_place():
 PRECISIONS = [("float32", 1e-6), ("float16", 2.0**-10), ("bfloat16", 2.0**-7)]
 
 
+@kernels
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("name,dtype,tolerance", per_backend(PRECISIONS, dtype=0))
 def test_apply_rope_and_its_gradients_are_exact(name, dtype, tolerance, interleaved):
@@ -493,6 +648,66 @@ def test_apply_rope_and_its_gradients_are_exact(name, dtype, tolerance, interlea
 # What the compiler makes of the kernels, and the speed table
 
 
+WITHOUT_MASKS = """
+import ast, importlib.util, re, sys
+import kernels
+from kernels import attention_triton, bench
+
+class Without(ast.NodeTransformer):  # the kernels' source, with what belongs to the features in `off` cut out
+    def __init__(self, off):
+        self.off = off
+    def visit_Name(self, node):
+        return ast.copy_location(ast.Constant(False), node) if node.id in self.off else node
+    def visit_BoolOp(self, node):
+        self.generic_visit(node)
+        node.values = [x for x in node.values if not (isinstance(x, ast.Constant) and x.value is False)]
+        return node if len(node.values) > 1 else node.values[0] if node.values else ast.Constant(False)
+    def visit_If(self, node):
+        self.generic_visit(node)
+        return (node.orelse or ast.Pass()) if isinstance(node.test, ast.Constant) and node.test.value is False else node
+    def visit_IfExp(self, node):
+        self.generic_visit(node)
+        return node.orelse if isinstance(node.test, ast.Constant) and node.test.value is False else node
+
+def instructions(job):
+    ptx = bench.compile_kernel(job)[1].asm["ptx"]
+    body = ptx[ptx.index("{", ptx.index(".entry")):ptx.index(".section")]
+    lines = (re.sub(r"//.*", "", line).strip() for line in body.splitlines())
+    return [re.sub(r"[$]L\\w+|_kernel_param", "", line) for line in lines if line and not line.startswith((".loc", ".file"))]
+
+for mask, off in (("none", {"CAUSAL", "PREFIX", "SEGMENTS"}), ("causal", {"PREFIX", "SEGMENTS"})):
+    source = ast.unparse(ast.fix_missing_locations(Without(off).visit(ast.parse(open(attention_triton.__file__).read()))))
+    assert "if SEGMENTS" not in source and "if PREFIX" not in source
+    path = sys.argv[1] + f"/without_{mask}.py"
+    open(path, "w").write(source.replace("from .", "from kernels."))
+    spec = importlib.util.spec_from_file_location(f"without_{mask}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for direction in ("forward", "dkdv", "dq"):
+        job = direction, 90, 64, "bf16", mask, True, 1
+        kernels.attention_triton = attention_triton
+        ours = instructions(job)
+        kernels.attention_triton = module
+        assert ours == instructions(job), (mask, direction)
+        assert len(ours) > 300, "the instructions were not found"
+        if (mask, direction) == ("none", "forward"):  # tiles come by descriptor: nothing else is read, only lse is written
+            assert not any("ld.global" in x or "cp.async.c" in x for x in ours) and any("cp.async.bulk.tensor" in x for x in ours)
+kernels.attention_triton = attention_triton
+ptx = bench.compile_kernel(("forward", 90, 64, "fp32", "none", False, 1))[1].asm["ptx"]
+assert "fma.rn.f32" in ptx and "tf32" not in ptx and "mma" not in ptx, "float32 takes IEEE products"
+"""
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux only")
+def test_kernels_are_free_of_masks_that_are_not_used(tmp_path):
+    """Instruction for instruction, a kernel without segments, prefix or causality is that of a source that never heard of
+    them; and float32 is multiplied as float32, not rounded to TF32."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", WITHOUT_MASKS, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def run_bench(*options):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "kernels.bench", *options]
@@ -502,26 +717,59 @@ def run_bench(*options):
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux only")
 def test_kernels_compile_for_ampere_hopper_and_blackwell(tmp_path):
-    """No GPU needed: forward without spills, matrix instructions of the generation, shared memory within the limit."""
-    run = run_bench("--compile", "--json", str(tmp_path / "compiled.json"))
+    """No GPU needed: every configuration without spills, with its generation's matrix instructions and shared memory."""
+    run = run_bench("--compile=quick", "--json", str(tmp_path / "compiled.json"))
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads((tmp_path / "compiled.json").read_text())["kernels"]
-    expected = {
-        (d, sm, Dh, t) for d in ("forward", "dkdv", "dq") for sm in (80, 90, 100) for Dh in (64, 128) for t in ("bf16", "fp16")
-    }
-    assert expected <= {(r["kernel"], r["sm"], r["Dh"], r["dtype"]) for r in rows}
-    assert {r["kernel"] for r in rows} == {"forward", "dkdv", "dq", "delta", "ranges", "plan", "rope"}
+    directions = {d for _, some in CONFIGURATIONS for d in some}
+    expected = {(d, sm, Dh) for d in directions for sm in (80, 90, 100) for Dh in (64, 128, 256)}
+    assert expected <= {(r["kernel"], r["sm"], r["Dh"]) for r in rows}
+    assert {r["kernel"] for r in rows} - directions == {"combine", "delta", "ranges", "plan", "rope"}
     units = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for row in rows:
         assert row["shared KB"] <= {80: 163, 90: 227, 100: 227}[row["sm"]] and not row["note"], row
-        if row["kernel"] in ("forward", "dkdv", "dq"):
-            assert row["matrix unit"] == units[row["sm"]], row
-        rare = row["kernel"] != "forward" or row["mask"] == "all"  # a backward pass, or every kind of mask at once
-        assert row["spill"] <= (256 if rare else 0), row
+        assert row["spill"] == 0 or row["Dh"] == 256, row
+        if row["kernel"] in directions:
+            assert row["matrix unit"] == ("mma.sync" if row["kernel"] == "decode" else units[row["sm"]]), row
+
+
+@needs_triton
+def test_the_tables_of_a_gpu_run_through_at_toy_sizes(tmp_path):
+    """On a CPU, under the interpreter: every table has its rows, the JSON and the picture are written, no figure is meant."""
+    run = run_bench("--rehearse", "--json", str(tmp_path / "all.json"), "--plot", str(tmp_path / "plot.png"))
+    assert run.returncode == 0, run.stdout + run.stderr
+    results = json.loads((tmp_path / "all.json").read_text())
+    assert "MEAN NOTHING" in results["device"] and "left out: Liger-Kernel, torch.compile" in run.stdout
+    assert {len(results[name]) for name in ("attention", "error")} == {8} and len(results["rope"]) == 6
+    for row in results["attention"] + results["rope"]:
+        assert row["ours fwd"] > 0 and row["ours bwd"] > 0 and row["fwd of peak" if "Dh" in row else "fwd of copy"] > 0
+    assert all(row["speed fwd"] > 0 and row["speed bwd"] > 0 for row in results["masks"]) and len(results["masks"]) == 6
+    assert all(row["o/plain"] <= 2 and max(row[f"{x}/plain"] for x in ("dq", "dk", "dv")) <= 3 for row in results["error"])
+    assert len(results["aims"]) == 19 and {row[""] for row in results["aims"]} <= {"holds", "MISSED", "-"}
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > 1000 and len(picture.getcolors(10000)) > 5
+
+
+def test_blocks_visited_are_those_that_the_mask_leaves(tmp_path):
+    """The small table of a machine without a GPU; its block counts come from the kernels' own planning."""
+    if ON_GPU:
+        pytest.skip("there is a GPU: the large table would run")
+    run = run_bench("--json", str(tmp_path / "small.json"))
+    assert run.returncode == 0 and "left out" in run.stdout, run.stdout + run.stderr
+    results = json.loads((tmp_path / "small.json").read_text())
+    assert len(results["attention"]) == 5 and results["torch"] == torch.__version__
+    if HAS_TRITON:
+        visited = {row["mask"]: row["visited"] for row in results["blocks"]}
+        assert visited["everything"] == 1 and visited["half padding"] == 0.25 and visited["8 images of equal size"] == 1 / 8
+        assert visited["causal"] == (16 * 17 / 2) / 16**2 and visited["64 images"] == 1 / 16  # the diagonal blocks
+        (causal,) = [row for row in results["blocks"] if row["mask"] == "causal"]
+        assert causal["masked"] == 16 and causal["open"] == 16 * 15 / 2  # only they need the mask worked out
+        assert all(row["pairs"] <= row["visited"] <= row["pairs"] + 0.11 for row in results["blocks"])
 
 
 def test_bench_says_what_is_wrong_in_one_line():
-    for options in (["--fast"], ["--json", "/nowhere/at/all.json"]):
+    wrong = [["--fast"], ["--json", "/nowhere/at/all.json"], ["--plot", "/nowhere/at/all.png"], ["--compile=slow"]]
+    for options in wrong + [["--tiles"], ["--plot", "plot.png"]] * (not ON_GPU):
         run = run_bench(*options)
         assert run.returncode == 2 and run.stderr.count("\n") == 1 and not run.stdout, run.stderr
 

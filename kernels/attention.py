@@ -249,7 +249,7 @@ def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments
             raise ValueError(f"return_weights needs the reference maths, but backend {name!r} was asked for")
         name = "reference"
     lse = weights = None
-    if name == "reference" or Tk == 0:
+    if name == "reference" or not q.numel() or not k.numel():
         o, lse, weights = _reference(q, k, v, rule, scale)
     elif name == "torch":
         o = _torch(q, k, v, rule, scale)

@@ -2,6 +2,7 @@
 
     program of                owns            walks over                       computes
     _forward_kernel           BM queries      the key blocks they see          o, lse
+    _combine_kernel           one query       the parts of its keys            o, lse, where the keys were split
     _delta_kernel             BM queries      -                                D_i = dO_i . O_i
     _dkdv_kernel              BN keys         G heads x the query tiles        dK, dV
     _dq_kernel                BM queries      the key blocks they see          dQ
@@ -10,23 +11,30 @@ Each output tile has one owner that adds up in registers and stores once: no ato
 is that the scores are computed in both backward kernels, 7 matrix products where a kernel with atomics needs 5.
 
 Skipping. A tile walks over two ranges: blocks that every pair may use, where no mask is computed, and blocks that some may;
-all others are never loaded. Causal and prefix give these ranges by arithmetic (_key_blocks, _query_blocks). With segments, in
-whatever order the ids stand, one small kernel notes the smallest and largest id of each block (_ranges_kernel), a second
-lists for each tile the blocks whose ids overlap its own (_plan_kernel): M packed images cost M small squares.
+all others are never loaded. attention_blocks.py says which those are.
+
+Loading. Hopper and Blackwell fetch a whole tile by one instruction that takes a descriptor of the tensor (TMA): no thread
+computes addresses, which frees 30 to 60 of the 255 registers a thread can have, and rows or columns outside come as zeros.
+Older GPUs, and tensors whose rows do not start at multiples of 16 bytes, take pointers; _load and _store hide the difference.
 
 Features that are off (CAUSAL, PREFIX, SEGMENTS are constexpr) leave no code behind. Head widths that are no power of two (72,
 80, 88) are padded inside with zeros. Scores are in powers of two: exp(x) = exp2(x log2 e), which the hardware does in one step.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .attention_blocks import _key_blocks, _query_blocks, mask_of
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x LOG2E): the hardware has exp2, not exp
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The rule, once for pairs (i, j) and once for whole blocks
+# The rule for pairs (i, j), and how tiles are fetched and stored
 
 
 @triton.jit
@@ -44,15 +52,10 @@ def _may_look(i, j, q_seg, k_seg, prefix, Tq, Tk, CAUSAL, PREFIX, SEGMENTS):
 
 
 @triton.jit
-def _head(PTR, strides, b, h):
-    """Where head h of batch row b starts; 64-bit, for tensors of more than 2**31 numbers."""
-    return PTR + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
-
-
-@triton.jit
-def _at(t0, strides, ROWS: tl.constexpr, BD: tl.constexpr):
-    """Offsets of the tile of rows t0 .. t0+ROWS."""
-    return t0.to(tl.int64) * strides[2] + (tl.arange(0, ROWS)[:, None] * strides[2] + tl.arange(0, BD)[None, :])
+def _at(X, strides, b, h, t0, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Pointers to rows t0 .. t0+ROWS of head h in batch row b; 64-bit, for tensors of more than 2**31 numbers."""
+    start = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + t0.to(tl.int64) * strides[2]
+    return X + start + (tl.arange(0, ROWS)[:, None] * strides[2] + tl.arange(0, BD)[None, :])
 
 
 @triton.jit
@@ -63,92 +66,25 @@ def _inside(t0, T, ROWS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _load(HEAD, t0, T, strides, ROWS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, CHECK: tl.constexpr):
-    """The tile of rows t0 .. t0+ROWS of a head, zeros outside; CHECK=False promises that all rows exist."""
-    x = HEAD + _at(t0, strides, ROWS, BD)
-    if CHECK:
-        return tl.load(x, mask=_inside(t0, T, ROWS, DH, BD), other=0.0)
+def _load(X, strides, b, h, t0, T, ROWS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, CHECK: tl.constexpr):
+    """Rows t0 .. t0+ROWS of a head, zeros outside. X: a descriptor, or a pointer; CHECK=False promises that all rows exist."""
+    if isinstance(X, tl.tensor_descriptor):
+        return X.load([b, h, t0, 0]).reshape(ROWS, BD)
+    elif CHECK:
+        return tl.load(_at(X, strides, b, h, t0, ROWS, BD), mask=_inside(t0, T, ROWS, DH, BD), other=0.0)
     elif DH == BD:
-        return tl.load(x)
+        return tl.load(_at(X, strides, b, h, t0, ROWS, BD))
     else:
-        return tl.load(x, mask=(tl.arange(0, BD) < DH)[None, :], other=0.0)
+        return tl.load(_at(X, strides, b, h, t0, ROWS, BD), mask=(tl.arange(0, BD) < DH)[None, :], other=0.0)
 
 
 @triton.jit
-def _key_blocks(q0, prefix, Tq, Tk, BM, BN, CAUSAL, PREFIX):
-    """The queries q0 .. q0+BM look at key blocks 0 .. stop; those before `full` are open to all of them."""
-    stop = Tk
-    full = Tk
-    if CAUSAL:
-        stop = min(Tk, q0 + BM + Tk - Tq)  # where the last query's past ends
-        full = min(Tk, q0 + 1 + Tk - Tq)  # where the first query's past ends
-        if PREFIX:
-            stop = max(stop, min(prefix, Tk))
-            full = max(full, min(prefix, Tk))
-    return max(full, 0) // BN, tl.cdiv(max(stop, 0), BN)
-
-
-@triton.jit
-def _query_blocks(k0, prefix, Tq, Tk, BM, BN, CAUSAL, PREFIX):
-    """The keys k0 .. k0+BN are seen from query blocks start .. n; those from `full` on see all of them."""
-    n = tl.cdiv(Tq, BM)
-    start = 0
-    full = 0
-    if CAUSAL:
-        start = max(0, k0 - (Tk - Tq)) // BM
-        full = tl.cdiv(max(0, k0 + BN - 1 - (Tk - Tq)), BM)
-        if PREFIX:
-            start = tl.where(k0 < prefix, 0, start)
-            full = tl.where(k0 + BN <= prefix, 0, full)
-    return min(start, n), min(full, n), n
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Which blocks a tile visits when there are segments: a list per tile, blocks open to everyone first
-
-
-@triton.jit
-def _ranges_kernel(SEG, RANGES, T, BLOCK: tl.constexpr):
-    """Of one block of segment ids: the smallest and largest that is not padding, and whether all of them are the same."""
-    n, b = tl.program_id(0), tl.program_id(1)
-    t = n * BLOCK + tl.arange(0, BLOCK)
-    seg = tl.load(SEG + b.to(tl.int64) * T + t, mask=t < T, other=-1)
-    low = tl.min(tl.where(seg < 0, 2147483647, seg), 0)
-    high = tl.max(seg, 0)
-    out = RANGES + (b * tl.num_programs(0) + n) * 3
-    tl.store(out, low)
-    tl.store(out + 1, high)
-    tl.store(out + 2, ((tl.min(seg, 0) == high) & (high >= 0)).to(tl.int32))
-
-
-@triton.jit
-def _plan_kernel(ROWS, COLS, PREFIX_LEN, INDEX, COUNT, n_cols, Tq, Tk, BM: tl.constexpr, BN: tl.constexpr,
-                 OF_KEYS: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """One row tile's list: INDEX holds first the column blocks that are open as a whole, then those that need the rule;
-    COUNT holds how many of the first kind and how many in all. Rows are query tiles, or key tiles if OF_KEYS."""
-    r, b = tl.program_id(0), tl.program_id(1)
-    row = b * tl.num_programs(0) + r
-    low, high, whole = tl.load(ROWS + row * 3), tl.load(ROWS + row * 3 + 1), tl.load(ROWS + row * 3 + 2)
-    prefix = tl.load(PREFIX_LEN + b) if PREFIX else 0
-    if OF_KEYS:
-        start, full, stop = _query_blocks(r * BN, prefix, Tq, Tk, BM, BN, CAUSAL, PREFIX)
+def _store(X, strides, b, h, t0, T, x, ROWS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr):
+    """The other way round: what lies outside is not written."""
+    if isinstance(X, tl.tensor_descriptor):
+        X.store([b, h, t0, 0], x.to(X.dtype).reshape(1, 1, ROWS, BD))
     else:
-        full, stop = _key_blocks(r * BM, prefix, Tq, Tk, BM, BN, CAUSAL, PREFIX)
-        start = 0
-    count = 0
-    for masked in tl.static_range(2):
-        for c0 in range(0, n_cols, CHUNK):
-            c = c0 + tl.arange(0, CHUNK)
-            col = COLS + (b * n_cols + c) * 3
-            c_low = tl.load(col, mask=c < n_cols, other=2147483647)
-            c_high = tl.load(col + 1, mask=c < n_cols, other=-1)
-            c_whole = tl.load(col + 2, mask=c < n_cols, other=0)
-            touch = (c >= start) & (c < stop) & (low <= c_high) & (c_low <= high)
-            whole_open = touch & (whole + c_whole == 2) & (low == c_low) & ((c >= full) if OF_KEYS else (c < full))
-            take = (touch & ~whole_open) if masked else whole_open
-            tl.store(INDEX + row * n_cols + count + tl.cumsum(take.to(tl.int32), 0) - 1, c, mask=take)
-            count += tl.sum(take.to(tl.int32), 0)
-        tl.store(COUNT + row * 2 + masked, count)
+        tl.store(_at(X, strides, b, h, t0, ROWS, BD), x.to(X.dtype.element_ty), mask=_inside(t0, T, ROWS, DH, BD))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,14 +94,16 @@ def _plan_kernel(ROWS, COLS, PREFIX_LEN, INDEX, COUNT, n_cols, Tq, Tk, BM: tl.co
 @triton.jit
 def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq, sk, sv, so, scale, G, Tq, Tk,
                     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
-                    DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """One program: BM queries of one head. Heads run fastest, so that those which share keys find them in the cache."""
-    h, b, n_heads, n_tiles = tl.program_id(0), tl.program_id(2), tl.num_programs(0), tl.num_programs(1)
+                    PARTS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """One program: BM queries of one head, over all their keys or one of PARTS parts of them.
+
+    Heads run fastest, so that those which share keys find them in the cache."""
+    h, n_heads, n_tiles, B = tl.program_id(0), tl.num_programs(0), tl.num_programs(1), tl.num_programs(2) // PARTS
+    part, b = tl.program_id(2) // B, tl.program_id(2) % B
     tile = n_tiles - 1 - tl.program_id(1) if CAUSAL else tl.program_id(1)  # the longest rows start first
     q0 = tile * BM
     i = q0 + tl.arange(0, BM)
-    K, V = _head(K, sk, b, h // G), _head(V, sv, b, h // G)
-    q = _load(_head(Q, sq, b, h), q0, Tq, sq, BM, DH, BD, True)
+    q = _load(Q, sq, b, h, q0, Tq, BM, DH, BD, True)
     q_seg = tl.load(Q_SEG + b.to(tl.int64) * Tq + i, mask=i < Tq, other=-1) if SEGMENTS else i
     prefix = tl.load(PREFIX_LEN + b) if PREFIX else 0
     if SEGMENTS:
@@ -174,6 +112,11 @@ def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq,
         full, stop = tl.load(COUNT + row * 2), tl.load(COUNT + row * 2 + 1)
     else:
         full, stop = _key_blocks(q0, prefix, Tq, Tk, BM, BN, CAUSAL, PREFIX)
+    first = 0
+    if PARTS > 1:  # of the blocks 0 .. stop only this program's share
+        share = tl.cdiv(stop, PARTS)
+        first, stop = part * share, min(stop, (part + 1) * share)
+        full = min(full, stop)
 
     c = scale * LOG2E
     m = tl.full([BM], float("-inf"), tl.float32)  # the largest score so far, times c
@@ -181,9 +124,9 @@ def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq,
     acc = tl.zeros([BM, BD], tl.float32)  # sum of exp2(c score - m) v so far
     for masked in tl.static_range(2):  # first the blocks that need no mask, then those that do
         if masked == 0 or (CAUSAL or SEGMENTS or RAGGED):
-            for n in range(full if masked else 0, stop if masked else full):
+            for n in range(max(first, full) if masked else first, stop if masked else full):
                 j0 = (tl.load(INDEX + n) if SEGMENTS else n) * BN
-                k = _load(K, j0, Tk, sk, BN, DH, BD, masked)
+                k = _load(K, sk, b, h // G, j0, Tk, BN, DH, BD, masked)
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM,BN]
                 if masked:
                     j = j0 + tl.arange(0, BN)
@@ -196,14 +139,34 @@ def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq,
                 p = tl.exp2(s * c - m_safe[:, None])
                 shrink = tl.exp2(m - m_safe)
                 l = l * shrink + tl.sum(p, 1)
-                v = _load(V, j0, Tk, sv, BN, DH, BD, masked)
+                v = _load(V, sv, b, h // G, j0, Tk, BN, DH, BD, masked)
                 acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
                 m = m_new
 
     l_safe = tl.where(l == 0.0, 1.0, l)  # l is 0 for a query that saw nothing: o = 0, lse = -inf + log 1
-    o = (acc / l_safe[:, None]).to(O.dtype.element_ty)
-    tl.store(_head(O, so, b, h) + _at(q0, so, BM, BD), o, mask=_inside(q0, Tq, BM, DH, BD))
-    tl.store(LSE + (b.to(tl.int64) * n_heads + h) * Tq + i, (m + tl.log2(l_safe)) / LOG2E, mask=i < Tq)
+    out = part * B + b  # with parts, O and LSE have a row for each part of each b
+    _store(O, so, out, h, q0, Tq, acc / l_safe[:, None], BM, DH, BD)
+    tl.store(LSE + (out.to(tl.int64) * n_heads + h) * Tq + i, (m + tl.log2(l_safe)) / LOG2E, mask=i < Tq)
+
+
+@triton.jit
+def _combine_kernel(PART, PART_LSE, O, LSE, so, PARTS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr):
+    """One program: one query, whose parts weigh exp(lse_part) / sum of exp(lse_part), which is exp(lse_part - lse)."""
+    t, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    Tq, n_heads, B = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    row, d = (b * n_heads + h) * Tq + t, tl.arange(0, BD)
+    rows = row + tl.arange(0, PARTS) * (B * n_heads * Tq)
+    lse = tl.load(PART_LSE + rows)
+    m = tl.max(lse, 0)
+    m = tl.where(m == float("-inf"), 0.0, m)
+    w = tl.exp(lse - m)
+    l = tl.sum(w, 0)
+    l_safe = tl.where(l == 0.0, 1.0, l)
+    part = tl.load(PART + rows.to(tl.int64)[:, None] * DH + d[None, :], mask=(d < DH)[None, :], other=0.0)  # [PARTS,BD]
+    o = tl.sum(w[:, None] * part, 0) / l_safe
+    O += b.to(tl.int64) * so[0] + h.to(tl.int64) * so[1] + t.to(tl.int64) * so[2]
+    tl.store(O + d, o.to(O.dtype.element_ty), mask=d < DH)
+    tl.store(LSE + row, tl.where(l == 0.0, float("-inf"), m + tl.log(l_safe)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,8 +177,8 @@ def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq,
 def _delta_kernel(O, DO, DELTA, so, sdo, Tq, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
     """D_i = sum over d of dO_id O_id: all that a score's gradient needs to know about the other keys of its row."""
     h, b, i0 = tl.program_id(0), tl.program_id(2), tl.program_id(1) * BM
-    o = _load(_head(O, so, b, h), i0, Tq, so, BM, DH, BD, True).to(tl.float32)
-    do = _load(_head(DO, sdo, b, h), i0, Tq, sdo, BM, DH, BD, True).to(tl.float32)
+    o = _load(O, so, b, h, i0, Tq, BM, DH, BD, True).to(tl.float32)
+    do = _load(DO, sdo, b, h, i0, Tq, BM, DH, BD, True).to(tl.float32)
     i = i0 + tl.arange(0, BM)
     tl.store(DELTA + (b.to(tl.int64) * tl.num_programs(0) + h) * Tq + i, tl.sum(o * do, 1), mask=i < Tq)
 
@@ -233,8 +196,8 @@ def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDE
     kh, tile, b, n_tiles = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     k0 = tile * BN
     j = k0 + tl.arange(0, BN)
-    k = _load(_head(K, sk, b, kh), k0, Tk, sk, BN, DH, BD, True)
-    v = _load(_head(V, sv, b, kh), k0, Tk, sv, BN, DH, BD, True)
+    k = _load(K, sk, b, kh, k0, Tk, BN, DH, BD, True)
+    v = _load(V, sv, b, kh, k0, Tk, BN, DH, BD, True)
     k_seg = tl.load(K_SEG + b.to(tl.int64) * Tk + j, mask=j < Tk, other=-1) if SEGMENTS else j
     prefix = tl.load(PREFIX_LEN + b) if PREFIX else 0
     if SEGMENTS:
@@ -246,37 +209,34 @@ def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDE
 
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
-    for g in range(G):
-        h = kh * G + g
-        Qh, DOh = _head(Q, sq, b, h), _head(DO, sdo, b, h)
-        per_row = (b.to(tl.int64) * tl.num_programs(0) * G + h) * Tq
-        for masked in tl.static_range(2):
-            if masked == 0 or (CAUSAL or SEGMENTS):
-                if SEGMENTS:
-                    lo, hi = n_full if masked else 0, n_all if masked else n_full
-                else:
-                    lo, hi = start if masked else full, full if masked else stop
-                for n in range(lo, hi):
-                    i0 = (tl.load(INDEX + n) if SEGMENTS else n) * BM
-                    i = i0 + tl.arange(0, BM)
-                    q = _load(Qh, i0, Tq, sq, BM, DH, BD, masked or RAGGED)
-                    lse = tl.load(LSE + per_row + i, mask=i < Tq, other=float("inf"))  # inf: p is 0 there
-                    sT = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN,BM]
-                    pT = tl.exp2(sT * (scale * LOG2E) - (lse * LOG2E)[None, :])
-                    if masked:
-                        q_seg = tl.load(Q_SEG + b.to(tl.int64) * Tq + i, mask=i < Tq, other=-1) if SEGMENTS else i
-                        ok = _may_look(i[None, :], j[:, None], q_seg[None, :], k_seg[:, None], prefix, Tq, Tk,
-                                       CAUSAL, PREFIX, SEGMENTS)  # fmt: skip
-                        pT = tl.where(ok, pT, 0.0)
-                    do = _load(DOh, i0, Tq, sdo, BM, DH, BD, masked or RAGGED)
-                    dv = tl.dot(pT.to(do.dtype), do, dv, input_precision="ieee")
-                    dpT = tl.dot(v, tl.trans(do), input_precision="ieee")
-                    delta = tl.load(DELTA + per_row + i, mask=i < Tq, other=0.0)
-                    dsT = pT * (dpT - delta[None, :])
-                    dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision="ieee")
-    inside = _inside(k0, Tk, BN, DH, BD)
-    tl.store(_head(DK, sdk, b, kh) + _at(k0, sdk, BN, BD), (dk * scale).to(DK.dtype.element_ty), mask=inside)
-    tl.store(_head(DV, sdv, b, kh) + _at(k0, sdv, BN, BD), dv.to(DV.dtype.element_ty), mask=inside)
+    for masked in tl.static_range(2):
+        if masked == 0 or (CAUSAL or SEGMENTS):
+            if SEGMENTS:
+                lo, hi = n_full if masked else 0, n_all if masked else n_full
+            else:
+                lo, hi = start if masked else full, full if masked else stop
+            for step in range((hi - lo) * G):  # one loop over tiles and heads: two nested ones need more registers
+                h, n = kh * G + step % G, lo + step // G
+                i0 = (tl.load(INDEX + n) if SEGMENTS else n) * BM
+                i = i0 + tl.arange(0, BM)
+                per_row = (b.to(tl.int64) * tl.num_programs(0) * G + h) * Tq
+                q = _load(Q, sq, b, h, i0, Tq, BM, DH, BD, masked or RAGGED)
+                lse = tl.load(LSE + per_row + i, mask=i < Tq, other=float("inf"))  # inf: p is 0 there
+                sT = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN,BM]
+                pT = tl.exp2(sT * (scale * LOG2E) - (lse * LOG2E)[None, :])
+                if masked:
+                    q_seg = tl.load(Q_SEG + b.to(tl.int64) * Tq + i, mask=i < Tq, other=-1) if SEGMENTS else i
+                    ok = _may_look(i[None, :], j[:, None], q_seg[None, :], k_seg[:, None], prefix, Tq, Tk,
+                                   CAUSAL, PREFIX, SEGMENTS)  # fmt: skip
+                    pT = tl.where(ok, pT, 0.0)
+                do = _load(DO, sdo, b, h, i0, Tq, BM, DH, BD, masked or RAGGED)
+                dv = tl.dot(pT.to(do.dtype), do, dv, input_precision="ieee")
+                dpT = tl.dot(v, tl.trans(do), input_precision="ieee")
+                delta = tl.load(DELTA + per_row + i, mask=i < Tq, other=0.0)
+                dsT = pT * (dpT - delta[None, :])
+                dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision="ieee")
+    _store(DK, sdk, b, kh, k0, Tk, dk * scale, BN, DH, BD)
+    _store(DV, sdv, b, kh, k0, Tk, dv, BN, DH, BD)
 
 
 @triton.jit
@@ -288,9 +248,8 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
     tile = n_tiles - 1 - tl.program_id(1) if CAUSAL else tl.program_id(1)
     q0 = tile * BM
     i = q0 + tl.arange(0, BM)
-    K, V = _head(K, sk, b, h // G), _head(V, sv, b, h // G)
-    q = _load(_head(Q, sq, b, h), q0, Tq, sq, BM, DH, BD, True)
-    do = _load(_head(DO, sdo, b, h), q0, Tq, sdo, BM, DH, BD, True)
+    q = _load(Q, sq, b, h, q0, Tq, BM, DH, BD, True)
+    do = _load(DO, sdo, b, h, q0, Tq, BM, DH, BD, True)
     per_row = (b.to(tl.int64) * n_heads + h) * Tq
     lse = tl.load(LSE + per_row + i, mask=i < Tq, other=float("inf")) * LOG2E
     delta = tl.load(DELTA + per_row + i, mask=i < Tq, other=0.0)
@@ -308,7 +267,7 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
         if masked == 0 or (CAUSAL or SEGMENTS or RAGGED):
             for n in range(full if masked else 0, stop if masked else full):
                 j0 = (tl.load(INDEX + n) if SEGMENTS else n) * BN
-                k = _load(K, j0, Tk, sk, BN, DH, BD, masked)
+                k = _load(K, sk, b, h // G, j0, Tk, BN, DH, BD, masked)
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")
                 p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
                 if masked:
@@ -317,45 +276,65 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
                     ok = _may_look(i[:, None], j[None, :], q_seg[:, None], k_seg[None, :], prefix, Tq, Tk,
                                    CAUSAL, PREFIX, SEGMENTS)  # fmt: skip
                     p = tl.where(ok, p, 0.0)
-                v = _load(V, j0, Tk, sv, BN, DH, BD, masked)
+                v = _load(V, sv, b, h // G, j0, Tk, BN, DH, BD, masked)
                 dp = tl.dot(do, tl.trans(v), input_precision="ieee")
                 ds = p * (dp - delta[:, None])
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    dq = (dq * scale).to(DQ.dtype.element_ty)
-    tl.store(_head(DQ, sdq, b, h) + _at(q0, sdq, BM, BD), dq, mask=_inside(q0, Tq, BM, DH, BD))
+    _store(DQ, sdq, b, h, q0, Tq, dq * scale, BM, DH, BD)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tile sizes: (queries BM, keys BN, warps, stages of the load pipeline)
 
-# Chosen by compiling (python -m kernels.bench --compile): nothing spilled in the forward pass from Ampere to Blackwell, and
-# less than 99 KB of shared memory where a block has no more (GeForce cards). Not yet tuned by the clock.
+# Direction, padded head width -> tiles for descriptors (Hopper, Blackwell), tiles for pointers (Ampere, rows out of step).
+# Chosen by compiling (python -m kernels.bench --compile): nothing spills for any one rule on sm_80, sm_90 and sm_100 (16
+# bytes in some decoding variants), and pointers take less than 99 KB of shared memory, all that GeForce cards have. --tiles times the alternatives on a GPU.
+# Eight warps are two warp groups of 64 rows each; with three stages a tile is fetched two steps before it is needed.
 CONFIGS = {
-    ("forward", 64): (128, 64, 8, 3),  # with 4 warps 255 registers and spills, with BN = 128 the same
-    ("forward", 128): (128, 64, 8, 2),  # a third stage needs 128 KB
-    ("forward", 256): (64, 32, 8, 2),
-    ("dkdv", 64): (32, 128, 8, 2),  # BM = 64 spills 84 bytes on sm_80 and sm_100
-    ("dkdv", 128): (32, 64, 8, 2),  # two accumulators of BN x 128: BN = 128 spills 100 to 270 bytes, this one 8 to 88
-    ("dkdv", 256): (32, 32, 8, 1),
-    ("dq", 64): (128, 64, 8, 2),
-    ("dq", 128): (64, 64, 8, 2),  # BM = 128, or 4 warps, spills on sm_80 or sm_90
-    ("dq", 256): (32, 32, 4, 2),
+    ("forward", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),  # at most 128 registers: two programs fit, one's exp under the other's products
+    ("forward", 128): ((128, 128, 8, 3), (128, 32, 8, 3)),  # BN = 128 for the widest products; by pointers it spills
+    ("forward", 256): ((128, 64, 8, 2), (64, 32, 8, 2)),  # shared memory is the limit
+    ("short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),  # forward of at most 64 queries: one warp group has 64 rows
+    ("short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),
+    ("short", 256): ((64, 64, 4, 2), (64, 32, 8, 2)),
+    ("decode", 64): ((16, 64, 4, 3), (16, 64, 4, 3)),  # at most 16: rows of padding would cost as much as real ones
+    ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 2)),
+    ("decode", 256): ((16, 32, 4, 3), (16, 32, 4, 2)),
+    ("dkdv", 64): ((64, 128, 8, 3), (32, 128, 8, 2)),
+    ("dkdv", 128): ((32, 128, 8, 3), (32, 64, 8, 2)),  # two accumulators of BN x 128: BM = 64 spills 144 bytes
+    ("dkdv", 256): ((16, 64, 8, 2), (16, 32, 8, 1)),
+    ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 2)),  # at most 128 registers, as in the forward pass
+    ("dq", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),
+    ("dq", 256): ((64, 64, 8, 2), (32, 32, 4, 2)),
+    ("dq short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),
+    ("dq short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),
+    ("dq short", 256): ((64, 32, 4, 2), (32, 32, 4, 2)),
 }
 
 
-def config(direction, BD, dtype, Tq):
-    """Tile sizes for a padded head width BD."""
-    BM, BN, warps, stages = CONFIGS[direction, max(64, BD)]
+def config(direction, BD, dtype, Tq, tma):
+    """Tile sizes for a padded head width BD and Tq queries."""
     if dtype == torch.float32:  # full precision has no matrix instructions, every factor sits in registers: small tiles
-        BM = BN = 16 if BD == 256 else 32
-        warps, stages = 8, 1
-    if direction == "forward" and Tq <= 16:  # decoding: rows of padding would cost as much as real ones
-        BM, warps = 16, 4
-    return BM, BN, warps, stages
+        return (32, 32, 8, 1) if BD <= 64 else (16, 16, 8, 1)
+    if direction == "forward" and Tq <= 64:
+        direction = "decode" if Tq <= 16 else "short"
+    elif direction == "dq" and Tq <= 64:
+        direction = "dq short"
+    return CONFIGS[direction, max(64, BD)][0 if tma else 1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Launching
+
+
+@functools.cache
+def _processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def _has_tma(device):
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)  # cpu: the interpreter
 
 
 def _rows(x):
@@ -363,49 +342,59 @@ def _rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def plan(q_seg, k_seg, prefix, BM, BN, causal, of_keys):
-    """The lists of _plan_kernel for query tiles, or for key tiles if of_keys -> INDEX [B,rows,cols], COUNT [B,rows,2]."""
-    B, Tq, Tk = len(q_seg), q_seg.shape[1], k_seg.shape[1]
-    ranges = []
-    for seg, block in ((q_seg, BM), (k_seg, BN)):
-        n = triton.cdiv(seg.shape[1], block)
-        ranges.append(seg.new_empty(B, n, 3))
-        _ranges_kernel[(n, B)](seg, ranges[-1], seg.shape[1], BLOCK=block, num_warps=1)
-    rows, cols = ranges[::-1] if of_keys else ranges
-    index = q_seg.new_empty(B, rows.shape[1], cols.shape[1])
-    count = q_seg.new_empty(B, rows.shape[1], 2)
-    _plan_kernel[(rows.shape[1], B)](
-        rows, cols, prefix, index, count, cols.shape[1], Tq, Tk, BM=BM, BN=BN, OF_KEYS=of_keys, CAUSAL=causal,
-        PREFIX=prefix is not None, CHUNK=128, num_warps=1)  # fmt: skip
-    return index, count
+def _fits_tma(*tensors):
+    """Descriptors want every row to start, and to end, at a multiple of 16 bytes. (In float32 they make registers spill.)"""
+    steps = lambda x: [x.shape[3]] + [s for s, n in zip(x.stride()[:3], x.shape) if n > 1]
+    aligned = lambda x: x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in steps(x))
+    return tensors[0].dtype != torch.float32 and _has_tma(tensors[0].device) and all(map(aligned, tensors))
+
+
+def _tiled(x, rows, BD, tma):
+    """What _load and _store take: a descriptor of x [B,H,T,Dh] in tiles of rows x BD, or x itself."""
+    strides = [s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape)]  # axes of length 1 may have any
+    return TensorDescriptor(x, [*x.shape], [*strides, 1], [1, 1, rows, BD]) if tma else x
+
+
+def parts(programs, blocks, device):
+    """Into how many parts to split the keys, so that few queries with many keys still fill the GPU: a power of two."""
+    n = 1
+    while programs * n < _processors(device) and blocks >= 8 * n:  # at least 4 blocks to each
+        n *= 2
+    return n
 
 
 class FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, causal, prefix, q_seg, k_seg, scale):
+    def forward(ctx, q, k, v, mask, scale):
         q, k, v = _rows(q), _rows(k), _rows(v)
         B, H, Tq, Dh = q.shape
         G, Tk, BD = H // k.shape[1], k.shape[2], max(16, triton.next_power_of_2(Dh))
         o = torch.empty_like(q)  # keeps the order of q's axes in memory: transpose(1, 2).reshape costs nothing after us
         lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-        BM, BN, warps, stages = config("forward", BD, q.dtype, Tq)
-        flags = dict(CAUSAL=causal, PREFIX=prefix is not None, SEGMENTS=q_seg is not None, DH=Dh, BD=BD)
-        index = count = None
-        if q_seg is not None:
-            index, count = plan(q_seg, k_seg, prefix, BM, BN, causal, of_keys=False)
-        _forward_kernel[(H, triton.cdiv(Tq, BM), B)](
-            q, k, v, o, lse, q_seg, k_seg, prefix, index, count, q.stride()[:3], k.stride()[:3], v.stride()[:3],
-            o.stride()[:3], scale, G, Tq, Tk, **flags, RAGGED=Tk % BN != 0, BM=BM, BN=BN, num_warps=warps,
-            num_stages=stages)  # fmt: skip
-        ctx.save_for_backward(q, k, v, o, lse, prefix, q_seg, k_seg)
-        ctx.causal, ctx.scale, ctx.flags = causal, scale, flags
+        tma = _fits_tma(q, k, v, o)
+        BM, BN, warps, stages = config("forward", BD, q.dtype, Tq, tma)
+        tiles = triton.cdiv(Tq, BM)
+        n = parts(B * H * tiles, triton.cdiv(Tk, BN), q.device)
+        out, out_lse = o, lse
+        if n > 1:
+            out, out_lse = (torch.empty(n * B, *x.shape[1:], dtype=torch.float32, device=q.device) for x in (o, lse))
+        flags = dict(CAUSAL=mask.causal, PREFIX=mask.prefix is not None, SEGMENTS=mask.q_seg is not None, DH=Dh, BD=BD)
+        _forward_kernel[(H, tiles, n * B)](
+            _tiled(q, BM, BD, tma), _tiled(k, BN, BD, tma), _tiled(v, BN, BD, tma), _tiled(out, BM, BD, tma), out_lse,
+            mask.q_seg, mask.k_seg, mask.prefix, *mask.plan(BM, BN, False), q.stride()[:3], k.stride()[:3],
+            v.stride()[:3], out.stride()[:3], scale, G, Tq, Tk, **flags, RAGGED=Tk % BN != 0, PARTS=n, BM=BM, BN=BN,
+            num_warps=warps, num_stages=stages)  # fmt: skip
+        if n > 1:
+            _combine_kernel[(Tq, H, B)](out, out_lse, o, lse, o.stride()[:3], PARTS=n, DH=Dh, BD=BD)
+        ctx.save_for_backward(q, k, v, o, lse, mask.q_seg, mask.k_seg, mask.prefix)
+        ctx.mask, ctx.scale, ctx.flags = mask, scale, flags
         ctx.mark_non_differentiable(lse)
         return o, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, _):
-        q, k, v, o, lse, prefix, q_seg, k_seg = ctx.saved_tensors
+        (q, k, v, o, lse, *ids), mask = ctx.saved_tensors, ctx.mask
         do = _rows(do)
         B, H, Tq, Dh = q.shape
         K, Tk, BD = k.shape[1], k.shape[2], ctx.flags["BD"]
@@ -413,22 +402,23 @@ class FlashAttention(torch.autograd.Function):
         _delta_kernel[(H, triton.cdiv(Tq, 64), B)](o, do, delta, o.stride()[:3], do.stride()[:3], Tq, DH=Dh, BD=BD, BM=64)
 
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        index = count = None
-        BM, BN, warps, stages = config("dkdv", BD, q.dtype, Tq)
-        if q_seg is not None:
-            index, count = plan(q_seg, k_seg, prefix, BM, BN, ctx.causal, of_keys=True)
-        _dkdv_kernel[(K, triton.cdiv(Tk, BN), B)](
-            q, k, v, do, lse, delta, dk, dv, q_seg, k_seg, prefix, index, count, q.stride()[:3], k.stride()[:3],
-            v.stride()[:3], do.stride()[:3], dk.stride()[:3], dv.stride()[:3], ctx.scale, H // K, Tq, Tk, **ctx.flags,
-            RAGGED=Tq % BM != 0, BM=BM, BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
-        BM, BN, warps, stages = config("dq", BD, q.dtype, Tq)
-        if q_seg is not None:
-            index, count = plan(q_seg, k_seg, prefix, BM, BN, ctx.causal, of_keys=False)
-        _dq_kernel[(H, triton.cdiv(Tq, BM), B)](
-            q, k, v, do, lse, delta, dq, q_seg, k_seg, prefix, index, count, q.stride()[:3], k.stride()[:3],
-            v.stride()[:3], do.stride()[:3], dq.stride()[:3], ctx.scale, H // K, Tq, Tk, **ctx.flags,
-            RAGGED=Tk % BN != 0, BM=BM, BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
-        return dq, dk, dv, None, None, None, None, None
+        tma = _fits_tma(q, k, v, do, dq, dk, dv)
+
+        def launch(kernel, direction, grid, *outputs):
+            BM, BN, warps, stages = config(direction, BD, q.dtype, Tq, tma)
+            of_keys = direction == "dkdv"
+            tensors = (q, BM), (k, BN), (v, BN), (do, BM)
+            written = [(x, BN if of_keys else BM) for x in outputs]
+            ragged = Tq % BM != 0 if of_keys else Tk % BN != 0
+            kernel[grid(BM, BN)](
+                *(_tiled(x, rows, BD, tma) for x, rows in tensors), lse, delta,
+                *(_tiled(x, rows, BD, tma) for x, rows in written), *ids, *mask.plan(BM, BN, of_keys),
+                *(x.stride()[:3] for x, _ in (*tensors, *written)), ctx.scale, H // K, Tq, Tk, **ctx.flags,
+                RAGGED=ragged, BM=BM, BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
+
+        launch(_dkdv_kernel, "dkdv", lambda BM, BN: (K, triton.cdiv(Tk, BN), B), dk, dv)
+        launch(_dq_kernel, "dq", lambda BM, BN: (H, triton.cdiv(Tq, BM), B), dq)
+        return dq, dk, dv, None, None
 
 
 def flash_attention(q, k, v, rule, scale):
@@ -438,17 +428,11 @@ def flash_attention(q, k, v, rule, scale):
     if Dh > 256 or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"the triton backend takes head widths up to 256 and one dtype, not {Dh} and "
                          f"{q.dtype}, {k.dtype}, {v.dtype}")  # fmt: skip
-    causal, prefix, q_seg, k_seg = rule["causal"] and Tq > 1, rule["prefix"], rule["q_segments"], rule["k_segments"]
-    prefix = prefix.int().contiguous() if causal and prefix is not None else None
-    if q_seg is not None or k_seg is not None:
-        zeros = lambda T: torch.zeros(B, T, dtype=torch.int32, device=q.device)
-        q_seg = zeros(Tq) if q_seg is None else q_seg.int().contiguous()
-        k_seg = zeros(Tk) if k_seg is None else k_seg.int().contiguous()
+    rule = rule | dict(causal=rule["causal"] and Tq > 1)  # a single query is the last one: it may look at every key
     with torch.cuda.device_of(q):  # Triton starts kernels on the current device, wherever the tensors are
         if Tq > 1 or H == K:
-            return FlashAttention.apply(q, k, v, causal, prefix, q_seg, k_seg, scale)
+            return FlashAttention.apply(q, k, v, mask_of(rule, B, Tq, Tk, q.device), scale)
         # decoding: the query heads that share a key head become the rows of one tile, so that the keys are read once
         rows = q.reshape(B, K, H // K, Dh)
-        q_seg = None if q_seg is None else q_seg.expand(B, H // K).contiguous()
-        o, lse = FlashAttention.apply(rows, k, v, False, None, q_seg, k_seg, scale)
+        o, lse = FlashAttention.apply(rows, k, v, mask_of(rule, B, H // K, Tk, q.device), scale)
         return o.reshape(B, H, 1, Dh), lse.view(B, H, 1)

@@ -1,8 +1,11 @@
 """Speed and size of the kernels.
 
     python -m kernels.bench              times what this machine can run: without CUDA a small table in a few seconds
-    python -m kernels.bench --compile    compiles every kernel for Ampere, Hopper and Blackwell (Linux, no GPU needed):
+    python -m kernels.bench --compile    compiles every configuration for Ampere, Hopper and Blackwell (Linux, no GPU needed):
                                          registers, spilled bytes, shared memory, kind of matrix instruction
+    python -m kernels.bench --tiles      on a GPU: times other tile sizes beside those of attention_triton.CONFIGS
+    python -m kernels.bench --rehearse   every table of a GPU, on the CPU under Triton's interpreter at toy sizes: the figures
+                                         mean nothing, but the program is seen to run through
 
 TFLOP/s count 4 B H Tq Tk Dh for a forward pass (half of it if causal, the squares alone if packed) and 2.5 times that for a
 backward pass, as in the FlashAttention papers. Every fraction is of a ceiling measured in the same run.
@@ -11,7 +14,9 @@ backward pass, as in the FlashAttention papers. Every fraction is of a ceiling m
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -20,11 +25,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 
-from . import allowed, apply_rope, attention, backend, rope_1d
+from . import allowed, apply_rope, attention, backend, mrope, rope_1d, rope_2d
+
+
+@dataclass
+class Sizes:
+    """What the tables of a GPU are made of; the defaults are those of the papers: 16k tokens, width 2048."""
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    tokens: int = 16384
+    width: int = 2048
+    lengths: tuple = (512, 1024, 2048, 4096, 8192, 16384)
+    longest_eager: int = 4096  # beyond it, scores written out take too long
+    images: tuple = (64, 256)  # how many, patches of each
+    keys: int = 32768  # of one query, and
+    cross: tuple = (64, 4096)  # of 64 latents
+    matrix: int = 8192
+    rehearsal: bool = False
+
+    def few(self, n):
+        """n heads or rows of a batch; a rehearsal has a sixth."""
+        return max(1, n // 6) if self.rehearsal else n
+
+
+TOY = Sizes("cpu", torch.float16, 64, 128, (16, 32), 32, (4, 8), 64, (8, 64), 64, True)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Timing
@@ -45,14 +75,28 @@ def median_ms(f, budget=0.15):
     return statistics.median(times) * 1e3
 
 
-def forward_and_backward(f, inputs, grad):
-    """Two callables, for the forward pass alone and for the backward pass alone. None where f cannot run."""
+def one_call_ms(f):
+    start = time.perf_counter()
+    f()
+    return (time.perf_counter() - start) * 1e3
+
+
+_said = set()  # what was left out, and why, is said once
+
+
+def both_ways(f, inputs, grad, clock):
+    """Milliseconds of the forward pass alone and of the backward pass alone; None, None where f cannot run."""
     try:
+        with torch.no_grad():
+            forward = clock(f)
         out = f()
-        torch.autograd.grad(out, inputs, grad, retain_graph=True)
-    except (RuntimeError, ImportError):
+        return forward, clock(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+    except (RuntimeError, ImportError, AssertionError) as error:
+        why = f"  left out: {type(error).__name__}: {str(error).strip().splitlines()[0][:110]}"
+        if why not in _said:
+            _said.add(why)
+            print(why, file=sys.stderr)
         return None, None
-    return f, lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
 
 def make(B, H, K, Tq, Tk, Dh, dtype, device):
@@ -70,12 +114,25 @@ def show(title, rows, columns):
         print("  " + line[0].ljust(width[0]) + "".join(x.rjust(w + 2) for x, w in zip(line[1:], width[1:])))
 
 
-def naive(q, k, v, mask):
+def ratio(a, b):
+    return a / b if a and b else None
+
+
+def geomean(numbers):
+    numbers = [x for x in numbers if x]
+    return math.exp(sum(map(math.log, numbers)) / len(numbers)) if numbers else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What to compare with
+
+
+def naive(q, k, v, mask=None):
     """What a first implementation does: scores, mask, softmax, weights."""
     G = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
-    s = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    return s.softmax(-1) @ v
+    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
 
 
 def rotate_half_rope(q, k, angles):
@@ -85,6 +142,290 @@ def rotate_half_rope(q, k, angles):
     half = q.shape[-1] // 2
     turn = lambda x: x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
     return turn(q), turn(k)
+
+
+def liger_rope(q, k, positions, angles, sections):
+    """Liger-Kernel's RoPE, or its M-RoPE where there are sections; None if it is not installed."""
+    try:
+        if sections:
+            from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb as liger
+
+            angles = rope_1d(positions.flatten(0, 1), q.shape[-1]).unflatten(0, positions.shape[:2])  # [3,B,T,Dh/2]
+        else:
+            from liger_kernel.transformers.rope import liger_rotary_pos_emb as liger
+    except ImportError:
+        return None
+    angles = torch.cat((angles, angles), dim=-1)
+    cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+    return lambda: liger(q, k, cos, sin, *([sections] if sections else []))
+
+
+def sdpa(which, q, k, v, **options):
+    """scaled_dot_product_attention, held to one of torch's backends unless which is None."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kinds = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION)
+    with sdpa_kernel(kinds[which]) if which else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables of a GPU. Each returns its rows, as dicts; `aims` at the end reads the issue's figures off them.
+
+
+def ceilings(z, clock):
+    """What this device does at best, now: a large matrix product, a large copy (bytes read and bytes written)."""
+    x, y = (torch.randn(z.matrix, z.matrix, device=z.device, dtype=z.dtype) for _ in range(2))
+    big = torch.empty(2**14 if z.rehearsal else 2**29, device=z.device, dtype=torch.bfloat16)  # 1 GiB, far beyond the cache
+    return {"TFLOP/s": 2 * z.matrix**3 / clock(lambda: x @ y) / 1e9, "GB/s": 2 * big.nbytes / clock(big.clone) / 1e6}
+
+
+def attention_table(z, clock, peak):
+    """1. Forward and backward against everything torch ships, in TFLOP/s."""
+    rows, others = [], ("flash", "cudnn", "efficient", "eager", "compiled")
+    for Dh, causal, T in [(Dh, causal, T) for Dh in (64, 128) for causal in (False, True) for T in z.lengths]:
+        H = max(1, z.width // Dh)
+        q, k, v = make(z.tokens // T, H, H, T, T, Dh, z.dtype, z.device)
+        grad, flop = torch.randn_like(q), 4 * z.tokens * H * T * Dh / (2 if causal else 1)
+        mask = allowed(T, T, causal=True, device=z.device) if causal else None
+        runs = {"ours": lambda: attention(q, k, v, causal=causal)}
+        runs |= {x: functools.partial(sdpa, x, q, k, v, is_causal=causal) for x in others[:3]}
+        if T <= z.longest_eager:
+            runs["eager"] = lambda: naive(q, k, v, mask)
+            if not z.rehearsal:  # the compiler takes half a minute on a CPU
+                runs["compiled"] = functools.partial(torch.compile(naive, dynamic=False), q, k, v, mask)
+        row = {"attention": f"Dh {Dh} T {T}{' causal' * causal}", "Dh": Dh, "causal": causal, "T": T}
+        for name, f in runs.items():
+            forward, backward = both_ways(f, (q, k, v), grad, clock)
+            row |= {f"{name} fwd": ratio(flop / 1e9, forward), f"{name} bwd": ratio(2.5 * flop / 1e9, backward)}
+        row |= {f"{d} of peak": ratio(row[f"ours {d}"], peak) for d in ("fwd", "bwd")}
+        row |= {f"{d} / {x}": ratio(row[f"ours {d}"], row.get(f"{x} {d}")) for d in ("fwd", "bwd") for x in others}
+        rows.append(row)
+    for d in ("fwd", "bwd"):
+        columns = {"attention": ""} | {f"{x} {d}": ".0f" for x in ("ours", *others)} | {f"{d} of peak": ".2f"}
+        show(f"TFLOP/s, {'forward' if d == 'fwd' else 'backward'}; ratios: ours / theirs", rows, columns | {f"{d} / {x}": ".2f" for x in others})
+    return rows
+
+
+def error_table(z):
+    """Largest error against float64, beside that of plain attention in the same dtype."""
+    rows = []
+    for Dh, causal, T in [(Dh, causal, T) for Dh in (64, 128) for causal in (False, True) for T in z.lengths[:2]]:
+        inputs = make(2, 6, 2, T, T, Dh, z.dtype, z.device)
+        mask, grad = allowed(T, T, causal=causal, device=z.device), torch.randn_like(inputs[0])
+
+        def results(f, inputs):
+            out = f(*inputs)
+            return [x.double() for x in (out, *torch.autograd.grad(out, inputs, grad.to(out.dtype)))]
+
+        exact = results(lambda *x: naive(*x, mask), [x.detach().double().requires_grad_() for x in inputs])
+        row = {"error": f"Dh {Dh} T {T}{' causal' * causal}"}
+        runs = {"ours": lambda *x: attention(*x, causal=causal), "plain": lambda *x: naive(*x, mask)}
+        worst = {name: [(a - b).abs().max().item() for a, b in zip(results(f, inputs), exact)] for name, f in runs.items()}
+        for what, a, b in zip(("o", "dq", "dk", "dv"), worst["ours"], worst["plain"]):
+            row |= {what: a, f"plain {what}": b, f"{what}/plain": ratio(a, b)}
+        rows.append(row)
+    columns = {"error": ""}
+    for what in ("o", "dq", "dk", "dv"):
+        columns |= {what: ".1e", f"plain {what}": ".1e", f"{what}/plain": ".2f"}
+    show("largest error against float64", rows, columns)
+    return rows
+
+
+def mask_table(z, clock):
+    """2. and 3. A mask should cost what it leaves, a shared key head nothing. Milliseconds; speed: base / case."""
+    N, P = z.images
+    T = z.lengths[-2]
+    half = (torch.arange(T, device=z.device) < T // 2).int().expand(z.few(2), T) - 1  # -1: padding
+    ids = torch.arange(N, device=z.device).repeat_interleave(P)[None]
+    sizes = [P * n for n in (1, 2, 4, 9, 4, 2, 1)]  # images of several sizes, as a native-resolution encoder meets them
+    mixed = torch.repeat_interleave(torch.arange(len(sizes), device=z.device), torch.tensor(sizes, device=z.device))[None]
+    cases = [  # name, then shape, rule of the case and of its base; None: SDPA, image by image
+        ("causal / full", (2, 16, 16, T, T, 128), dict(causal=True), (2, 16, 16, T, T, 128), {}),
+        ("packed / batch", (1, 16, 16, N * P, N * P, 80), dict(q_segments=ids, k_segments=ids), (N, 16, 16, P, P, 80), {}),
+        ("half padding / none", (2, 16, 16, T, T, 128), dict(q_segments=half, k_segments=half), (2, 16, 16, T, T, 128), {}),
+        *((f"packed {Dh} / SDPA one by one", (1, 16, 16, sum(sizes), sum(sizes), Dh), dict(q_segments=mixed, k_segments=mixed), None, None)
+          for Dh in (80, 72)),
+        ("12 heads on 2 / on 12", (1, 12, 2, T, T, 128), dict(causal=True), (1, 12, 12, T, T, 128), dict(causal=True)),
+    ]  # fmt: skip
+    rows = []
+    for name, shape, rule, base_shape, base_rule in cases:
+        inputs = make(*map(z.few, shape[:3]), *shape[3:], z.dtype, z.device)
+        grad, row = torch.randn_like(inputs[0]), {"mask": name}
+        row["case fwd"], row["case bwd"] = both_ways(lambda: attention(*inputs, **rule), inputs, grad, clock)
+        if base_shape is None:
+            f = lambda: torch.cat([sdpa(None, *part) for part in zip(*(x.split(sizes, 2) for x in inputs))], 2)
+        else:
+            inputs = make(*map(z.few, base_shape[:3]), *base_shape[3:], z.dtype, z.device)
+            grad, f = torch.randn_like(inputs[0]), lambda: attention(*inputs, **base_rule)
+        row["base fwd"], row["base bwd"] = both_ways(f, inputs, grad, clock)
+        rows.append(row | {f"speed {d}": ratio(row[f"base {d}"], row[f"case {d}"]) for d in ("fwd", "bwd")})
+    columns = {"mask": ""} | {f"{w} {d}": ".3f" for w in ("case", "base") for d in ("fwd", "bwd")}
+    show("milliseconds: case and base; speed: base / case", rows, columns | {"speed fwd": ".2f", "speed bwd": ".2f"})
+    return rows
+
+
+def few_queries_table(z, clock, bandwidth):
+    """3. One token against a long cache, and latents that look at an image: keys are split to fill the GPU."""
+    rows = []
+    for B, H, K, Tq, Tk in [(1, 12, 2, 1, z.keys), (1, 32, 8, 1, z.keys), (8, 32, 8, 1, z.keys), (1, 12, 12, *z.cross), (8, 12, 12, *z.cross)]:
+        inputs = make(z.few(B), z.few(H), z.few(K), Tq, Tk, 128, z.dtype, z.device)
+        row = {"few queries": f"B {B} heads {H}/{K} {Tq} x {Tk}"}
+        runs = {"ours": lambda: attention(*inputs)} | {x: functools.partial(sdpa, x, *inputs) for x in ("flash", "cudnn", "efficient")}
+        for name, f in (runs | {"default": functools.partial(sdpa, None, *inputs)}).items():
+            row[name], row[f"{name} bwd"] = both_ways(f, inputs, torch.randn_like(inputs[0]), clock)
+        row["GB/s"] = ratio(2 * inputs[1].nbytes / 1e6, row["ours"])
+        rows.append(row | {"of copy": ratio(row["GB/s"], bandwidth), "default / ours": ratio(row["default"], row["ours"])})
+    columns = {"few queries": ""} | dict.fromkeys(("ours", "flash", "cudnn", "efficient", "default"), ".4f")
+    show("milliseconds, forward", rows, columns | {"GB/s": ".0f", "of copy": ".2f", "default / ours": ".2f"})
+    return rows
+
+
+def rope_table(z, clock, bandwidth):
+    """4. RoPE, 1D, 2D and M-RoPE, q and k in one launch, against eager, compiled and Liger; GB/s."""
+    rows, names = [], ("ours", "eager", "compiled", "liger", "angles for free")
+    lengths = [T for T in z.lengths if T >= 1024 or z.rehearsal]
+    for kind, H, K, Dh, T in [(kind, *heads, T) for kind, *heads in (("1D", 32, 8, 128), ("2D", 16, 16, 80), ("M", 12, 2, 128)) for T in lengths]:
+        q, k, _ = make(1, z.few(H), z.few(K), T, T, Dh, z.dtype, z.device)
+        p, sections = torch.arange(T, device=z.device).expand(3, 1, T), [16, 24, 24] if kind == "M" else None
+        angles = {"1D": lambda: rope_1d(p[0], Dh), "2D": lambda: rope_2d(p[:2], Dh), "M": lambda: mrope(p, Dh, sections)}[kind]()
+        runs = {"ours": lambda: apply_rope(q, k, angles), "eager": lambda: rotate_half_rope(q, k, angles)}
+        # one row of angles for all tokens: wrong, but as fast as positions in place of angles could make it at best
+        runs["angles for free"] = lambda: apply_rope(q, k, angles[:, :1].expand_as(angles))
+        if not z.rehearsal:
+            runs["compiled"] = functools.partial(torch.compile(rotate_half_rope, dynamic=False), q, k, angles)
+        if kind != "2D" and (f := liger_rope(q, k, p, angles, sections)):
+            runs["liger"] = f
+        row = {"RoPE": f"{kind} heads {H}+{K} of {Dh}, T {T}", "T": T}
+        moved = 2 * (q.nbytes + k.nbytes) / 1e6
+        for name, f in runs.items():
+            times = both_ways(f, (q, k), (torch.randn_like(q), torch.randn_like(k)), clock)
+            row |= {f"{name} {d}": ratio(moved, ms) for d, ms in zip(("fwd", "bwd"), times)}
+        row |= {f"{d} of copy": ratio(row[f"ours {d}"], bandwidth) for d in ("fwd", "bwd")}
+        row |= {f"{d} / {x}": ratio(row[f"ours {d}"], row.get(f"{x} {d}")) for d in ("fwd", "bwd") for x in names[1:4]}
+        rows.append(row)
+    for d in ("fwd", "bwd"):
+        columns = {"RoPE": ""} | {f"{x} {d}": ".0f" for x in names} | {f"{d} of copy": ".2f"} | {f"{d} / {x}": ".2f" for x in names[1:4]}
+        show(f"GB/s, {'forward' if d == 'fwd' else 'backward'}; ratios: ours / theirs", rows, columns)
+    return rows
+
+
+def aims(tables):
+    """The figures we are after, read off the tables -> rows of name, aim, measured."""
+    points, masks = tables["attention"], {r["mask"]: r for r in tables["masks"]}
+    at = lambda column, rows=points: [r[column] for r in rows if r.get(column)]
+    least, most = lambda x: min(x, default=None), lambda x: max(x, default=None)
+    ropes = [r for r in tables["rope"] if r["T"] >= 8192]
+    rows = [
+        ("forward / flash, every point", 1.0, least(at("fwd / flash"))),
+        ("forward / flash, geometric mean", 1.15, geomean(at("fwd / flash"))),
+        ("forward / cuDNN, geometric mean", 0.75, geomean(at("fwd / cudnn"))),
+        ("forward, best point, TFLOP/s", 450, most(at("ours fwd"))),
+        ("backward / flash, geometric mean", 0.9, geomean(at("bwd / flash"))),
+        ("causal against full", 1.7, masks["causal / full"]["speed fwd"]),
+        ("packed images against a batch", 0.85, masks["packed / batch"]["speed fwd"]),
+        ("half padding against none", 1 / 0.6, masks["half padding / none"]["speed fwd"]),
+        ("packed, width 80, against SDPA", 0.9, masks["packed 80 / SDPA one by one"]["speed fwd"]),
+        ("packed, width 72, against SDPA", 0.9, masks["packed 72 / SDPA one by one"]["speed fwd"]),
+        ("grouped heads, forward", 0.95, masks["12 heads on 2 / on 12"]["speed fwd"]),
+        ("grouped heads, backward", 0.95, masks["12 heads on 2 / on 12"]["speed bwd"]),
+        ("few queries / SDPA, every row", 1.0, least(at("default / ours", tables["few queries"]))),
+        ("RoPE of the copy bandwidth, 8k and more", 0.8, least(at("fwd of copy", ropes) + at("bwd of copy", ropes))),
+        ("RoPE / eager, every row", 1.0, least(at("fwd / eager", tables["rope"]) + at("bwd / eager", tables["rope"]))),
+        ("RoPE / compiled, geometric mean", 1.0, geomean(at("fwd / compiled", tables["rope"]) + at("bwd / compiled", tables["rope"]))),
+        ("RoPE / Liger, geometric mean", 1.0, geomean(at("fwd / liger", tables["rope"]) + at("bwd / liger", tables["rope"]))),
+        ("- error / plain, output (at most 2)", -2.0, -max(r["o/plain"] for r in tables["error"])),
+        ("- error / plain, gradients (at most 3)", -3.0, -max(r[f"{x}/plain"] for r in tables["error"] for x in ("dq", "dk", "dv"))),
+    ]  # fmt: skip
+    rows = [{"aim": name, "at least": aim, "measured": x, "": "-" if x is None else "holds" if x >= aim else "MISSED"} for name, aim, x in rows]
+    show("what we are after", rows, {"aim": "", "at least": ".2f", "measured": ".2f", "": ""})
+    return rows
+
+
+def bench_gpu(z):
+    clock = one_call_ms if z.rehearsal else median_ms
+    top = ceilings(z, clock)
+    about = versions() | {"device": torch.cuda.get_device_name() if z.device == "cuda" else "a rehearsal: THE FIGURES MEAN NOTHING"}
+    print(", ".join(f"{name} {value}" for name, value in about.items()) + f"; {z.dtype}, medians")
+    print(f"ceilings measured now: matrix product {top['TFLOP/s']:.0f} TFLOP/s, copy {top['GB/s']:.0f} GB/s")
+    tables = {"blocks": block_table(), "error": error_table(z), "attention": attention_table(z, clock, top["TFLOP/s"])}
+    tables |= {"masks": mask_table(z, clock), "few queries": few_queries_table(z, clock, top["GB/s"])}
+    tables |= {"rope": rope_table(z, clock, top["GB/s"])}
+    left_out = [x for x, gone in (("Liger-Kernel", not any("liger fwd" in r for r in tables["rope"])), ("torch.compile", z.rehearsal)) if gone]
+    tables["aims"] = aims(tables)
+    print(f"\nleft out: {', '.join(left_out) or 'nothing'}")
+    return about | {"ceilings": top, "sizes": {k: str(v) for k, v in asdict(z).items()}} | tables
+
+
+def versions():
+    with contextlib.suppress(ImportError):
+        import triton
+
+        return {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "CUDA": torch.version.cuda, "triton": triton.__version__}
+    return {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+
+
+def bench_tiles(z):
+    """Other tile sizes beside those of CONFIGS, in TFLOP/s; what is faster here, and passes the tests, belongs in there."""
+    from . import attention_triton as kernels
+
+    choices = {  # direction -> tiles
+        "forward": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3)],
+        "dkdv": [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3), (32, 64, 4, 3)],
+        "dq": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3)],
+    }  # fmt: skip
+    rows, usual, T = [], dict(kernels.CONFIGS), z.lengths[-3 if len(z.lengths) > 2 else 0]
+    for Dh, direction in [(Dh, direction) for Dh in (64, 128) for direction in choices]:
+        q, k, v = make(z.tokens // T, z.width // Dh, z.width // Dh, T, T, Dh, z.dtype, z.device)
+        for tiles in choices[direction]:
+            row = {"kernel": direction, "Dh": Dh, "tiles": str(tiles), "in use": "*" if tiles == usual[direction, Dh][0] else ""}
+            kernels.CONFIGS[direction, Dh] = tiles, tiles
+            for causal in (False, True):
+                flop = 4 * z.tokens * q.shape[1] * T * Dh / (2 if causal else 1)
+                f = lambda: attention(q, k, v, causal=causal)
+                times = both_ways(f, (q, k, v), torch.randn_like(q), one_call_ms if z.rehearsal else median_ms)
+                # the backward pass is timed whole: its other kernels are the same in every row
+                row["causal" if causal else "full"] = ratio(flop * (1 if direction == "forward" else 2.5) / 1e9, times[direction != "forward"])
+            rows.append(row)
+            kernels.CONFIGS.update(usual)
+    show(f"TFLOP/s at T {T}: forward pass, or backward pass with this tile in one of its kernels; * in use", rows,
+         {"kernel": "", "Dh": "", "tiles": "", "in use": "", "full": ".0f", "causal": ".0f"})  # fmt: skip
+    return {"tiles": rows} | versions()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counted, not timed: the blocks that a mask leaves
+
+
+def block_table(T=2048):
+    """How many key blocks the query tiles visit, counted by the kernels' own planning, beside the pairs that a mask leaves."""
+    from .attention_blocks import Mask
+    from .attention_triton import CONFIGS
+
+    t, rows, (BM, BN, *_) = torch.arange(T)[None], [], CONFIGS["forward", 128][0]
+    third = T // 3
+    cases = {
+        "everything": {},
+        "causal": dict(causal=True),
+        "causal, prefix of a third": dict(causal=True, prefix=torch.tensor([third])),
+        "half padding": dict(q_segments=(t < T // 2).int() - 1, k_segments=(t < T // 2).int() - 1),
+        "8 images of equal size": dict(q_segments=t * 8 // T, k_segments=t * 8 // T),
+        "7 images, not on block borders": dict(q_segments=t * 7 // T, k_segments=t * 7 // T),
+        "64 images": dict(q_segments=t * 64 // T, k_segments=t * 64 // T),
+    }
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, rule in cases.items():
+        pairs = allowed(T, T, **rule).float().mean().item()
+        rule = {key: x.to(cuda) if torch.is_tensor(x) else x for key, x in rule.items()}
+        # ids of zeros stand for none: the lists then hold what _key_blocks says
+        rule = dict(causal=False, prefix=None, q_segments=torch.zeros(1, T, dtype=torch.int32, device=cuda), k_segments=None) | rule
+        count = Mask(rule, 1, T, T, torch.device(cuda)).plan(BM, BN, False)[1].sum((0, 1)).tolist()
+        whole, masked = count[0], count[1] - count[0]
+        total = (T // BM) * (T // BN)
+        rows.append({"mask": name, "pairs": pairs, "visited": (whole + masked) / total, "open": whole, "masked": masked, "of": total})
+    show(f"blocks of {BM} x {BN} that the forward pass visits, {T} x {T}; pairs and visited: fractions of all", rows,
+         {"mask": "", "pairs": ".3f", "visited": ".3f", "open": "", "masked": "", "of": ""})  # fmt: skip
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,6 +441,9 @@ def bench_cpu():
         ("prefill, grouped", (1, 14, 2, 256, 256, 64), dict(causal=True)),
         ("one token, grouped", (1, 14, 2, 1, 1024, 64), dict(causal=True)),
     ]
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    about = versions() | {"device": f"cpu, {torch.get_num_threads()} threads"}
+    print(", ".join(f"{name} {value}" for name, value in about.items()) + "; float32, medians")
     rows = []
     for name, shape, rule in cases:
         q, k, v = make(*shape, torch.float32, "cpu")
@@ -108,12 +452,10 @@ def bench_cpu():
         for which in ("naive", "reference", "torch"):
             f = lambda: naive(q, k, v, mask) if which == "naive" else attention(q, k, v, **rule)
             with backend("auto" if which == "naive" else which):
-                with torch.no_grad():
-                    row[f"{which} fwd"] = median_ms(f)
-                row[f"{which} bwd"] = median_ms(forward_and_backward(f, (q, k, v), grad)[1])
+                row[f"{which} fwd"], row[f"{which} bwd"] = both_ways(f, (q, k, v), grad, median_ms)
         rows.append(row | {"naive/torch": row["naive fwd"] / row["torch fwd"]})
     columns = {"attention": ""} | {f"{w} {d}": ".3f" for w in ("naive", "reference", "torch") for d in ("fwd", "bwd")}
-    show(f"milliseconds, median; float32, {torch.get_num_threads()} threads", rows, columns | {"naive/torch": ".1f"})
+    show("milliseconds", rows, columns | {"naive/torch": ".1f"})
 
     ropes = []
     for shape in ((1, 14, 2, 1, 1, 64), (2, 14, 2, 256, 256, 64)):
@@ -122,122 +464,48 @@ def bench_cpu():
         with torch.no_grad():
             ours, usual = median_ms(lambda: apply_rope(q, k, angles)), median_ms(lambda: rotate_half_rope(q, k, angles))
         ropes.append({"RoPE": f"{[*q.shape]} + {[*k.shape]}", "usual": usual, "ours": ours, "usual/ours": usual / ours})
-    show("milliseconds, median, forward", ropes, {"RoPE": "", "usual": ".4f", "ours": ".4f", "usual/ours": ".1f"})
-    print("\nleft out, for want of a CUDA GPU: the Triton kernels, and what there is to compare them with there"
-          " (--compile shows their registers and spills without one)")  # fmt: skip
-    return {"device": "cpu", "attention": rows, "rope": ropes}
+    show("milliseconds, forward", ropes, {"RoPE": "", "usual": ".4f", "ours": ".4f", "usual/ours": ".1f"})
+    results = about | {"attention": rows, "rope": ropes}
+    from .attention import _triton_installed
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# With CUDA
-
-
-def bench_cuda():
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    peak = 2 * 8192**3 / median_ms(lambda x=x, y=y: x @ y) / 1e9
-    big = torch.empty(2**29, device="cuda", dtype=torch.bfloat16)  # 1 GiB, far beyond the cache
-    bandwidth = 2 * big.nbytes / median_ms(big.clone) / 1e6
-    device = torch.cuda.get_device_name()
-    print(f"{device}, bfloat16; ceilings measured now: matmul {peak:.0f} TFLOP/s, copy {bandwidth:.0f} GB/s")
-    del x, y, big
-
-    sdpa = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
-
-    def compare(name, shape, share, others, **rule):
-        """TFLOP/s of ours and of the others; share is the part of the Tq x Tk pairs that the rule allows."""
-        B, H, K, Tq, Tk, Dh = shape
-        q, k, v = make(*shape, torch.bfloat16, "cuda")
-        grad = torch.randn_like(q)
-        flop = 4 * B * H * Tq * Tk * Dh * share
-        row = {"attention": name}
-        runs = {"ours": lambda: attention(q, k, v, **rule)} | {
-            other: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=rule.get("causal", False), enable_gqa=H != K)
-            for other in others
-        }
-        for which, f in runs.items():
-            with sdpa_kernel(sdpa[which]) if which in sdpa else contextlib.nullcontext():
-                forward, backward = forward_and_backward(f, (q, k, v), grad)
-                if forward is not None:
-                    with torch.no_grad():
-                        row[f"{which} fwd"] = flop / median_ms(forward) / 1e9
-                    row[f"{which} bwd"] = 2.5 * flop / median_ms(backward) / 1e9
-        row["of peak"] = row["ours fwd"] / peak if "ours fwd" in row else None
-        for d in ("fwd", "bwd"):
-            best = max((row[f"{o} {d}"] for o in others if f"{o} {d}" in row), default=None)
-            row[f"ours/best {d}"] = row[f"ours {d}"] / best if best and f"ours {d}" in row else None
-        return row
-
-    rows = []
-    for Dh in (64, 128):
-        for causal in (False, True):
-            for T in (512, 1024, 2048, 4096, 8192, 16384):  # 16k tokens, width 2048, as in the papers
-                shape, name = (16384 // T, 2048 // Dh, 2048 // Dh, T, T, Dh), f"Dh {Dh} T {T}{' causal' * causal}"
-                rows.append(compare(name, shape, 0.5 if causal else 1, sdpa, causal=causal))
-    for T in (2048, 8192):
-        rows.append(compare(f"32/8 heads T {T} causal", (16384 // T, 32, 8, T, T, 128), 0.5, sdpa, causal=True))
-    for images in (1, 4, 16, 64):
-        ids = (torch.arange(16384, device="cuda") // (16384 // images))[None]
-        rule = dict(q_segments=ids, k_segments=ids)
-        rows.append(compare(f"16k patches, {images} images", (1, 16, 16, 16384, 16384, 80), 1 / images, (), **rule))
-    columns = {"attention": ""} | {f"{w} {d}": ".0f" for d in ("fwd", "bwd") for w in ("ours", *sdpa)}
-    show("TFLOP/s", rows, columns | {"of peak": ".2f", "ours/best fwd": ".2f", "ours/best bwd": ".2f"})
-
-    decode = []
-    for B, H, K, T in ((1, 32, 8, 4096), (32, 32, 8, 4096), (32, 32, 32, 2048)):
-        q, k, v = (x.detach() for x in make(B, H, K, 1, T, 128, torch.bfloat16, "cuda"))
-        row = {"one token": f"B {B} heads {H}/{K} T {T}", "ours": 2 * k.nbytes / median_ms(lambda: attention(q, k, v)) / 1e6}
-        default = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=H != K)
-        row["torch"] = 2 * k.nbytes / median_ms(default) / 1e6
-        decode.append(row | {"of copy": row["ours"] / bandwidth, "ours/torch": row["ours"] / row["torch"]})
-    show("GB/s", decode, {"one token": "", "ours": ".0f", "torch": ".0f", "of copy": ".2f", "ours/torch": ".2f"})
-
-    ropes, compiled = [], torch.compile(rotate_half_rope)
-    for B, T in ((1, 1), (1, 1024), (4, 4096), (1, 16384)):
-        q, k, _ = make(B, 32, 8, T, T, 128, torch.bfloat16, "cuda")
-        angles = rope_1d(torch.arange(T, device="cuda").expand(B, T), 128)
-        grads = torch.randn_like(q), torch.randn_like(k)
-        runs = {"ours": lambda: apply_rope(q, k, angles), "eager": lambda: rotate_half_rope(q, k, angles),  
-                "compiled": lambda: compiled(q, k, angles)}  # fmt: skip
-        with contextlib.suppress(ImportError):
-            from liger_kernel.transformers.rope import liger_rotary_pos_emb
-
-            cos, sin = (torch.cat((angles, angles), -1).cos().bfloat16(), torch.cat((angles, angles), -1).sin().bfloat16())
-            runs["liger"] = lambda: liger_rotary_pos_emb(q, k, cos, sin)
-        row, moved = {"RoPE 32+8 heads": f"B {B} T {T}"}, 2 * (q.nbytes + k.nbytes)
-        for which, f in runs.items():
-            forward, backward = forward_and_backward(f, (q, k), grads)
-            if forward is not None:
-                with torch.no_grad():
-                    row[f"{which} fwd"] = moved / median_ms(forward) / 1e6
-                row[f"{which} bwd"] = moved / median_ms(backward) / 1e6
-        ropes.append(row | {"of copy": row["ours fwd"] / bandwidth})
-    columns = {"RoPE 32+8 heads": ""} | {
-        f"{w} {d}": ".0f" for d in ("fwd", "bwd") for w in ("ours", "eager", "compiled", "liger")
-    }
-    show("GB/s", ropes, columns | {"of copy": ".2f"})
-    return {"device": device, "peak": peak, "bandwidth": bandwidth, "attention": rows, "decode": decode, "rope": ropes}
+    if _triton_installed():
+        results["blocks"] = block_table()
+    print("\nleft out, for want of a CUDA GPU: the Triton kernels' times, and what there is to compare them with there: SDPA's flash,"
+          "\ncuDNN and efficient backends, eager, torch.compile, Liger-Kernel (--compile shows registers and spills without a GPU)")  # fmt: skip
+    return results
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Compiling without a GPU
 
 ARCHS = {80: 163, 90: 227, 100: 227}  # compute capability -> KB of shared memory that one block may use
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MATRIX = {"forward": "_forward_kernel", "dkdv": "_dkdv_kernel", "dq": "_dq_kernel"}  # those that multiply matrices
-OTHERS = {"delta": "_delta_kernel", "ranges": "_ranges_kernel", "plan": "_plan_kernel", "rope": "_rope_kernel"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MATRIX = {"forward": "_forward_kernel", "short": "_forward_kernel", "decode": "_forward_kernel", "dkdv": "_dkdv_kernel",
+          "dq": "_dq_kernel", "dq short": "_dq_kernel"}  # directions of CONFIGS, all of which multiply matrices # fmt: skip
+OTHERS = {"combine": "_combine_kernel", "delta": "_delta_kernel", "ranges": "_ranges_kernel", "plan": "_plan_kernel", "rope": "_rope_kernel"}
+MASKS = ("none", "causal", "segments", "all")
 INTS = ("Q_SEG", "K_SEG", "PREFIX_LEN", "INDEX", "COUNT", "SEG", "RANGES", "ROWS", "COLS")
+FLOATS = ("LSE", "DELTA", "ANGLES", "PART", "PART_LSE")
+TILED = dict(Q="BM", O="BM", DO="BM", DQ="BM", K="BN", V="BN", DK="BN", DV="BN")  # tensors fetched in tiles of so many rows
 
 
-def compile_jobs():
-    jobs = [(d, arch, Dh, t, "causal") for arch in ARCHS for Dh in (64, 128) for t in DTYPES for d in MATRIX]
-    jobs += [(d, arch, Dh, "bf16", "segments") for arch in ARCHS for Dh in (64, 128) for d in MATRIX]
-    jobs += [(d, arch, 128, "bf16", "all") for arch in ARCHS for d in (*MATRIX, *OTHERS)]
-    return jobs
+def compile_jobs(quick=False):
+    """direction, sm, head width, dtype, mask, by descriptors?, query heads per key head."""
+    if quick:  # every configuration once on every generation, under the rule that costs most registers or the one that costs least
+        jobs = [(d, arch, Dh, "bf16", "causal" if arch == 90 else "segments", arch >= 90, 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX]
+        jobs += [(d, 90, Dh, "fp16", "none", True, 6) for Dh in (64, 128) for d in ("forward", "dkdv", "dq")]
+        return jobs + [(d, arch, 128, "bf16", "all", False, 1) for arch in ARCHS for d in OTHERS]
+    jobs = [(d, arch, Dh, "bf16", mask, arch >= 90, 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX for mask in MASKS]
+    jobs += [(d, arch, Dh, "bf16", "causal", False, 1) for arch in (90, 100) for Dh in (64, 128, 256) for d in MATRIX]  # rows out of step
+    for arch, d in [(arch, d) for arch in ARCHS for d in ("forward", "dkdv", "dq")]:
+        jobs += [(d, arch, Dh, "bf16", mask, arch >= 90, 6) for Dh in (64, 128) for mask in ("none", "causal")]
+        jobs += [(d, arch, Dh, "bf16", "segments", arch >= 90, 1) for Dh in (72, 80)]
+        jobs += [(d, arch, Dh, "fp16", "causal", arch >= 90, 1) for Dh in (64, 128)]
+    jobs += [(d, 90, Dh, "fp32", mask, False, 1) for Dh in (64, 128) for mask in ("none", "causal") for d in ("forward", "dkdv", "dq")]
+    return jobs + [(d, arch, 128, "bf16", "all", False, 1) for arch in ARCHS for d in OTHERS]
 
 
-def describe(kernel, dtype, constants):
+def describe(kernel, dtype, constants, by_descriptor=False):
     """Types of a kernel's arguments, and which of them the launcher would find divisible by 16."""
     signature, aligned = {}, {}
     for n, name in enumerate(kernel.arg_names):
@@ -245,8 +513,11 @@ def describe(kernel, dtype, constants):
             signature[name] = "constexpr"
         elif name in ("scale", "sign"):
             signature[name] = "fp32"
+        elif by_descriptor and name in TILED:
+            kind = "fp32" if name == "O" and constants["PARTS"] > 1 else dtype  # parts are kept in full
+            signature[name] = f"tensordesc<{kind}[1, 1, {constants[TILED[name]]}, {constants['BD']}]>"
         elif name.isupper() and name not in ("G", "H", "N", "T"):
-            signature[name] = "*i32" if name in INTS else "*fp32" if name in ("LSE", "DELTA", "ANGLES") else f"*{dtype}"
+            signature[name] = "*i32" if name in INTS else "*fp32" if name in FLOATS else f"*{dtype}"
             aligned[(n,)] = [["tt.divisibility", 16]]
         elif name.startswith("s"):  # strides of batch, head, row
             signature[name] = ("i32",) * 3
@@ -256,32 +527,42 @@ def describe(kernel, dtype, constants):
     return signature, aligned
 
 
-def compile_one(job):
-    """One kernel for one GPU -> what the assembler says about it."""
+def compile_kernel(job):
+    """-> tile sizes, what Triton made."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from . import attention_triton, rope_triton
+    from . import attention_blocks, attention_triton, rope_triton
 
-    direction, arch, Dh, dtype, mask = job
-    kernel = getattr(rope_triton if direction == "rope" else attention_triton, (MATRIX | OTHERS)[direction])
-    BM, BN, warps, stages = attention_triton.config(direction if direction in MATRIX else "forward", Dh, DTYPES[dtype], 4096)
-    constants = dict(CAUSAL=mask != "segments", PREFIX=mask == "all", SEGMENTS=mask != "causal", RAGGED=True, DH=Dh, BD=Dh)
-    constants |= dict(BM=BM, BN=BN, OF_KEYS=False, CHUNK=128, BLOCK=BN, INTERLEAVED=False, HALF=Dh // 2, BH=Dh // 2)
-    constants |= dict(BT=rope_triton.BT, HEADS=rope_triton.HEADS)
-    if mask != "all":
-        constants |= dict(PREFIX_LEN=None)
-    if mask == "causal":
-        constants |= dict.fromkeys(("Q_SEG", "K_SEG", "INDEX", "COUNT"))
+    direction, arch, Dh, dtype, mask, by_descriptor, group = job
+    BD = triton.next_power_of_2(Dh)
+    module = {"rope": rope_triton, "ranges": attention_blocks, "plan": attention_blocks}.get(direction, attention_triton)
+    kernel = getattr(module, (MATRIX | OTHERS)[direction])
+    queries = {"short": 64, "dq short": 64, "decode": 16}.get(direction, 4096)
+    family = direction.split()[0] if direction.split()[0] in ("dkdv", "dq") else "forward"
+    BM, BN, warps, stages = attention_triton.config(family, BD, DTYPES[dtype], queries, by_descriptor)
+    constants = dict(CAUSAL=mask in ("causal", "all"), PREFIX=mask == "all", SEGMENTS=mask in ("segments", "all"))
+    constants |= dict(RAGGED=True, DH=Dh, BD=BD, BM=BM, BN=BN, OF_KEYS=False, CHUNK=128, BLOCK=BN, INTERLEAVED=False, HALF=Dh // 2, BH=BD // 2)
+    constants |= dict(BT=rope_triton.BT, HEADS=rope_triton.HEADS, PARTS=16 if direction in ("decode", "combine") else 1)
+    constants |= dict(PREFIX_LEN=None) if mask != "all" else {}
+    constants |= dict.fromkeys(("Q_SEG", "K_SEG", "INDEX", "COUNT")) if mask in ("none", "causal") else {}
+    constants |= dict(G=1) if group == 1 else {}  # Triton compiles an argument that is 1 as a constant
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature, aligned = describe(kernel, dtype, constants)
     if direction in OTHERS:
-        BM, BN, warps, stages = None, None, 4, 1
-    row = dict(kernel=direction, sm=arch, Dh=Dh, dtype=dtype, mask=mask, BM=BM, BN=BN, warps=warps, stages=stages)
+        BM, BN, warps, stages = None, None, 1 if direction in ("ranges", "plan") else 4, 1
+    signature, aligned = describe(kernel, dtype, constants, by_descriptor)
+    source, target = ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", arch, 32)
+    return (BM, BN, warps, stages), triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages))
+
+
+def compile_one(job):
+    """One kernel for one GPU -> what the assembler says about it."""
+    direction, arch, Dh, dtype, mask, by_descriptor, group = job
+    row = dict(kernel=direction, sm=arch, Dh=Dh, dtype=dtype, mask=mask, tiles="TMA" if by_descriptor else "", G=group)
     try:
-        source, target = ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", arch, 32)
-        compiled = triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages))
+        sizes, compiled = compile_kernel(job)
+        row |= dict(zip(("BM", "BN", "warps", "stages"), sizes))
         ptx = compiled.asm["ptx"]
         log = assembler_log(ptx, arch)
     except Exception as error:  # a worker reports, the table shows it
@@ -311,23 +592,72 @@ def assembler_log(ptx, arch):
         return subprocess.run(command, cwd=tmp, capture_output=True, text=True, check=True).stderr
 
 
+def complaint(row):
+    """What is not as it should be -> text, empty if all is well."""
+    if "spill" not in row:
+        return row["note"]
+    wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[row["sm"]]
+    if row["kernel"] == "decode" or (row["Dh"] == 256 and row["tiles"] != "TMA" and row["sm"] > 80):
+        wanted = row["matrix unit"] if row["matrix unit"] != "none" else wanted  # tiles of 16 or 32 rows: a warp group's units take 64
+    rare = row["mask"] == "all" or row["Dh"] == 256  # every kind of rule at once, or a width no model here has
+    return "; ".join(text for text, wrong in (
+        ("too much shared memory", row["shared KB"] > ARCHS[row["sm"]]),
+        (row["note"], row["note"]),
+        ("not on the matrix units", row["kernel"] in MATRIX and row["dtype"] != "fp32" and row["matrix unit"] != wanted),
+        ("spills", row["spill"] > (16 if row["kernel"] == "decode" else 0) and not rare),
+    ) if wrong)  # fmt: skip
+
+
 def compile_all(jobs):
     import triton
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     start, context = time.perf_counter(), multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        rows = list(pool.map(compile_one, jobs))
-    columns = dict.fromkeys(("kernel", "sm", "Dh", "dtype", "mask", "BM", "BN", "warps", "stages", "registers", "spill"), "")
-    columns |= {"shared KB": ".0f", "matrix unit": "", "note": ""}
-    show("spill: bytes stored and loaded by one thread", rows, columns)
-    bad = [r for r in rows if "spill" not in r or r["shared KB"] > ARCHS[r["sm"]]]
-    bad += [r for r in rows if r["kernel"] in MATRIX and r.get("matrix unit") == "none"]
-    bad += [r for r in rows if r["kernel"] == "forward" and r["mask"] != "all" and r.get("spill")]
-    seconds = time.perf_counter() - start
-    print(f"\n{len(rows)} kernels, Triton {triton.__version__}, {seconds:.0f} s; required: no spills in the forward pass, causal or with segments, "
-          f"matrix instructions, shared memory within {ARCHS}: {'FAILED' if bad else 'holds'}")  # fmt: skip
-    return {"triton": triton.__version__, "kernels": rows}, not bad
+        rows = list(pool.map(compile_one, jobs, chunksize=4))
+    rows = [row | {"wrong": complaint(row)} for row in rows]
+    columns = dict.fromkeys(("kernel", "sm", "Dh", "dtype", "mask", "G", "tiles", "BM", "BN", "warps", "stages", "registers", "spill"), "")
+    columns |= {"shared KB": ".0f", "matrix unit": "", "wrong": ""}
+    show("spill: bytes stored and loaded by one thread; G: query heads per key head", rows, columns)
+    bad = [r for r in rows if r["wrong"]]
+    print(f"\n{len(rows)} kernels, Triton {triton.__version__}, {time.perf_counter() - start:.0f} s; required: matrix units of the "
+          f"generation, none serialized,\nshared memory within {ARCHS}, no spills (unless all rules meet, or at width 256; "
+          f"16 bytes in decoding): {f'FAILED by {len(bad)}' if bad else 'holds'}")  # fmt: skip
+    return versions() | {"kernels": rows}, not bad
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A picture
+
+
+def plot(results, path):
+    """Forward and backward, TFLOP/s over T, one panel for each head width with and without causal."""
+    from PIL import Image, ImageDraw
+
+    colours = dict(ours="#d62728", flash="#1f77b4", cudnn="#2ca02c", efficient="#9467bd", eager="#7f7f7f", compiled="#ff7f0e")
+    W, H, pad, points = 380, 240, 44, results["attention"]
+    panels = [(d, Dh, causal) for d in ("fwd", "bwd") for Dh in (64, 128) for causal in (False, True)]
+    picture = Image.new("RGB", (4 * W, 2 * H + 30), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((8, 2 * H + 10), ", ".join(f"{k} {results[k]}" for k in ("device", "date", "torch", "triton") if k in results), fill="black")
+    for n, (d, Dh, causal) in enumerate(panels):
+        left, top = n % 4 * W + pad, n // 4 * H + 30
+        rows = [r for r in points if r["Dh"] == Dh and r["causal"] == causal]
+        most = max((r[f"{name} {d}"] or 0 for r in rows for name in colours if r.get(f"{name} {d}")), default=1)
+        x = lambda i: left + i * (W - pad - 16) / max(1, len(rows) - 1)
+        y = lambda value: top + (H - 60) * (1 - value / most)
+        draw.text((left, top - 22), f"{'forward' if d == 'fwd' else 'backward'}, Dh {Dh}{', causal' * causal}: TFLOP/s over T", fill="black")
+        for part in (0, 0.5, 1):
+            draw.line((left, y(part * most), left + W - pad - 16, y(part * most)), fill="#dddddd")
+            draw.text((left - 36, y(part * most) - 6), f"{part * most:.3g}", fill="black")
+        for i, row in enumerate(rows):
+            draw.text((x(i) - 8, top + H - 54), f"{row['T'] // 1024}k" if row["T"] >= 1024 else str(row["T"]), fill="black")
+        for m, (name, colour) in enumerate(colours.items()):
+            line = [(x(i), y(r[f"{name} {d}"])) for i, r in enumerate(rows) if r.get(f"{name} {d}")]
+            draw.line(line, fill=colour, width=3 if name == "ours" else 1)
+            if n == 0:
+                draw.text((W * 2 + m * 90, 2 * H + 10), name, fill=colour)
+    picture.save(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,26 +671,42 @@ class OneLineParser(argparse.ArgumentParser):
 
 def main():
     parser = OneLineParser("python -m kernels.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--compile", action="store_true", help="compile for sm_80, sm_90, sm_100 instead of timing; exit 1 if\n"
-                        "a forward kernel spills, needs too much shared memory or no matrix unit")  # fmt: skip
+    parser.add_argument("--compile", nargs="?", const="full", choices=("full", "quick"), help="compile for sm_80, sm_90, sm_100 instead of timing; exit 1 if\n"
+                        "a kernel spills, needs too much shared memory or misses the matrix units;\nquick: each configuration under one rule")  # fmt: skip
+    parser.add_argument("--tiles", action="store_true", help="time other tile sizes (needs a GPU, or --rehearse)")
+    parser.add_argument("--rehearse", action="store_true", help="a GPU's tables on the CPU, at toy sizes: no figures")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the attention table (a GPU's) to FILE, a PNG")
     args = parser.parse_args()
-    if args.json and not os.path.isdir(os.path.dirname(os.path.abspath(args.json))):
-        parser.error(f"--json: there is no folder {os.path.dirname(os.path.abspath(args.json))}")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            parser.error(f"{option}: there is no folder {os.path.dirname(os.path.abspath(path))}")
+    from .attention import _triton_installed
+
+    if (args.compile or args.rehearse or args.tiles) and not _triton_installed():
+        parser.error("this needs Triton: pip install triton (there are wheels for Linux)")
+    on_gpu = torch.cuda.is_available() and not args.rehearse
+    if args.plot and (args.compile or args.tiles or not (on_gpu or args.rehearse)):
+        parser.error("--plot draws the attention table of a GPU (or of --rehearse)")
     ok = True
     if args.compile:
-        from .attention import _triton_installed
-
-        if not _triton_installed():
-            parser.error("--compile needs Triton: pip install triton (there are wheels for Linux)")
         if os.environ.get("TRITON_INTERPRET") == "1":
             parser.error("--compile: unset TRITON_INTERPRET, under which nothing is compiled")
-        results, ok = compile_all(compile_jobs())
+        results, ok = compile_all(compile_jobs(args.compile == "quick"))
+    elif args.tiles or args.rehearse:
+        if not (on_gpu or args.rehearse):
+            parser.error("--tiles needs a CUDA GPU (--rehearse shows that it runs)")
+        if args.rehearse:
+            os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+        with backend("triton"):
+            results = (bench_tiles if args.tiles else bench_gpu)(TOY if args.rehearse else Sizes())
     else:
-        results = bench_cuda() if torch.cuda.is_available() else bench_cpu()
+        results = bench_gpu(Sizes()) if on_gpu else bench_cpu()
     if args.json:
         with open(args.json, "w") as f:
             json.dump(results, f, indent=1)
+    if args.plot:
+        plot(results, args.plot)
     sys.exit(not ok)
 
 

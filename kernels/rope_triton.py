@@ -1,57 +1,65 @@
 """apply_rope as one Triton kernel for q and k together, forward and backward.
 
-A rotation does six operations on two numbers, so all that counts is memory: read q and k once, write them once, and read
-an angle once for many heads. One program takes BT tokens and up to HEADS heads (of q, then of k), works out the cosines and
-sines of its tokens, and turns head after head. The backward pass is the same kernel with the angles negated: the inverse of
-a rotation is the rotation back. Nothing but the angles is kept for it.
+A rotation does six operations on two numbers, so all that counts is memory: read q and k once, write them once, and have
+enough of both under way. One program takes BT tokens of HEADS heads, of q or of k, as a single block of HEADS x BT x BH pairs:
+all of its loads start before the first is needed, and the heads share its cosines and sines. The backward pass is the same
+kernel with the sines negated: the inverse of a rotation is the rotation back. Nothing but the angles is kept for it.
+
+Sines and cosines are worked out here, in float32, from angles that all layers share. Positions instead of angles would be
+3 numbers a token rather than Dh/2; but the angles are 4 Dh/2 of the 4 Dh (H + K) bytes that a token's q and k move in 16 bits: 1 in
+80 for 40 heads, 1 in 28 for the 14 of Qwen2-VL-2B. `python -m kernels.bench` measures that bound on a GPU ("angles for free").
 """
 
 import torch
 import triton
 import triton.language as tl
 
-BT, HEADS = 32, 8  # tokens and heads per program; 8 heads share the sines, more would leave a GPU idle at short lengths
+BT, HEADS = 16, 4  # tokens and heads per program: at width 128 it keeps 16 KB under way, several of which share a multiprocessor
 
 
 @triton.jit
-def _turn(X, Y, x_at, y_at, gap, cos, sin, ok):
-    a = tl.load(X + x_at, mask=ok, other=0.0).to(tl.float32)
-    b = tl.load(X + x_at + gap, mask=ok, other=0.0).to(tl.float32)
-    tl.store(Y + y_at, (a * cos - b * sin).to(Y.dtype.element_ty), mask=ok)
-    tl.store(Y + y_at + gap, (b * cos + a * sin).to(Y.dtype.element_ty), mask=ok)
+def _turn(X, Y, sx, sy, b, h0, H, t, T, cos, sin, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
+          HEADS: tl.constexpr):  # fmt: skip
+    h, t = (h0 + tl.arange(0, HEADS)).to(tl.int64)[:, None, None], t[None, :, None]
+    x, y = X + b * sx[0] + h * sx[1] + t * sx[2], Y + b * sy[0] + h * sy[1] + t * sy[2]  # [HEADS,BT,1]
+    if INTERLEAVED:  # pairs lie side by side: fetched as they lie, then dealt out
+        i = tl.arange(0, 2 * BH)[None, None, :]
+        ok = (h < H) & (t < T) & (i < 2 * HALF)
+        pairs = tl.load(x + i, mask=ok, other=0.0).to(tl.float32)
+        first, second = pairs.reshape(HEADS, cos.shape[1], BH, 2).split()
+        pairs = tl.join(first * cos - second * sin, second * cos + first * sin).reshape(HEADS, cos.shape[1], 2 * BH)
+        tl.store(y + i, pairs.to(Y.dtype.element_ty), mask=ok)
+    else:
+        i = tl.arange(0, BH)[None, None, :]
+        ok = (h < H) & (t < T) & (i < HALF)
+        first = tl.load(x + i, mask=ok, other=0.0).to(tl.float32)
+        second = tl.load(x + i + HALF, mask=ok, other=0.0).to(tl.float32)
+        tl.store(y + i, (first * cos - second * sin).to(Y.dtype.element_ty), mask=ok)
+        tl.store(y + i + HALF, (second * cos + first * sin).to(Y.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def _rope_kernel(Q, K, OQ, OK, ANGLES, sq, sk, soq, sok, sa, H, N, T, sign, INTERLEAVED: tl.constexpr,
                  HALF: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
-    t0, h0, b = tl.program_id(0) * BT, tl.program_id(1) * HEADS, tl.program_id(2).to(tl.int64)
-    t, i = (t0 + tl.arange(0, BT)).to(tl.int64)[:, None], tl.arange(0, BH)[None, :]
-    ok = (t < T) & (i < HALF)
-    angle = tl.load(ANGLES + b * sa[0] + t * sa[1] + i * sa[2], mask=ok, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle) * sign
-    x = 2 * i if INTERLEAVED else i  # where the first number of pair i lies, and how far behind it the second
-    gap = 1 if INTERLEAVED else HALF
-    # heads h0 .. h0+HEADS of q and k laid end to end: first those that are q's, then those that are k's
-    Q, OQ = Q + b * sq[0] + h0.to(tl.int64) * sq[1], OQ + b * soq[0] + h0.to(tl.int64) * soq[1]
-    for _ in range(h0, min(h0 + HEADS, H)):
-        _turn(Q, OQ, t * sq[2] + x, t * soq[2] + x, gap, cos, sin, ok)
-        Q += sq[1]
-        OQ += soq[1]
-    k0 = max(h0, H) - H
-    K, OK = K + b * sk[0] + k0.to(tl.int64) * sk[1], OK + b * sok[0] + k0.to(tl.int64) * sok[1]
-    for _ in range(k0, min(h0 + HEADS, N) - H):
-        _turn(K, OK, t * sk[2] + x, t * sok[2] + x, gap, cos, sin, ok)
-        K += sk[1]
-        OK += sok[1]
+    group, b = tl.program_id(0), tl.program_id(2).to(tl.int64)  # heads run fastest: they find their angles in the cache
+    t, i = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64), tl.arange(0, BH)
+    angle = ANGLES + b * sa[0] + t[:, None] * sa[1] + i[None, :]
+    angle = tl.load(angle, mask=(t < T)[:, None] & (i < HALF)[None, :], other=0.0)
+    cos, sin = tl.cos(angle)[None], (tl.sin(angle) * sign)[None]  # [1,BT,BH]
+    groups = tl.cdiv(H, HEADS)
+    if group < groups:
+        _turn(Q, OQ, sq, soq, b, group * HEADS, H, t, T, cos, sin, INTERLEAVED, HALF, BH, HEADS)
+    else:
+        _turn(K, OK, sk, sok, b, (group - groups) * HEADS, N, t, T, cos, sin, INTERLEAVED, HALF, BH, HEADS)
 
 
 def _rotate(q, k, angles, sign, interleaved):
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k, angles = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, angles))
     oq, ok = torch.empty_like(q), torch.empty_like(k)  # in the memory order of q and k, so that views stay free
-    (B, H, T, Dh), N = q.shape, q.shape[1] + k.shape[1]
-    _rope_kernel[(triton.cdiv(T, BT), triton.cdiv(N, HEADS), B)](
-        q, k, oq, ok, angles, q.stride()[:3], k.stride()[:3], oq.stride()[:3], ok.stride()[:3], angles.stride(), H, N,
-        T, sign, INTERLEAVED=interleaved, HALF=Dh // 2, BH=triton.next_power_of_2(Dh // 2), BT=BT, HEADS=HEADS,
+    (B, H, T, Dh), N = q.shape, k.shape[1]
+    _rope_kernel[(triton.cdiv(H, HEADS) + triton.cdiv(N, HEADS), triton.cdiv(T, BT), B)](
+        q, k, oq, ok, angles, q.stride()[:3], k.stride()[:3], oq.stride()[:3], ok.stride()[:3], angles.stride()[:2], H,
+        N, T, sign, INTERLEAVED=interleaved, HALF=Dh // 2, BH=triton.next_power_of_2(Dh // 2), BT=BT, HEADS=HEADS,
         num_warps=4)  # fmt: skip
     return oq, ok
 
