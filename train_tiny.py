@@ -2084,7 +2084,7 @@ def box_questions(rng, count):
 def grounding(model, asked):
     """The share of [(scene, question, box)] whose answer is a box with an IoU of 0.5 or more: the paper's measure."""
     import cogvlm
-    said = cogvlm_answers(model, [scene for scene, _, _ in asked], [question for _, question, _ in asked], longest=24)
+    said = cogvlm_answers(model, [scene for scene, _, _ in asked], [question for _, question, _ in asked])
     return sum(cogvlm.box_iou(cogvlm.parse_box(text), cogvlm.parse_box(right)) >= 0.5 for text, (_, _, right) in zip(said, asked)) / len(asked)
 
 
