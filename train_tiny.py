@@ -2190,10 +2190,10 @@ def cogvlm_ablations(args):
 # Qwen2-VL
 # ------------------------------------------------------------------------------------------------------------------
 
-QWEN_PART1_STEPS, QWEN_STEPS = 1000, 430            # QWEN_STEPS are those of the second and last part
+QWEN_PART1_STEPS, QWEN_STEPS = 900, 560             # QWEN_STEPS are those of the second and last part
 DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = (200, 100), 300              # of both parts, for the demo; for comparisons
 PART1_MIX = ("scene",) * 14 + ("movie",) * 2        # what a step is made of. What takes longest to learn comes first and nearly
-QWEN_MIX = ("scene",) * 8 + ("number",) * 9 + ("movie",)            # alone: find the thing, then read off its property
+QWEN_MIX = ("scene",) * 7 + ("number",) * 9 + ("movie",) * 2        # alone: find the thing, then read off its property
 SMALL_CANVASES = ((32, 32), (48, 48), (48, 32), (32, 48), (64, 32), (32, 64))   # (width, height) of scenes in part 1 ...
 LARGER_CANVASES = ((64, 64), (80, 80), (80, 48), (48, 80))             # ... and with these in part 2
 CANVASES = SMALL_CANVASES + LARGER_CANVASES
