@@ -1557,7 +1557,7 @@ def demo(args):
     rows = []
     scene, number = asked[3], tiny.qwen_number(tiny.rng_for("qwen demo, number"), tiny.TOKENS[-1])
     print("\nthe same picture with fewer and with more pixels, which is fewer and more tokens:")
-    for (picture, turns), budgets in ((number, (1, 4, 16)), (scene, (2, 6, 15))):
+    for (picture, turns), budgets in ((number, tiny.TOKENS), (scene, (2, 6, 15))):
         shrunk = [(tiny.shrink(picture, tokens), turns) for tokens in budgets]
         rows.append([])
         for (small, _), text in zip(shrunk, tiny.qwen_answers(model, shrunk), strict=True):

@@ -2188,16 +2188,18 @@ def cogvlm_ablations(args):
 # Qwen2-VL
 # ------------------------------------------------------------------------------------------------------------------
 
-QWEN_STEPS, DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = 2000, 600, 300
-QWEN_MIX = ("scene",) * 4 + ("number",) * 4 + ("movie",) * 4        # what a step is made of
-QWEN_KINDS = ("colour", "shape", "count", "there")  # questions about scenes. Those that name a place, or a pair of colour and
-# shape, are left out: after these few steps they are still guessed, as nothing is absolute in this tower's positions.
-CANVASES = ((32, 32), (48, 48), (64, 64), (80, 80), (48, 32), (32, 48), (64, 32), (32, 64), (80, 48), (48, 80))    # in training
-NEW_CANVASES = ((80, 32), (32, 80), (64, 48), (48, 64), (80, 64), (64, 80))    # (width, height) of shapes never trained on
+QWEN_PART1_STEPS, QWEN_STEPS = 900, 560             # QWEN_STEPS are those of the second and last part
+DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = (200, 100), 300              # of both parts, for the demo; for comparisons
+PART1_MIX = ("scene",) * 14 + ("movie",) * 2        # what a step is made of. What takes longest to learn comes first and nearly
+QWEN_MIX = ("scene",) * 7 + ("number",) * 9 + ("movie",) * 2        # alone: find the thing, then read off its property
+SMALL_CANVASES = ((32, 32), (48, 48), (48, 32), (32, 48), (64, 32), (32, 64))   # (width, height) of scenes in part 1 ...
+LARGER_CANVASES = ((64, 64), (80, 80), (80, 48), (48, 80))             # ... and with these in part 2
+CANVASES = SMALL_CANVASES + LARGER_CANVASES
+NEW_CANVASES = ((80, 32), (32, 80), (64, 48), (48, 64), (80, 64), (64, 80))     # of shapes never trained on
 LARGE_CANVASES = ((96, 96), (112, 64), (64, 112), (128, 48))           # and larger than any in training
 FRAMES, LONG_MOVIES = (2, 4, 6), (8, 12, 16, 24)    # frames of movies in training, and of longer ones
-NUMBER_SIZE = (64, 64)                              # pixels of the picture with a number in it: 4 x 4 tokens
-TOKENS = (1, 4, 9, 16)                              # how many it may have when it is read
+NUMBER_SIZE = (48, 48)                              # pixels of the picture with a number in it: 3 x 3 tokens
+TOKENS = (1, 4, 9)                                  # how many it may have when it is read
 
 
 def untrained_qwen(device="cpu", seed=0, mrope=True, **vision):
@@ -2230,20 +2232,12 @@ def shrink(image, tokens):
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def ask_by_content(scene, rng):
-    """A (question, answer) that finds its thing by colour or shape, not by place."""
-    while True:
-        question, answer = ask(scene, rng, QWEN_KINDS)
-        if not any(place in question for place in PLACES):
-            return question, answer
-
-
 def qwen_scene(rng, sizes=CANVASES, split="train"):
-    """A picture of one of these sizes: what is in it, in reading order, among four questions; a test scene with one question."""
+    """A picture of one of these sizes with its description among four questions; a test scene with one question."""
     scene = make_scene(rng, split=split)
-    turns = [ask_by_content(scene, rng) for _ in range(4 if split == "train" else 1)]
+    turns = [ask(scene, rng, KINDS) for _ in range(4 if split == "train" else 1)]
     if split == "train":
-        turns.insert(rng.randrange(5), (DESCRIBE, ", ".join(f"a {thing.name}" for thing in scene.things)))
+        turns.insert(rng.randrange(5), (DESCRIBE, caption(scene)))
     return draw(scene, *rng.choice(sizes)), turns
 
 
@@ -2265,8 +2259,9 @@ def qwen_movie(rng, frames=None):
     return [draw(scene) for scene in scenes], turns
 
 
-def qwen_thing(rng, sizes=CANVASES, split="any"):
-    """A picture of one thing, and what it is. For comparisons that must be quick."""
+def qwen_thing(rng, sizes=CANVASES, split=None):
+    """A picture of one thing, and what it is. For comparisons that must be quick. One thing is too little for a scene of its
+    own in the test split, whatever `split` says: what is new in a test is the size of the picture."""
     (thing,) = (scene := make_scene(rng, 1, split="any")).things
     return draw(scene, *rng.choice(sizes)), [("what is it?", f"a {thing.full_name}")]
 
@@ -2298,18 +2293,23 @@ def qwen_inputs(samples, config, answers=True):
     return given | dict(ids=ids, mask=mask), None
 
 
-def train_qwen(model, name, steps, seed=0, mix=QWEN_MIX, bar=None, draw_batch=None, data="world", sizes=CANVASES):
-    """The paper's stage 2: everything trains. mix: the kind of each sample of a step, equal ones together; sizes: of its scenes.
-    draw_batch(step) -> samples replaces the world by other data."""
+def train_qwen(model, name, steps, seed, mix, bar=None, draw_batch=None, data="world", sizes=CANVASES, first=0, lock=None, rate=1.0):
+    """The paper's stage 2, in which everything trains, and after `lock` steps (None: never) its stage 3: the tower is locked,
+    which makes a step cheaper by a third. mix: the kind of each sample of a step, equal ones together; sizes: of its scenes, in
+    the first `first` steps only that of the toy CLIP's images; rate: a factor of the learning rates. draw_batch(step) -> samples
+    replaces the world by other data."""
     import qwen2vl
     qwen2vl.freeze(model, 2)
     device, counts = next(model.parameters()).device, [mix.count(kind) for kind in dict.fromkeys(mix)]
 
     def from_world(step):
-        rngs = batch_rngs(seed, ("qwen", step), len(mix))
-        return [QWEN_SAMPLES[kind](rng, *([sizes] if kind in ("scene", "thing") else ())) for kind, rng in zip(mix, rngs)]
+        rngs = batch_rngs(seed, ("qwen", data, step), len(mix))    # part 2 shows other samples than part 1
+        drawn = sizes[:1] if step < first else sizes
+        return [QWEN_SAMPLES[kind](rng, *([drawn] if kind in ("scene", "thing") else ())) for kind, rng in zip(mix, rngs)]
 
     def loss_of(step):
+        if lock is not None:
+            qwen2vl.freeze(model, 2 if step < lock else 3)
         inputs, labels = qwen_inputs((draw_batch or from_world)(step), model.config)
         logits = model(**{key: x if "grid" in key else x.to(device) for key, x in inputs.items()})
         each, total = {}, 0                         # a kind counts by its samples, not by its words: captions have many
@@ -2318,18 +2318,28 @@ def train_qwen(model, name, steps, seed=0, mix=QWEN_MIX, bar=None, draw_batch=No
             total = total + each[kind] * len(rows) / len(labels)
         return total, {kind: loss.detach() for kind, loss in each.items()}
 
-    plan = Plan(name, steps, len(mix), lr=2e-3, muon=3e-3, warmup=50, weight_decay=0.02, seed=seed)
-    return fit(plan, model, loss_of, data=f"{data}, {mix} {sizes}", bar=bar)
+    plan = Plan(name, steps, len(mix), lr=2e-3 * rate, muon=3e-3 * rate, warmup=50, weight_decay=0.02, seed=seed)
+    key = f"{data}, {mix} {sizes} {first} {lock}, towers of {CLIP_STEPS} and {LM_STEPS} steps"     # other towers give another model: the cache must know
+    return fit(plan, model, loss_of, data=key, bar=bar)
 
 
-def toy_qwen(device="cpu", seed=0, steps=None):
-    """The standard toy Qwen2-VL; towers and result are cached."""
-    return train_qwen(untrained_qwen(device, seed), run_name("qwen2vl", seed, steps), steps or QWEN_STEPS, seed)
+def toy_qwen(device="cpu", seed=0, steps=None, part1=None):
+    """The standard toy Qwen2-VL; towers, both parts and result are cached. Part 1, on small pictures: to see, then with the tower
+    locked to look things up. Part 2, in which everything trains once more, at a lower rate, so that this is not lost: pictures of
+    all sizes (half of them larger than before), and numbers to read."""
+    model, part1 = untrained_qwen(device, seed), part1 or QWEN_PART1_STEPS
+    name = run_name("qwen2vl-part1", seed, part1 if part1 != QWEN_PART1_STEPS else None)
+    train_qwen(model, name, part1, seed, PART1_MIX, sizes=SMALL_CANVASES, first=part1 * 3 // 20, lock=part1 * 3 // 5)
+    name, sizes = run_name("qwen2vl", seed, steps), CANVASES + LARGER_CANVASES
+    return train_qwen(model, name, steps or QWEN_STEPS, seed, QWEN_MIX, data=f"world, after {part1} steps of part 1", sizes=sizes, rate=0.67)
 
 
 def demo_qwen(device="cpu"):
     """For the demo: the recipe's result if it has been trained, else that of fewer steps, since somebody is waiting."""
-    return toy_qwen(device, steps=None if recipe_is_done("qwen2vl", QWEN_STEPS) else DEMO_QWEN_STEPS)
+    if recipe_is_done("qwen2vl", QWEN_STEPS):
+        return toy_qwen(device)
+    part1, steps = DEMO_QWEN_STEPS
+    return toy_qwen(device, steps=steps, part1=part1)
 
 
 @torch.no_grad()
@@ -2349,7 +2359,8 @@ def qwen_accuracy(model, samples):
 
 
 def size_questions(count, sizes, ask_about=qwen_scene):
-    """Questions about test scenes drawn in these sizes: the same scenes and questions whatever the sizes."""
+    """Questions about scenes drawn in these sizes, the same scenes and questions whatever the sizes. Those of qwen_scene were
+    never trained on; those of qwen_thing may have been, in other sizes."""
     return [ask_about(rng_for("qwen size", i), [sizes[i % len(sizes)]], "test") for i in range(count)]
 
 
@@ -2385,14 +2396,14 @@ def qwen_claims(model):
             Claim("qwen2vl: gain by sizes and shapes never seen", guessed - seen, new - seen, -0.05),
             Claim("qwen2vl: which way does it move", 0.25, ways, 0.90),
             Claim("qwen2vl: numbers read with all their tokens", 0.01, curve[-1], 0.90),
-            Claim("qwen2vl: least gain from more tokens, 1 4 9 16", 0.0, min(b - a for a, b in zip(curve, curve[1:])), 0.0),
+            Claim(f"qwen2vl: least gain from more tokens, {' '.join(map(str, TOKENS))}", 0.0, min(b - a for a, b in zip(curve, curve[1:])), 0.0),
             Claim("qwen2vl: tokens grow with the area (correlation)", 0.0, tokens_per_area(), 0.98)]
 
 
 def qwen_samples(model, folder):
     rng = rng_for("qwen samples")
     samples = [qwen_scene(rng, [size], "test") for size in (*CANVASES[1:3], *NEW_CANVASES[:4])]
-    samples += [qwen_number(rng, tokens) for tokens in (2, 12)]
+    samples += [qwen_number(rng, tokens) for tokens in TOKENS[-2:]]
     said = qwen_answers(model, samples)
     sheet([(item, f"{turns[0][0]}\n{text}" + ("" if text == turns[0][1] else f"\n(WRONG: {turns[0][1]})"))
            for (item, turns), text in zip(samples, said)], folder / "samples.png", scale=2)
