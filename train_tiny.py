@@ -2191,7 +2191,7 @@ def cogvlm_ablations(args):
 # ------------------------------------------------------------------------------------------------------------------
 
 QWEN_PART1_STEPS, QWEN_STEPS = 900, 560             # QWEN_STEPS are those of the second and last part
-DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = (200, 100), (300, 1000)      # of both parts, for the demo; of comparisons on things, on movies
+DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = (350, 100), (300, 1000)      # of both parts, for the demo; of comparisons on things, on movies
 PART1_MIX = ("scene",) * 14 + ("movie",) * 2        # what a step is made of. What takes longest to learn comes first and nearly
 QWEN_MIX = ("scene",) * 7 + ("number",) * 9 + ("movie",) * 2        # alone: find the thing, then read off its property
 SMALL_CANVASES = ((32, 32), (48, 48), (48, 32), (32, 48), (64, 32), (32, 64))   # (width, height) of scenes in part 1 ...
