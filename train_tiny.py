@@ -2189,7 +2189,7 @@ def cogvlm_ablations(args):
 # ------------------------------------------------------------------------------------------------------------------
 
 QWEN_PART1_STEPS, QWEN_STEPS = 900, 560             # QWEN_STEPS are those of the second and last part
-DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = (200, 100), 300              # of both parts, for the demo; for comparisons
+DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = (350, 100), (300, 1000)      # of both parts, for the demo; of comparisons on things, on movies
 PART1_MIX = ("scene",) * 14 + ("movie",) * 2        # what a step is made of. What takes longest to learn comes first and nearly
 QWEN_MIX = ("scene",) * 7 + ("number",) * 9 + ("movie",) * 2        # alone: find the thing, then read off its property
 SMALL_CANVASES = ((32, 32), (48, 48), (48, 32), (32, 48), (64, 32), (32, 64))   # (width, height) of scenes in part 1 ...
@@ -2250,13 +2250,13 @@ def qwen_number(rng, tokens=None):
     return shrink(image, tokens or rng.choice(TOKENS + TOKENS[-1:] * 2)), [(question, answer)]
 
 
-def qwen_movie(rng, frames=None):
+def qwen_movie(rng, frames=None, side=32):
     """A movie as a list of frames, and which way its thing moves; in training also what it is."""
     scenes, question, way = movie(rng, frames or rng.choice(FRAMES))
     thing, turns = scenes[0].things[0], [(question, way)]
     if frames is None:
         turns = rng.sample([*turns, ("what colour is it?", thing.colour), ("what shape is it?", thing.shape)], 3)
-    return [draw(scene) for scene in scenes], turns
+    return [draw(scene, side, side) for scene in scenes], turns
 
 
 def qwen_thing(rng, sizes=CANVASES, split=None):
@@ -2266,7 +2266,8 @@ def qwen_thing(rng, sizes=CANVASES, split=None):
     return draw(scene, *rng.choice(sizes)), [("what is it?", f"a {thing.full_name}")]
 
 
-QWEN_SAMPLES = {"scene": qwen_scene, "thing": qwen_thing, "number": qwen_number, "movie": qwen_movie}
+QWEN_SAMPLES = {"scene": qwen_scene, "thing": qwen_thing, "number": qwen_number, "movie": qwen_movie,
+                "large movie": lambda rng: qwen_movie(rng, side=48)}        # 9 tokens for two frames, not 4
 
 
 def qwen_inputs(samples, config, answers=True):
@@ -2364,9 +2365,9 @@ def size_questions(count, sizes, ask_about=qwen_scene):
     return [ask_about(rng_for("qwen size", i), [sizes[i % len(sizes)]], "test") for i in range(count)]
 
 
-def qwen_movies(count, frames):
+def qwen_movies(count, frames, side=32):
     rng = rng_for("qwen movies", frames)
-    return [qwen_movie(rng, frames) for _ in range(count)]
+    return [qwen_movie(rng, frames, side) for _ in range(count)]
 
 
 def qwen_numbers(count, tokens):
@@ -2417,31 +2418,29 @@ def qwen_recipe(args):
 
 def qwen_ablations(args):
     """On pictures of one thing: many sizes as they are, against a tower of one resolution with learned positions, trained on
-    48 x 48 and stretched to other sizes. On movies: M-RoPE against all tokens numbered one by one, on movies longer than those
-    of training. Equal steps, mean of 3 seeds."""
-    steps, seeds, score, batch = args.steps or QWEN_ABLATION_STEPS, (0, 1, 2), {}, 8
-    variants = {"any size": ("thing", {}), "one size, learned positions": ("thing", dict(learned_grid=6)),
-                "M-RoPE": ("movie", {}), "RoPE-1D": ("movie", dict(mrope=False))}
+    48 x 48 and stretched to other sizes. On movies: M-RoPE against all tokens numbered one by one, on movies longer than those of
+    training, whose numbers run past those trained. Equal steps, mean of 3 seeds."""
+    seeds, score, batch = (0, 1, 2), {}, 8
+    of_things, of_movies = (args.steps,) * 2 if args.steps else QWEN_ABLATION_STEPS
+    variants = {"any size": ("thing", of_things, {}), "one size, learned positions": ("thing", of_things, dict(learned_grid=6)),
+                "M-RoPE": ("large movie", of_movies, {}), "RoPE-1D": ("large movie", of_movies, dict(mrope=False))}
     untrained_qwen(args.device)                     # the towers, before the bar starts
-    movies = [one for frames in LONG_MOVIES for one in qwen_movies(50, frames)]
-    with tqdm(total=len(seeds) * len(variants) * steps * batch, unit=" samples", desc="qwen2vl ablations", disable=None) as bar:
-        for variant, (kind, changes) in variants.items():
+    trained, longer = ([one for frames in lengths for one in qwen_movies(50, frames, 48)] for lengths in (FRAMES, LONG_MOVIES))
+    with tqdm(total=len(seeds) * 2 * (of_things + of_movies) * batch, unit=" samples", desc="qwen2vl ablations", disable=None) as bar:
+        for variant, (kind, steps, changes) in variants.items():
             sizes = ((48, 48),) if "learned_grid" in changes else CANVASES
             for seed in seeds:
                 name = f"qwen2vl-ablations/{variant.replace(' ', '-').replace(',', '')}-seed{seed}-steps{steps}"
                 model = train_qwen(untrained_qwen(args.device, seed, **changes), name, steps, seed, (kind,) * batch, bar, sizes=sizes)
-                if kind == "movie":
-                    score.setdefault(variant, []).append(qwen_accuracy(model, movies))
-                else:
-                    own, new = (qwen_accuracy(model, size_questions(300, which, qwen_thing)) for which in (sizes, NEW_CANVASES))
-                    score.setdefault(variant, []).append(new - own)
-                    score.setdefault(f"{variant}, in its own sizes", []).append(own)
-    say(*(f"{'longer movies' if 'RoPE' in variant else 'answered' if 'own' in variant else 'gain by new sizes'}, {variant}: "
-          + ", ".join(f"{x:.3f}" for x in each) for variant, each in score.items()))
-    mean = {variant: sum(each) / len(seeds) for variant, each in score.items()}
-    one, flat = mean["one size, learned positions"], mean["RoPE-1D"]
-    return [Claim("qwen2vl: any size loses less by new sizes than one size does", one, mean["any size"], one),
-            Claim("qwen2vl: M-RoPE better than RoPE-1D on longer movies", flat, mean["M-RoPE"], flat)]
+                asked = (trained, longer) if kind == "large movie" else (size_questions(300, which, qwen_thing) for which in (sizes, NEW_CANVASES))
+                score.setdefault(variant, []).append([qwen_accuracy(model, questions) for questions in asked])
+    for variant, each in score.items():
+        what = "movies, of lengths in training / longer" if "RoPE" in variant else "pictures, of sizes in training / of new ones"
+        say(f"{what}, {variant}: " + ", ".join(f"{own:.3f} / {new:.3f}" for own, new in each))
+    own, new = ({variant: sum(pair[i] for pair in each) / len(seeds) for variant, each in score.items()} for i in (0, 1))
+    any_size, one_size = (new[v] - own[v] for v in ("any size", "one size, learned positions"))
+    return [Claim("qwen2vl: any size loses less by new sizes than one size does", one_size, any_size, one_size),
+            Claim("qwen2vl: M-RoPE better than RoPE-1D on longer movies", new["RoPE-1D"], new["M-RoPE"], new["RoPE-1D"])]
 
 
 # ------------------------------------------------------------------------------------------------------------------
