@@ -75,6 +75,8 @@ def on_device():
 @pytest.fixture
 def poisoned(monkeypatch):
     """Fresh memory is full of NaN (of large numbers, if of integers): who reads what nobody wrote will be seen."""
+    with torch.device("meta"):  # torch notes at the first use which functions make tensors: the real ones, not these, or
+        torch.empty(0)          # `with torch.device("meta")` would allocate a 9B model in every test that comes after
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         real = getattr(owner, name)
         fill = lambda x: x.fill_(torch.nan if x.is_floating_point() else 2**20)
