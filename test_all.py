@@ -19,6 +19,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import ast
+import gc
 import importlib.util
 import json
 import math
@@ -29,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +245,7 @@ def test_packed_rows_give_what_separate_rows_give(name):
         torch.testing.assert_close(a, torch.cat(b, 2), atol=2e-6, rtol=1e-5)
 
 
+@kernels
 @pytest.mark.parametrize("name", ALL_BACKENDS)
 def test_what_may_not_be_seen_leaves_no_trace(name):
     """Change one key and its value: the outputs of all queries that may not see it stay bit for bit."""
@@ -423,6 +426,29 @@ def test_the_plan_of_a_mask_is_kept_until_the_mask_changes(monkeypatch):
         assert run(k_segments=fresh) == 9 and run(k_segments=fresh) == 10
 
 
+@kernels
+@needs_triton
+def test_a_mask_made_without_gradients_does_not_serve_a_training_step():
+    ids, (q, k, v) = torch.arange(20)[None] // 7, qkv(1, 2, 1, 20, 20, 16)
+    with backend("triton"):
+        with torch.inference_mode():
+            attention(q, k, v, k_segments=ids)
+        attention(q.clone().requires_grad_(), k, v, k_segments=ids).sum().backward()
+
+
+@kernels
+@needs_triton
+def test_a_kept_mask_goes_with_the_tensor_it_was_made_for():
+    ids, (q, k, v) = torch.arange(20, dtype=torch.int32)[None] // 7, qkv(1, 2, 1, 20, 20, 16)
+    prefix = torch.tensor([4], dtype=torch.int32)
+    with backend("triton"):
+        attention(q, k, v, causal=True, k_segments=ids, prefix=prefix)
+    alive = weakref.ref(ids)
+    del ids
+    gc.collect()
+    assert alive() is None
+
+
 def test_mask_tables_by_hand():
     table = lambda text: torch.tensor([[c == "#" for c in row] for row in text.split()])
     hand = [
@@ -499,7 +525,9 @@ def test_wrong_arguments_are_named():
     assert MODULE._forced.get() == "auto", "a backend that failed must not stick"
 
 
+@kernels
 @needs_triton
+@pytest.mark.skipif(ON_GPU, reason="on a GPU it can do bfloat16")
 def test_triton_says_what_it_cannot_do():
     with backend("triton"):
         for dtype, words in ((torch.bfloat16, "interpreter computes bfloat16 wrong"), (torch.float64, "not torch.float64")):

@@ -1917,7 +1917,7 @@ def flamingo_ablations(args):
 # ------------------------------------------------------------------------------------------------------------------
 
 EVA_STEPS, VICUNA_STEPS, COGVLM_STEPS, COGVLM_BATCH = 400, (1500, 500, 450), 1700, 16
-DEMO_COGVLM_STEPS, COGVLM_ABLATION_STEPS = 150, 400                 # for the demo, and for comparisons
+DEMO_COGVLM_STEPS, COGVLM_ABLATION_STEPS = 300, 400                 # for the demo, and for comparisons
 TOWERS, DEMO_TOWERS = (None, None), (200, 300)                      # steps of both towers: all of them; the demo's
 
 

@@ -116,10 +116,11 @@ class Mask:
     def __init__(self, rule, B, Tq, Tk, device):
         self.causal = rule["causal"]
         prefix, q_seg, k_seg = rule["prefix"], rule["q_segments"], rule["k_segments"]
-        self.prefix = prefix.int().contiguous() if self.causal and prefix is not None else None
+        copy = lambda x: x.to(torch.int32, copy=True)  # a view of x would keep x alive, and x keeps this mask
+        self.prefix = copy(prefix).contiguous() if self.causal and prefix is not None else None
         self.q_seg = self.k_seg = None
         if q_seg is not None or k_seg is not None:
-            ids = lambda x, T: torch.zeros(B, T, dtype=torch.int32, device=device) if x is None else x.int().expand(B, T).contiguous()
+            ids = lambda x, T: torch.zeros(B, T, dtype=torch.int32, device=device) if x is None else copy(x).expand(B, T).contiguous()
             self.q_seg, self.k_seg = ids(q_seg, Tq), ids(k_seg, Tk)
         self.plans = {}
 
@@ -137,7 +138,7 @@ def mask_of(rule, B, Tq, Tk, device):
     recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if not given or recording or any(x.is_inference() for x in given):
         return Mask(rule, B, Tq, Tk, device)
-    key = rule["causal"], Tq, Tk, [name for name in rule if rule[name] is not None], [x._version for x in given]
+    key = torch.is_inference_mode_enabled(), rule["causal"], Tq, Tk, [name for name in rule if rule[name] is not None], [x._version for x in given]
     kept_key, refs, mask = getattr(given[0], "_kept_mask", (None, (), None))
     if kept_key != key or any(ref() is not x for ref, x in zip(refs, given)):
         mask = Mask(rule, B, Tq, Tk, device)

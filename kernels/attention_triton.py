@@ -334,7 +334,10 @@ def _processors(device):
 
 @functools.cache
 def _has_tma(device):
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)  # cpu: the interpreter
+    if device.type == "cpu":  # the interpreter
+        return True
+    # Hopper and data-centre Blackwell; a GeForce (sm_120) has descriptors, but not the shared memory that the tiles below count on
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _rows(x):
