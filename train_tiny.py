@@ -1922,10 +1922,9 @@ TOWERS, DEMO_TOWERS = (None, None), (200, 300)                      # steps of b
 
 
 def ask_box(scene, rng):
-    """A referring expression, answered as in grounded captions: the thing's words, its place in a word, its box. The words come
-    first for a reason. While "circle" is the last token read, the frozen queries ask for circles by themselves, and the experts
-    need only make keys that answer; asked for the place at once, the toy learns which things there are but never where.
-    One in eight asks for what is not there."""
+    """A referring expression, answered as in grounded captions: the thing's words, its place in a word, its box. With the words in
+    front more boxes are right than without (README). A guess why: while "circle" is the last token read, the frozen queries ask
+    for circles by themselves, and the experts need only make keys that answer. One in eight asks for what is not there."""
     if rng.random() < 0.125:
         absent = [pair for pair in SEEN_PAIRS if pair not in [t.pair for t in scene.things]]
         return "where is the {} {}?".format(*rng.choice(absent)), "nothing"
