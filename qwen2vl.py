@@ -379,9 +379,10 @@ def window_segments(places, config):
     frame, 112 pixels or 8 x 8 patches each, and what is left over at the right and at the bottom is smaller."""
     side = config.window_size // config.factor * config.merge  # in patches, and no token is cut in two
     frame, row, column = places
-    across = int(column.max()) // side + 1
+    across = int(column.max()) // side + 1  # of the widest and (down) of the tallest image here: no two windows share a number
     down = int(row.max()) // side + 1
-    return torch.unique((frame * down + row // side) * across + column // side, return_inverse=True)[1]
+    number = (frame * down + row // side) * across + column // side
+    return torch.unique(number, return_inverse=True)[1]  # 0 1 2 ... without gaps: Packing counts them
 
 
 class Packing:
@@ -769,7 +770,7 @@ def rope_index(ids, config, image_grid_thw=None, video_grid_thw=None, mask=None,
             moves[-1][-1] = places[-1].max() + 1  # its last token moves what follows, the others nothing
         within[:, here] = torch.cat(places, dim=1).to(ids.device)
         advance[here] = torch.cat(moves).to(ids.device)
-    positions = within + (advance.cumsum(1) - advance)
+    positions = within + (advance.cumsum(1) - advance)  # how far all tokens before this one have moved it
     return positions if mask is None else positions * mask
 
 
@@ -789,7 +790,7 @@ class Qwen2VL(nn.Module):
         """patches [N,patch_width] of n images or clips, grid_thw [n,3] -> one vector per token, [N/4,D]."""
         return note("image features for the decoder", self.merger(self.vision(patches, grid_thw)))
 
-    def embed(self, ids, patches=None, grid_thw=None, video_patches=None, video_grid_thw=None, mask=None):
+    def embed(self, ids, patches=None, grid_thw=None, mask=None, video_patches=None, video_grid_thw=None):
         """Embeddings [B,T,D] with what the tower sees in the places of the placeholders; see forward."""
         c, here, seen = self.config, [], []
         kinds = (("image", patches, grid_thw, c.image_token_id), ("video", video_patches, video_grid_thw, c.video_token_id))
@@ -811,7 +812,7 @@ class Qwen2VL(nn.Module):
 
     def embed_and_position(self, ids, patches, grid_thw, mask, video_patches, video_grid_thw, seconds, positions):
         """What both forward and generate begin with -> embeddings [B,T,D], positions [3,B,T]."""
-        x = self.embed(ids, patches, grid_thw, video_patches, video_grid_thw, mask)
+        x = self.embed(ids, patches, grid_thw, mask, video_patches, video_grid_thw)
         if positions is None:
             positions = rope_index(ids, self.config, grid_thw, video_grid_thw, mask, seconds)
         elif positions.shape != (3, *ids.shape):
@@ -1557,7 +1558,7 @@ def demo(args):
     rows = []
     scene, number = asked[3], tiny.qwen_number(tiny.rng_for("qwen demo, number"), tiny.TOKENS[-1])
     print("\nthe same picture with fewer and with more pixels, which is fewer and more tokens:")
-    for (picture, turns), budgets in ((number, tiny.TOKENS), (scene, (2, 6, 15))):
+    for (picture, turns), budgets in ((number, tiny.TOKENS), (scene, (2, 6, 12))):  # at most so many tokens
         shrunk = [(tiny.shrink(picture, tokens), turns) for tokens in budgets]
         rows.append([])
         for (small, _), text in zip(shrunk, tiny.qwen_answers(model, shrunk), strict=True):

@@ -2189,8 +2189,8 @@ def cogvlm_ablations(args):
 
 QWEN_PART1_STEPS, QWEN_STEPS = 900, 560             # QWEN_STEPS are those of the second and last part
 DEMO_QWEN_STEPS, QWEN_ABLATION_STEPS = (350, 100), (300, 1000)      # of both parts, for the demo; of comparisons on things, on movies
-PART1_MIX = ("scene",) * 14 + ("movie",) * 2        # what a step is made of. What takes longest to learn comes first and nearly
-QWEN_MIX = ("scene",) * 7 + ("number",) * 9 + ("movie",) * 2        # alone: find the thing, then read off its property
+# What a step is made of. What takes longest to learn (find a thing, then read off its property) comes first and nearly alone.
+PART1_MIX, QWEN_MIX = ("scene",) * 14 + ("movie",) * 2, ("scene",) * 7 + ("number",) * 9 + ("movie",) * 2
 SMALL_CANVASES = ((32, 32), (48, 48), (48, 32), (32, 48), (64, 32), (32, 64))   # (width, height) of scenes in part 1 ...
 LARGER_CANVASES = ((64, 64), (80, 80), (80, 48), (48, 80))             # ... and with these in part 2
 CANVASES = SMALL_CANVASES + LARGER_CANVASES
@@ -2242,7 +2242,7 @@ def qwen_scene(rng, sizes=CANVASES, split="train"):
 
 def qwen_number(rng, tokens=None):
     """A small number, its strokes 3 pixels wide, about in the middle of a picture that is then given so few pixels that it
-    makes at most `tokens` tokens (None: any of TOKENS, half of the time all)."""
+    makes at most `tokens` tokens (None: any of TOKENS, three times in five the most)."""
     text, question, answer = read_number(rng)
     number, image = draw_number(text, 24, 18), Image.new("RGB", NUMBER_SIZE, (20,) * 3)
     image.paste(number, tuple((whole - part) // 2 + rng.randrange(-2, 3) for whole, part in zip(NUMBER_SIZE, number.size)))
@@ -2326,10 +2326,11 @@ def train_qwen(model, name, steps, seed, mix, bar=None, draw_batch=None, data="w
 def toy_qwen(device="cpu", seed=0, steps=None, part1=None):
     """The standard toy Qwen2-VL; towers, both parts and result are cached. Part 1, on small pictures: to see, then with the tower
     locked to look things up. Part 2, in which everything trains once more, at a lower rate, so that this is not lost: pictures of
-    all sizes (half of them larger than before), and numbers to read."""
+    all sizes (the larger ones twice as often), and numbers to read."""
     model, part1 = untrained_qwen(device, seed), part1 or QWEN_PART1_STEPS
     name = run_name("qwen2vl-part1", seed, part1 if part1 != QWEN_PART1_STEPS else None)
-    train_qwen(model, name, part1, seed, PART1_MIX, sizes=SMALL_CANVASES, first=part1 * 3 // 20, lock=part1 * 3 // 5)
+    first, lock = part1 * 3 // 20, part1 * 3 // 5   # 15 % of the steps on one size alone, the last 40 % with the tower locked
+    train_qwen(model, name, part1, seed, PART1_MIX, sizes=SMALL_CANVASES, first=first, lock=lock)
     name, sizes = run_name("qwen2vl", seed, steps), CANVASES + LARGER_CANVASES
     return train_qwen(model, name, steps or QWEN_STEPS, seed, QWEN_MIX, data=f"world, after {part1} steps of part 1", sizes=sizes, rate=0.67)
 
@@ -2501,6 +2502,11 @@ def short_enough(folder, rows, tokens, context):
     return fits
 
 
+def own_batch(fits, seed, step, batch):
+    """The rows of one step, drawn anew for each: the same again after an interruption."""
+    return [rng.choice(fits) for rng in batch_rngs(seed, ("own", step), batch)]
+
+
 def question_and_answer(row):
     """[(question, answer)] of a row, as words; a question of nothing but <image> asks for a description."""
     return [(words_only(row["question"]) or DESCRIBE, words_only(row["answer"]))]
@@ -2586,7 +2592,7 @@ def llava_own_data(args):
     model = toy_llava(args.device)
 
     def draw_batch(step):
-        chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), LLAVA_BATCH)]
+        chosen = own_batch(fits, args.seed, step, LLAVA_BATCH)
         return [image for image, _ in chosen], [question_and_answer(row) for _, row in chosen]
 
     llava_stage(model, 2, run_name("llava-own", args.seed, args.steps), args.steps or 100, args.seed,
@@ -2604,7 +2610,7 @@ def blip2_own_data(args):
     model = toy_blip2(args.device)
 
     def draw_batch(step):
-        chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), BLIP2_BATCH)]
+        chosen = own_batch(fits, args.seed, step, BLIP2_BATCH)
         return [image for image, _ in chosen], [row["text"] for _, row in chosen]
 
     name = run_name("blip2-own", args.seed, args.steps)
@@ -2621,7 +2627,7 @@ def flamingo_own_data(args):
     model = toy_flamingo(args.device)               # <image> in front, <|endofchunk|> behind
 
     def draw_batch(step):
-        chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), FLAMINGO_BATCH)]
+        chosen = own_batch(fits, args.seed, step, FLAMINGO_BATCH)
         return [[(image, f" {row['text']}")] for image, row in chosen]
 
     name = run_name("flamingo-own", args.seed, args.steps)
@@ -2640,7 +2646,7 @@ def cogvlm_own_data(args):
     model = toy_cogvlm(args.device)
 
     def draw_batch(step):
-        chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), COGVLM_BATCH)]
+        chosen = own_batch(fits, args.seed, step, COGVLM_BATCH)
         return [image for image, _ in chosen], [question_and_answer(row) for _, row in chosen]
 
     name = run_name("cogvlm-own", args.seed, args.steps)
@@ -2666,7 +2672,7 @@ def qwen_own_data(args):
     model = toy_qwen(args.device)
 
     def draw_batch(step):
-        chosen = [rng.choice(fits) for rng in batch_rngs(args.seed, ("own", step), 8)]
+        chosen = own_batch(fits, args.seed, step, 8)
         return [(image, question_and_answer(row)) for image, row in chosen]
 
     name = run_name("qwen2vl-own", args.seed, args.steps)

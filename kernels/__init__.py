@@ -2,7 +2,8 @@
 
     reference   the plain maths in float32 (float64 stays float64): a page to read
     torch       what torch ships: scaled_dot_product_attention; the default without CUDA
-    triton      flash attention and RoPE written here, forward and backward; the default on CUDA
+    triton      flash attention and RoPE written here, forward and backward; the default on CUDA (attention_triton.py, its
+                attention_blocks.py, which says what a mask leaves to do, and rope_triton.py)
 
     from kernels import attention, backend
     with backend("reference"):

@@ -55,7 +55,7 @@ def _ranges_kernel(SEG, RANGES, T, BLOCK: tl.constexpr):
     n, b = tl.program_id(0), tl.program_id(1)
     t = n * BLOCK + tl.arange(0, BLOCK)
     seg = tl.load(SEG + b.to(tl.int64) * T + t, mask=t < T, other=-1)
-    low = tl.min(tl.where(seg < 0, 2147483647, seg), 0)
+    low = tl.min(tl.where(seg < 0, 2147483647, seg), 0)  # a block of padding gets low > high: it touches no other
     high = tl.max(seg, 0)
     out = RANGES + (b * tl.num_programs(0) + n) * 3
     tl.store(out, low)
@@ -138,6 +138,7 @@ def mask_of(rule, B, Tq, Tk, device):
     recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if not given or recording or any(x.is_inference() for x in given):
         return Mask(rule, B, Tq, Tk, device)
+    # what is made in inference mode cannot be saved for a backward pass: one mask for each mode
     key = torch.is_inference_mode_enabled(), rule["causal"], Tq, Tk, [name for name in rule if rule[name] is not None], [x._version for x in given]
     kept_key, refs, mask = getattr(given[0], "_kept_mask", (None, (), None))
     if kept_key != key or any(ref() is not x for ref, x in zip(refs, given)):

@@ -15,7 +15,8 @@ all others are never loaded. attention_blocks.py says which those are.
 
 Loading. Hopper and Blackwell fetch a whole tile by one instruction that takes a descriptor of the tensor (TMA): no thread
 computes addresses, which frees 30 to 60 of the 255 registers a thread can have, and rows or columns outside come as zeros.
-Older GPUs, and tensors whose rows do not start at multiples of 16 bytes, take pointers; _load and _store hide the difference.
+Older GPUs, GeForce Blackwell, float32, and tensors whose rows are no multiples of 16 bytes take pointers; _load and _store hide the
+difference.
 
 Features that are off (CAUSAL, PREFIX, SEGMENTS are constexpr) leave no code behind. Head widths that are no power of two (72,
 80, 88) are padded inside with zeros. Scores are in powers of two: exp(x) = exp2(x log2 e), which the hardware does in one step.
@@ -191,7 +192,7 @@ def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDE
 
     Everything is computed transposed (S^T = K Q^T), so that P^T and dS^T, the left factors of dV = P^T dO and dK = dS^T Q,
     come out of the matrix units ready to use. To transpose P and dS in registers instead spills, and Triton 3.4 to 3.6
-    compile it wrong on Hopper.
+    were reported to compile it wrong on Hopper (flash-linear-attention, issue 640).
     """
     kh, tile, b, n_tiles = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     k0 = tile * BN
@@ -209,11 +210,12 @@ def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDE
 
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
+    # RAGGED needs no rule here: queries past Tq have lse = inf, so p = 0, and what keys past Tk gather is never stored
     for masked in tl.static_range(2):
         if masked == 0 or (CAUSAL or SEGMENTS):
             if SEGMENTS:
                 lo, hi = n_full if masked else 0, n_all if masked else n_full
-            else:
+            else:  # the other way round than for queries: tiles start .. full need the rule, those behind see all keys
                 lo, hi = start if masked else full, full if masked else stop
             for step in range((hi - lo) * G):  # one loop over tiles and heads: two nested ones need more registers
                 h, n = kh * G + step % G, lo + step // G
@@ -336,7 +338,7 @@ def _processors(device):
 def _has_tma(device):
     if device.type == "cpu":  # the interpreter
         return True
-    # Hopper and data-centre Blackwell; a GeForce (sm_120) has descriptors, but not the shared memory that the tiles below count on
+    # Hopper and data-centre Blackwell; a GeForce (sm_120) has descriptors, but not the shared memory that the tiles above count on
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 

@@ -7,7 +7,7 @@
     python -m kernels.bench --rehearse   every table of a GPU, on the CPU under Triton's interpreter at toy sizes: the figures
                                          mean nothing, but the program is seen to run through
 
-TFLOP/s count 4 B H Tq Tk Dh for a forward pass (half of it if causal, the squares alone if packed) and 2.5 times that for a
+TFLOP/s count 4 B H Tq Tk Dh for a forward pass (half of it if causal) and 2.5 times that for a
 backward pass, as in the FlashAttention papers. Every fraction is of a ceiling measured in the same run.
 """
 
@@ -171,7 +171,7 @@ def sdpa(which, q, k, v, **options):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tables of a GPU. Each returns its rows, as dicts; `aims` at the end reads the issue's figures off them.
+# The tables of a GPU. Each returns its rows, as dicts; `aims` at the end reads the figures we are after off them.
 
 
 def ceilings(z, clock):
@@ -182,7 +182,7 @@ def ceilings(z, clock):
 
 
 def attention_table(z, clock, peak):
-    """1. Forward and backward against everything torch ships, in TFLOP/s."""
+    """Forward and backward against everything torch ships, in TFLOP/s."""
     rows, others = [], ("flash", "cudnn", "efficient", "eager", "compiled")
     for Dh, causal, T in [(Dh, causal, T) for Dh in (64, 128) for causal in (False, True) for T in z.lengths]:
         H = max(1, z.width // Dh)
@@ -234,7 +234,7 @@ def error_table(z):
 
 
 def mask_table(z, clock):
-    """2. and 3. A mask should cost what it leaves, a shared key head nothing. Milliseconds; speed: base / case."""
+    """A mask should cost what it leaves, a shared key head nothing. Milliseconds; speed: base / case."""
     N, P = z.images
     T = z.lengths[-2]
     half = (torch.arange(T, device=z.device) < T // 2).int().expand(z.few(2), T) - 1  # -1: padding
@@ -267,7 +267,7 @@ def mask_table(z, clock):
 
 
 def few_queries_table(z, clock, bandwidth):
-    """3. One token against a long cache, and latents that look at an image: keys are split to fill the GPU."""
+    """One token against a long cache, and latents that look at an image: keys are split to fill the GPU."""
     rows = []
     for B, H, K, Tq, Tk in [(1, 12, 2, 1, z.keys), (1, 32, 8, 1, z.keys), (8, 32, 8, 1, z.keys), (1, 12, 12, *z.cross), (8, 12, 12, *z.cross)]:
         inputs = make(z.few(B), z.few(H), z.few(K), Tq, Tk, 128, z.dtype, z.device)
@@ -283,7 +283,7 @@ def few_queries_table(z, clock, bandwidth):
 
 
 def rope_table(z, clock, bandwidth):
-    """4. RoPE, 1D, 2D and M-RoPE, q and k in one launch, against eager, compiled and Liger; GB/s."""
+    """RoPE, 1D, 2D and M-RoPE, q and k in one launch, against eager, compiled and Liger; GB/s."""
     rows, names = [], ("ours", "eager", "compiled", "liger", "angles for free")
     lengths = [T for T in z.lengths if T >= 1024 or z.rehearsal]
     for kind, H, K, Dh, T in [(kind, *heads, T) for kind, *heads in (("1D", 32, 8, 128), ("2D", 16, 16, 80), ("M", 12, 2, 128)) for T in lengths]:
@@ -414,13 +414,13 @@ def block_table(T=2048):
         "7 images, not on block borders": dict(q_segments=t * 7 // T, k_segments=t * 7 // T),
         "64 images": dict(q_segments=t * 64 // T, k_segments=t * 64 // T),
     }
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, rule in cases.items():
         pairs = allowed(T, T, **rule).float().mean().item()
-        rule = {key: x.to(cuda) if torch.is_tensor(x) else x for key, x in rule.items()}
+        rule = {key: x.to(device) if torch.is_tensor(x) else x for key, x in rule.items()}
         # ids of zeros stand for none: the lists then hold what _key_blocks says
-        rule = dict(causal=False, prefix=None, q_segments=torch.zeros(1, T, dtype=torch.int32, device=cuda), k_segments=None) | rule
-        count = Mask(rule, 1, T, T, torch.device(cuda)).plan(BM, BN, False)[1].sum((0, 1)).tolist()
+        rule = dict(causal=False, prefix=None, q_segments=torch.zeros(1, T, dtype=torch.int32, device=device), k_segments=None) | rule
+        count = Mask(rule, 1, T, T, torch.device(device)).plan(BM, BN, False)[1].sum((0, 1)).tolist()
         whole, masked = count[0], count[1] - count[0]
         total = (T // BM) * (T // BN)
         rows.append({"mask": name, "pairs": pairs, "visited": (whole + masked) / total, "open": whole, "masked": masked, "of": total})
