@@ -5,7 +5,8 @@ Every test of the repo.
     python test_all.py -k clip      tests with clip in their name
     python test_all.py -k "not compile and not two_processes" -x
     python test_all.py -k kernels   the kernels; where there is a GPU on it, with fresh random inputs (SEED=n repeats a run).
-                                    compute-sanitizer python test_all.py -k "kernels and configuration" looks for bad accesses
+                                    compute-sanitizer python test_all.py -k "kernels and configuration" looks for bad accesses,
+                                    the same with --tool racecheck for races
 
 It all runs offline and without a GPU: Triton's kernels run under its interpreter (TRITON_INTERPRET=1, set below) and are
 compiled, not run, for three generations of GPUs. The oracles are tiny random models of `transformers`.
@@ -18,11 +19,15 @@ import torch
 # before Triton is imported: its kernels then run on the CPU
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+import argparse
 import ast
+import contextlib
+import copy
 import gc
 import importlib.util
 import json
 import math
+import pickle
 import random
 import re
 import shutil
@@ -216,17 +221,17 @@ def test_lse_is_the_log_of_the_sum_of_exponentials(name):
 
 
 @kernels
-@pytest.mark.parametrize("name", ALL_BACKENDS)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_scores_in_the_tens_of_thousands_do_not_overflow(name, dtype):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("name,dtype", per_backend([["float32"], ["float16"], ["bfloat16"]], dtype=0))
+def test_scores_in_the_tens_of_thousands_do_not_overflow(poisoned, name, dtype):
+    """q and k of +-60. The backward pass subtracts lse from the scores: at 28800 the last bit of float32 is worth 0.002."""
+    torch.manual_seed(SEED)
     inputs = [x.sign() * 60 for x in qkv(1, 2, 1, 40, 40, 64, getattr(torch, dtype))]
-    grad = torch.randn(1, 2, 40, 64) / 64
+    grad = (torch.randn(1, 2, 40, 64) / 64).to(inputs[0].dtype)
     exact = output_and_gradients(lambda *x: plain(*x, {}), [x.double() for x in inputs], grad.double())
     with backend(name):
         ours = output_and_gradients(lambda *x: attention(*x), inputs, grad)
-    assert all(x.isfinite().all() for x in ours)
-    assert distance(ours[0], exact[0]) < (0.06 if dtype == "float16" else 1e-3)
+    for a, b, tolerance in zip(ours, exact, (1e-3, 0.01, 0.01, 0.01)):
+        assert distance(a, b) <= tolerance * b.abs().max()  # false if anything is NaN or infinite
 
 
 @kernels
@@ -445,6 +450,7 @@ def test_a_kept_mask_goes_with_the_tensor_it_was_made_for():
     prefix = torch.tensor([4], dtype=torch.int32)
     with backend("triton"):
         attention(q, k, v, causal=True, k_segments=ids, prefix=prefix)
+    assert torch.equal(copy.deepcopy(ids), ids) and torch.equal(pickle.loads(pickle.dumps(ids)), ids)  # none the worse for it
     alive = weakref.ref(ids)
     del ids
     gc.collect()
@@ -514,6 +520,8 @@ def test_wrong_arguments_are_named():
         (ValueError, "same B and Dh", lambda: attention(q[:1], k, v)),
         (ValueError, "k_segments", lambda: attention(q, k, v, k_segments=ids)),
         (ValueError, "mask.int", lambda: attention(q, k, v, q_segments=ids == 0)),
+        (ValueError, "q_segments lies on meta, q on cpu", lambda: attention(q, k, v, q_segments=ids.to("meta"))),
+        (ValueError, "one dtype", lambda: attention(q, k, v.double())),
         (ValueError, "scale", lambda: attention(q, k, v, scale=0.0)),
         (ValueError, "auto, reference, torch, triton", lambda: backend("cuda").__enter__()),
         (ValueError, "multiple of 4", lambda: rope_2d(torch.zeros(2, 1, 5), 6)),
@@ -537,6 +545,17 @@ def test_triton_says_what_it_cannot_do():
                 attention(*qkv(1, 1, 1, 4, 4, 16, dtype))
         with pytest.raises(ValueError, match="256"):
             attention(*qkv(1, 1, 1, 4, 4, 264))
+
+
+def test_on_a_gpu_the_choice_falls_on_triton_where_it_serves(monkeypatch):
+    monkeypatch.setattr(MODULE, "_triton_installed", lambda: True)
+    monkeypatch.setattr(MODULE, "_gpu_fits", lambda device: device != "old")
+
+    def choice(width=64, dtype=torch.bfloat16, device="new"):
+        return MODULE.choose_backend(argparse.Namespace(is_cuda=True, shape=(1, 2, 9, width), dtype=dtype, device=device))
+
+    assert choice() == choice(256) == choice(80, torch.float32) == "triton"
+    assert choice(264) == choice(64, torch.float64) == choice(device="old") == "torch"
 
 
 def test_nothing_needs_triton_until_it_is_asked_for():
@@ -756,12 +775,14 @@ def test_kernels_compile_for_ampere_hopper_and_blackwell(tmp_path):
     directions = {d for _, some in CONFIGURATIONS for d in some}
     expected = {(d, sm, Dh) for d in directions for sm in (80, 90, 100) for Dh in (64, 128, 256)}
     assert expected <= {(r["kernel"], r["sm"], r["Dh"]) for r in rows}
-    assert {r["kernel"] for r in rows} - directions == {"combine", "delta", "ranges", "plan", "rope"}
+    others = {"combine", "delta", "ranges", "plan", "rope", "rope interleaved"}
+    split = {"forward parts", "short parts"}
+    assert {r["kernel"] for r in rows} - directions == others | split
     units = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for row in rows:
         assert row["shared KB"] <= {80: 163, 90: 227, 100: 227}[row["sm"]] and not row["note"], row
-        assert row["spill"] == 0 or row["Dh"] == 256, row
-        if row["kernel"] in directions:
+        assert row["spill"] <= 16 * (row["kernel"] in split | {"rope interleaved"}) or row["Dh"] == 256, row
+        if row["kernel"] in directions | split:
             assert row["matrix unit"] == ("mma.sync" if row["kernel"] == "decode" else units[row["sm"]]), row
 
 
@@ -775,9 +796,9 @@ def test_the_tables_of_a_gpu_run_through_at_toy_sizes(tmp_path):
     assert {len(results[name]) for name in ("attention", "error")} == {8} and len(results["rope"]) == 6
     for row in results["attention"] + results["rope"]:
         assert row["ours fwd"] > 0 and row["ours bwd"] > 0 and row["fwd of peak" if "Dh" in row else "fwd of copy"] > 0
-    assert all(row["speed fwd"] > 0 and row["speed bwd"] > 0 for row in results["masks"]) and len(results["masks"]) == 6
+    assert all(row["speed fwd"] > 0 and row["speed bwd"] > 0 for row in results["masks"]) and len(results["masks"]) == 7
     assert all(row["o/plain"] <= 2 and max(row[f"{x}/plain"] for x in ("dq", "dk", "dv")) <= 3 for row in results["error"])
-    assert len(results["aims"]) == 19 and {row[""] for row in results["aims"]} <= {"holds", "MISSED", "-"}
+    assert len(results["aims"]) == 20 and {row[""] for row in results["aims"]} <= {"holds", "MISSED", "-"}
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > 1000 and len(picture.getcolors(10000)) > 5
 
@@ -803,6 +824,20 @@ def test_bench_keeps_a_forward_time_whose_backward_fails(capsys):
     x = torch.ones(2, requires_grad=True)
     assert both_ways(lambda: x.detach(), (x,), x, lambda f: f() is None or 7.0) == (7.0, None)
     assert "left out: RuntimeError" in capsys.readouterr().err
+
+
+def test_bench_divides_a_recorded_graph_by_its_calls(monkeypatch, capsys):
+    from kernels import bench
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: argparse.Namespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    monkeypatch.setattr(bench, "median_ms", lambda f: 12.0)
+    calls = []
+    x = torch.ones(2**24)  # 64 MiB: four copies are more than any cache holds
+    assert bench.replayed_ms(lambda x: calls.append(x), [x]) == 3.0
+    assert len({x.data_ptr() for x in calls}) == 4
+    assert bench.replayed_ms(lambda x: x.no_such_thing, [x]) is None
+    assert "left out: AttributeError" in capsys.readouterr().err
 
 
 def test_bench_says_what_is_wrong_in_one_line():

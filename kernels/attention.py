@@ -106,11 +106,12 @@ def choose_backend(x):
     """The backend that works on a tensor like x: what was asked for, else triton on CUDA and torch elsewhere."""
     name = _forced.get()
     if name == "auto":
-        fits = x.is_cuda and x.dtype != torch.float64 and _triton_installed() and _gpu_fits(x.device)
+        fits = x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= 256 and _triton_installed() and _gpu_fits(x.device)
         return "triton" if fits else "torch"
     if name == "triton":
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"the triton backend takes float32, float16 and bfloat16, not {x.dtype}")
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > 256:
+            raise ValueError("the triton backend takes float32, float16 and bfloat16 and heads up to 256 wide, "
+                             f"not {x.dtype} and {x.shape[-1]}")  # fmt: skip
         if not x.is_cuda:
             if os.environ.get("TRITON_INTERPRET") != "1":
                 raise RuntimeError(f"the triton backend needs a CUDA tensor, not one on {x.device.type}; to run it on "
@@ -229,14 +230,16 @@ def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != Dh or H % K:
         raise ValueError(f"q [B,H,Tq,Dh] {[*q.shape]}, k {[*k.shape]} and v {[*v.shape]} [B,K,Tk,Dh] do not go together: "
                          "same B and Dh, k and v alike, K divides H")  # fmt: skip
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if prefix is not None:
         if not causal:
             raise ValueError("prefix opens keys that causal=True would close; without causal it means nothing")
-        _check_integers("prefix", prefix, (B,))
+        _check_integers("prefix", prefix, (B,), q.device)
     if q_segments is not None:
-        _check_integers("q_segments", q_segments, (B, Tq))
+        _check_integers("q_segments", q_segments, (B, Tq), q.device)
     if k_segments is not None:
-        _check_integers("k_segments", k_segments, (B, Tk))
+        _check_integers("k_segments", k_segments, (B, Tk), q.device)
     if scale is None:
         scale = Dh**-0.5
     elif not scale > 0:
@@ -265,8 +268,10 @@ def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments
     return (o,) + (lse,) * return_lse + (weights,) * return_weights
 
 
-def _check_integers(name, x, shape):
+def _check_integers(name, x, shape, device):
     if x.shape != shape:
         raise ValueError(f"{name} has the shape {[*x.shape]} where {[*shape]} was expected")
     if x.dtype == torch.bool or x.is_floating_point():
         raise ValueError(f"{name} must be integers, not {x.dtype}; from a mask with True = token: mask.int() - 1")
+    if x.device != device:
+        raise ValueError(f"{name} lies on {x.device}, q on {device}")

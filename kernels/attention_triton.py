@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention_blocks import _key_blocks, _query_blocks, mask_of
+from .attention_blocks import _key_blocks, _query_blocks, cdiv, mask_of
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x LOG2E): the hardware has exp2, not exp
 
@@ -289,28 +289,39 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
 # Tile sizes: (queries BM, keys BN, warps, stages of the load pipeline)
 
 # Direction, padded head width -> tiles for descriptors (Hopper, Blackwell), tiles for pointers (Ampere, rows out of step).
-# Chosen by compiling (python -m kernels.bench --compile): nothing spills for any one rule on sm_80, sm_90 and sm_100 (16
-# bytes in some decoding variants), and pointers take less than 99 KB of shared memory, all that GeForce cards have. --tiles times the alternatives on a GPU.
+# Chosen by compiling: nothing spills under any one rule on sm_80, sm_90 and sm_100 (`python -m kernels.bench --compile` says so,
+# and where up to 16 bytes are let pass), and by pointers no tile takes more than the 99 KB of shared memory that a GeForce has.
+# Which of those that fit is fastest is for a GPU to say (--tiles). Registers, spilled bytes and KB below: bf16, causal or packed.
 # Eight warps are two warp groups of 64 rows each; with three stages a tile is fetched two steps before it is needed.
 CONFIGS = {
-    ("forward", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),  # at most 128 registers: two programs fit, one's exp under the other's products
-    ("forward", 128): ((128, 128, 8, 3), (128, 32, 8, 3)),  # BN = 128 for the widest products; by pointers it spills
-    ("forward", 256): ((128, 64, 8, 2), (64, 32, 8, 2)),  # shared memory is the limit
-    ("short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),  # forward of at most 64 queries: one warp group has 64 rows
-    ("short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),
-    ("short", 256): ((64, 64, 4, 2), (64, 32, 8, 2)),
-    ("decode", 64): ((16, 64, 4, 3), (16, 64, 4, 3)),  # at most 16: rows of padding would cost as much as real ones
+    # at most 128 registers on sm_90: two programs fit a multiprocessor, one's exp under the other's products (BN 128: 190)
+    ("forward", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    # one program fits in any case, so the widest products; BN 128 by pointers spills 80 to 228, BN 64 comes to 233 registers
+    ("forward", 128): ((128, 128, 8, 3), (128, 32, 8, 3)),
+    # shared memory is the limit: a third stage would take 257 KB, BM 128 by pointers 144
+    ("forward", 256): ((128, 64, 8, 2), (64, 32, 8, 2)),
+    # forward of at most 64 queries: the 64 rows of one warp group, for padding costs as much as real rows
+    ("short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),  # by pointers BN 128 spills 20 to 52
+    ("short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),  # by pointers BN 64 spills 12
+    ("short", 256): ((64, 64, 4, 2), (64, 32, 8, 2)),  # by pointers four warps spill 12 to 156
+    # at most 16 queries: the least that matrix units take; all else is keys under way, 64 rows twice over
+    ("decode", 64): ((16, 64, 4, 3), (16, 64, 4, 3)),  # BN 128 doubles the memory, and spills 8 by pointers
     ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 2)),
-    ("decode", 256): ((16, 32, 4, 3), (16, 32, 4, 2)),
+    ("decode", 256): ((16, 32, 4, 3), (16, 32, 4, 2)),  # rows of 512 bytes: 32 of them are as much as 64 above
+    # 192 registers; by pointers BM 64 takes all 255, and spills 12 with a third stage
     ("dkdv", 64): ((64, 128, 8, 3), (32, 128, 8, 2)),
-    ("dkdv", 128): ((32, 128, 8, 3), (32, 64, 8, 2)),  # two accumulators of BN x 128: BM = 64 spills 144 bytes
+    # two accumulators of BN x 128: BM 64 spills 36 to 184, BN 128 by pointers 32 to 56
+    ("dkdv", 128): ((32, 128, 8, 3), (32, 64, 8, 2)),
+    # of BN x 256: BM 32 spills 16 to 92; by pointers the sm_90 compiler spills 64 to 128 even at BM 16, BN 64
     ("dkdv", 256): ((16, 64, 8, 2), (16, 32, 8, 1)),
-    ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 2)),  # at most 128 registers, as in the forward pass
-    ("dq", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),
-    ("dq", 256): ((64, 64, 8, 2), (32, 32, 4, 2)),
+    # at most 128 registers, as in the forward pass; by pointers two stages, as in the rest of the way back
+    ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 2)),
+    ("dq", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),  # BN 128 leaves no room for a third stage; BM 128 by pointers spills 88 to 172
+    ("dq", 256): ((64, 64, 8, 2), (32, 32, 4, 2)),  # BM 128 takes 256 KB and spills; BM 64 by pointers takes 100 KB
+    # dq of at most 64 queries
     ("dq short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),
-    ("dq short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),
-    ("dq short", 256): ((64, 32, 4, 2), (32, 32, 4, 2)),
+    ("dq short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),  # by pointers BN 64 spills 40
+    ("dq short", 256): ((64, 32, 4, 2), (32, 32, 4, 2)),  # BN 64 spills 108 to 244, by pointers BM 64 up to 64
 }
 
 
@@ -373,13 +384,13 @@ class FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, mask, scale):
         q, k, v = _rows(q), _rows(k), _rows(v)
         B, H, Tq, Dh = q.shape
-        G, Tk, BD = H // k.shape[1], k.shape[2], max(16, triton.next_power_of_2(Dh))
+        G, Tk, BD = H // k.shape[1], k.shape[2], max(16, 1 << (Dh - 1).bit_length())
         o = torch.empty_like(q)  # keeps the order of q's axes in memory: transpose(1, 2).reshape costs nothing after us
         lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
         tma = _fits_tma(q, k, v, o)
         BM, BN, warps, stages = config("forward", BD, q.dtype, Tq, tma)
-        tiles = triton.cdiv(Tq, BM)
-        n = parts(B * H * tiles, triton.cdiv(Tk, BN), q.device)
+        tiles = cdiv(Tq, BM)
+        n = parts(B * H * tiles, cdiv(Tk, BN), q.device)
         out, out_lse = o, lse
         if n > 1:
             out, out_lse = (torch.empty(n * B, *x.shape[1:], dtype=torch.float32, device=q.device) for x in (o, lse))
@@ -404,7 +415,7 @@ class FlashAttention(torch.autograd.Function):
         B, H, Tq, Dh = q.shape
         K, Tk, BD = k.shape[1], k.shape[2], ctx.flags["BD"]
         delta = torch.empty_like(lse)
-        _delta_kernel[(H, triton.cdiv(Tq, 64), B)](o, do, delta, o.stride()[:3], do.stride()[:3], Tq, DH=Dh, BD=BD, BM=64)
+        _delta_kernel[(H, cdiv(Tq, 64), B)](o, do, delta, o.stride()[:3], do.stride()[:3], Tq, DH=Dh, BD=BD, BM=64)
 
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         tma = _fits_tma(q, k, v, do, dq, dk, dv)
@@ -421,8 +432,8 @@ class FlashAttention(torch.autograd.Function):
                 *(x.stride()[:3] for x, _ in (*tensors, *written)), ctx.scale, H // K, Tq, Tk, **ctx.flags,
                 RAGGED=ragged, BM=BM, BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
 
-        launch(_dkdv_kernel, "dkdv", lambda BM, BN: (K, triton.cdiv(Tk, BN), B), dk, dv)
-        launch(_dq_kernel, "dq", lambda BM, BN: (H, triton.cdiv(Tq, BM), B), dq)
+        launch(_dkdv_kernel, "dkdv", lambda BM, BN: (K, cdiv(Tk, BN), B), dk, dv)
+        launch(_dq_kernel, "dq", lambda BM, BN: (H, cdiv(Tq, BM), B), dq)
         return dq, dk, dv, None, None
 
 
@@ -430,9 +441,6 @@ def flash_attention(q, k, v, rule, scale):
     """What `attention` calls -> o, lse."""
     B, H, Tq, Dh = q.shape
     K, Tk = k.shape[1], k.shape[2]
-    if Dh > 256 or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"the triton backend takes head widths up to 256 and one dtype, not {Dh} and "
-                         f"{q.dtype}, {k.dtype}, {v.dtype}")  # fmt: skip
     rule = rule | dict(causal=rule["causal"] and Tq > 1)  # a single query is the last one: it may look at every key
     with torch.cuda.device_of(q):  # Triton starts kernels on the current device, wherever the tensors are
         if Tq > 1 or H == K:

@@ -7,8 +7,8 @@
     python -m kernels.bench --rehearse   every table of a GPU, on the CPU under Triton's interpreter at toy sizes: the figures
                                          mean nothing, but the program is seen to run through
 
-TFLOP/s count 4 B H Tq Tk Dh for a forward pass (half of it if causal) and 2.5 times that for a
-backward pass, as in the FlashAttention papers. Every fraction is of a ceiling measured in the same run.
+TFLOP/s count 4 B H Tq Tk Dh for a forward pass (half of it if causal) and 2.5 times that for a backward pass, as in the
+FlashAttention papers. Every fraction is of a ceiling measured in the same run.
 """
 
 import argparse
@@ -53,21 +53,30 @@ class Sizes:
         """n heads or rows of a batch; a rehearsal has a sixth."""
         return max(1, n // 6) if self.rehearsal else n
 
+    def clock(self, f):
+        """Milliseconds of one call of f."""
+        return one_call_ms(f) if self.rehearsal else median_ms(f)
 
-TOY = Sizes("cpu", torch.float16, 64, 128, (16, 32), 32, (4, 8), 64, (8, 64), 64, True)
+    def make(self, B, H, K, Tq, Tk, Dh):
+        """Random q, k, v."""
+        return make(self.few(B), self.few(H), self.few(K), Tq, Tk, Dh, self.dtype, self.device)
+
+
+TOY = Sizes(device="cpu", dtype=torch.float16, tokens=64, width=128, lengths=(16, 32), longest_eager=32, images=(4, 8), keys=64,
+            cross=(20, 64), matrix=64, rehearsal=True)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Timing
 
 
-def median_ms(f, budget=0.15):
-    """Median time of f, over as many calls as fit the budget (in seconds)."""
+def median_ms(f):
+    """Median time of f; on the CPU over as many calls as fit 0.15 seconds."""
     if torch.cuda.is_available():
         import triton.testing
 
         return triton.testing.do_bench(f, return_mode="median")  # clears the cache between calls
     f()
-    times, end = [], time.perf_counter() + budget
+    times, end = [], time.perf_counter() + 0.15
     while len(times) < 3 or (time.perf_counter() < end and len(times) < 1000):
         start = time.perf_counter()
         f()
@@ -81,7 +90,13 @@ def one_call_ms(f):
     return (time.perf_counter() - start) * 1e3
 
 
-_said = set()  # what was left out, and why, is said once
+@functools.cache  # what was left out, and why, is said once
+def print_once(text):
+    print(text, file=sys.stderr)
+
+
+def say_once(error):
+    print_once(f"  left out: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:110]}")
 
 
 def both_ways(f, inputs, grad, clock):
@@ -93,11 +108,22 @@ def both_ways(f, inputs, grad, clock):
         out = f()
         return forward, clock(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
     except Exception as error:  # whatever an alternative raises (a tile too large is no RuntimeError), the table goes on
-        why = f"  left out: {type(error).__name__}: {str(error).strip().splitlines()[0][:110]}"
-        if why not in _said:
-            _said.add(why)
-            print(why, file=sys.stderr)
+        say_once(error)
         return forward, None
+
+
+def replayed_ms(f, inputs):
+    """Milliseconds of one of many calls f(*inputs) that were recorded as a CUDA graph: what is left when no Python runs between
+    them. Each call finds another copy of the inputs, so that the cache does not hold them. None where f cannot be recorded."""
+    copies = [[x.detach().clone() for x in inputs] for _ in range(max(1, 2**28 // sum(x.nbytes for x in inputs)))]
+    try:
+        with torch.no_grad():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kept = [f(*x) for x in copies]  # so that no two calls write to the same memory
+        return median_ms(graph.replay) / len(kept)
+    except Exception as error:
+        say_once(error)
 
 
 def make(B, H, K, Tq, Tk, Dh, dtype, device):
@@ -113,6 +139,11 @@ def show(title, rows, columns):
     width = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  " + line[0].ljust(width[0]) + "".join(x.rjust(w + 2) for x, w in zip(line[1:], width[1:])))
+
+
+def flop(B, H, Tq, Tk, Dh, causal=False):
+    """Of a forward pass: two products of B H Tq Tk Dh multiplications and additions."""
+    return 4 * B * H * Tq * Tk * Dh / (2 if causal else 1)
 
 
 def ratio(a, b):
@@ -161,44 +192,48 @@ def liger_rope(q, k, positions, angles, sections):
     return lambda: liger(q, k, cos, sin, *([sections] if sections else []))
 
 
-def sdpa(which, q, k, v, **options):
-    """scaled_dot_product_attention, held to one of torch's backends unless which is None."""
+def sdpa(q, k, v, **options):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+
+def held_to(name):
+    """`with held_to("flash"):` leaves sdpa one of torch's backends; any other name leaves it the choice."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     kinds = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION)
-    with sdpa_kernel(kinds[which]) if which else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+    return sdpa_kernel(kinds[name]) if name in kinds else contextlib.nullcontext()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The tables of a GPU. Each returns its rows, as dicts; `aims` at the end reads the figures we are after off them.
 
 
-def ceilings(z, clock):
+def ceilings(z):
     """What this device does at best, now: a large matrix product, a large copy (bytes read and bytes written)."""
     x, y = (torch.randn(z.matrix, z.matrix, device=z.device, dtype=z.dtype) for _ in range(2))
     big = torch.empty(2**14 if z.rehearsal else 2**29, device=z.device, dtype=torch.bfloat16)  # 1 GiB, far beyond the cache
-    return {"TFLOP/s": 2 * z.matrix**3 / clock(lambda: x @ y) / 1e9, "GB/s": 2 * big.nbytes / clock(big.clone) / 1e6}
+    return {"TFLOP/s": 2 * z.matrix**3 / z.clock(lambda: x @ y) / 1e9, "GB/s": 2 * big.nbytes / z.clock(big.clone) / 1e6}
 
 
-def attention_table(z, clock, peak):
+def attention_table(z, peak):
     """Forward and backward against everything torch ships, in TFLOP/s."""
     rows, others = [], ("flash", "cudnn", "efficient", "eager", "compiled")
     for Dh, causal, T in [(Dh, causal, T) for Dh in (64, 128) for causal in (False, True) for T in z.lengths]:
         H = max(1, z.width // Dh)
-        q, k, v = make(z.tokens // T, H, H, T, T, Dh, z.dtype, z.device)
-        grad, flop = torch.randn_like(q), 4 * z.tokens * H * T * Dh / (2 if causal else 1)
+        q, k, v = make(z.tokens // T, H, H, T, T, Dh, z.dtype, z.device)  # all of the tokens, even in a rehearsal
+        grad, work = torch.randn_like(q), flop(z.tokens // T, H, T, T, Dh, causal)
         mask = allowed(T, T, causal=True, device=z.device) if causal else None
         runs = {"ours": lambda: attention(q, k, v, causal=causal)}
-        runs |= {x: functools.partial(sdpa, x, q, k, v, is_causal=causal) for x in others[:3]}
+        runs |= dict.fromkeys(others[:3], lambda: sdpa(q, k, v, is_causal=causal))
         if T <= z.longest_eager:
             runs["eager"] = lambda: naive(q, k, v, mask)
             if not z.rehearsal:  # the compiler takes half a minute on a CPU
                 runs["compiled"] = functools.partial(torch.compile(naive, dynamic=False), q, k, v, mask)
         row = {"attention": f"Dh {Dh} T {T}{' causal' * causal}", "Dh": Dh, "causal": causal, "T": T}
         for name, f in runs.items():
-            forward, backward = both_ways(f, (q, k, v), grad, clock)
-            row |= {f"{name} fwd": ratio(flop / 1e9, forward), f"{name} bwd": ratio(2.5 * flop / 1e9, backward)}
+            with held_to(name):
+                forward, backward = both_ways(f, (q, k, v), grad, z.clock)
+            row |= {f"{name} fwd": ratio(work / 1e9, forward), f"{name} bwd": ratio(2.5 * work / 1e9, backward)}
         row |= {f"{d} of peak": ratio(row[f"ours {d}"], peak) for d in ("fwd", "bwd")}
         row |= {f"{d} / {x}": ratio(row[f"ours {d}"], row.get(f"{x} {d}")) for d in ("fwd", "bwd") for x in others}
         rows.append(row)
@@ -233,13 +268,14 @@ def error_table(z):
     return rows
 
 
-def mask_table(z, clock):
+def mask_table(z):
     """A mask should cost what it leaves, a shared key head nothing. Milliseconds; speed: base / case."""
     N, P = z.images
     T = z.lengths[-2]
     half = (torch.arange(T, device=z.device) < T // 2).int().expand(z.few(2), T) - 1  # -1: padding
     ids = torch.arange(N, device=z.device).repeat_interleave(P)[None]
-    sizes = [P * n for n in (1, 2, 4, 9, 4, 2, 1)]  # images of several sizes, as a native-resolution encoder meets them
+    # images of several sizes, as a native-resolution encoder meets them: no border falls on that of a tile
+    sizes = [4 * (P * n // 100) for n in (27, 47, 80, 230, 110, 45, 29)]
     mixed = torch.repeat_interleave(torch.arange(len(sizes), device=z.device), torch.tensor(sizes, device=z.device))[None]
     cases = [  # name, then shape, rule of the case and of its base; None: SDPA, image by image
         ("causal / full", (2, 16, 16, T, T, 128), dict(causal=True), (2, 16, 16, T, T, 128), {}),
@@ -247,47 +283,54 @@ def mask_table(z, clock):
         ("half padding / none", (2, 16, 16, T, T, 128), dict(q_segments=half, k_segments=half), (2, 16, 16, T, T, 128), {}),
         *((f"packed {Dh} / SDPA one by one", (1, 16, 16, sum(sizes), sum(sizes), Dh), dict(q_segments=mixed, k_segments=mixed), None, None)
           for Dh in (80, 72)),
+        ("lists made anew / kept", (1, 16, 16, N * P, N * P, 80), "anew", (1, 16, 16, N * P, N * P, 80), dict(q_segments=ids, k_segments=ids)),
         ("12 heads on 2 / on 12", (1, 12, 2, T, T, 128), dict(causal=True), (1, 12, 12, T, T, 128), dict(causal=True)),
     ]  # fmt: skip
     rows = []
     for name, shape, rule, base_shape, base_rule in cases:
-        inputs = make(*map(z.few, shape[:3]), *shape[3:], z.dtype, z.device)
-        grad, row = torch.randn_like(inputs[0]), {"mask": name}
-        row["case fwd"], row["case bwd"] = both_ways(lambda: attention(*inputs, **rule), inputs, grad, clock)
+        inputs, row = z.make(*shape), {"mask": name}
+        run = lambda rule: attention(*inputs, **(dict.fromkeys(("q_segments", "k_segments"), ids.clone()) if rule == "anew" else rule))
+        row["case fwd"], row["case bwd"] = both_ways(lambda: run(rule), inputs, torch.randn_like(inputs[0]), z.clock)
         if base_shape is None:
-            f = lambda: torch.cat([sdpa(None, *part) for part in zip(*(x.split(sizes, 2) for x in inputs))], 2)
+            f = lambda: torch.cat([sdpa(*part) for part in zip(*(x.split(sizes, 2) for x in inputs))], 2)
         else:
-            inputs = make(*map(z.few, base_shape[:3]), *base_shape[3:], z.dtype, z.device)
-            grad, f = torch.randn_like(inputs[0]), lambda: attention(*inputs, **base_rule)
-        row["base fwd"], row["base bwd"] = both_ways(f, inputs, grad, clock)
+            inputs, f = z.make(*base_shape), lambda: run(base_rule)
+        row["base fwd"], row["base bwd"] = both_ways(f, inputs, torch.randn_like(inputs[0]), z.clock)
         rows.append(row | {f"speed {d}": ratio(row[f"base {d}"], row[f"case {d}"]) for d in ("fwd", "bwd")})
     columns = {"mask": ""} | {f"{w} {d}": ".3f" for w in ("case", "base") for d in ("fwd", "bwd")}
     show("milliseconds: case and base; speed: base / case", rows, columns | {"speed fwd": ".2f", "speed bwd": ".2f"})
     return rows
 
 
-def few_queries_table(z, clock, bandwidth):
-    """One token against a long cache, and latents that look at an image: keys are split to fill the GPU."""
-    rows = []
+def few_queries_table(z, bandwidth):
+    """One token against a long cache, and latents that look at an image: keys are split to fill the GPU. Calls this short wait
+    for Python; recorded as a CUDA graph they do not."""
+    rows, names = [], ("ours", "flash", "cudnn", "efficient", "default")
+    kinds = ("", " bwd") if z.rehearsal else ("", " bwd", " graph")
     for B, H, K, Tq, Tk in [(1, 12, 2, 1, z.keys), (1, 32, 8, 1, z.keys), (8, 32, 8, 1, z.keys), (1, 12, 12, *z.cross), (8, 12, 12, *z.cross)]:
-        inputs = make(z.few(B), z.few(H), z.few(K), Tq, Tk, 128, z.dtype, z.device)
-        row = {"few queries": f"B {B} heads {H}/{K} {Tq} x {Tk}"}
-        runs = {"ours": lambda: attention(*inputs)} | {x: functools.partial(sdpa, x, *inputs) for x in ("flash", "cudnn", "efficient")}
-        for name, f in (runs | {"default": functools.partial(sdpa, None, *inputs)}).items():
-            row[name], row[f"{name} bwd"] = both_ways(f, inputs, torch.randn_like(inputs[0]), clock)
-        row["GB/s"] = ratio(2 * inputs[1].nbytes / 1e6, row["ours"])
-        rows.append(row | {"of copy": ratio(row["GB/s"], bandwidth), "default / ours": ratio(row["default"], row["ours"])})
-    columns = {"few queries": ""} | dict.fromkeys(("ours", "flash", "cudnn", "efficient", "default"), ".4f")
-    show("milliseconds, forward", rows, columns | {"GB/s": ".0f", "of copy": ".2f", "default / ours": ".2f"})
+        inputs = z.make(B, H, K, Tq, Tk, 128)
+        row, grad = {"few queries": f"B {B} heads {H}/{K} {Tq} x {Tk}"}, torch.randn_like(inputs[0])
+        for name in names:
+            f = attention if name == "ours" else sdpa
+            with held_to(name):
+                row[name], row[f"{name} bwd"] = both_ways(lambda: f(*inputs), inputs, grad, z.clock)
+                if " graph" in kinds:
+                    row[f"{name} graph"] = replayed_ms(f, inputs)
+        row["GB/s"] = ratio(2 * inputs[1].nbytes / 1e6, row.get("ours graph", row["ours"]))
+        row |= {"of copy": ratio(row["GB/s"], bandwidth)}
+        rows.append(row | {f"default / ours{kind}": ratio(row[f"default{kind}"], row[f"ours{kind}"]) for kind in kinds})
+    for kind, title in zip(kinds, ("forward, call by call", "backward", "forward, in a CUDA graph")):
+        columns = {"few queries": ""} | {f"{name}{kind}": ".4f" for name in names} | {f"default / ours{kind}": ".2f"}
+        show(f"milliseconds, {title}", rows, columns | ({"GB/s": ".0f", "of copy": ".2f"} if kind == kinds[-1] else {}))
     return rows
 
 
-def rope_table(z, clock, bandwidth):
+def rope_table(z, bandwidth):
     """RoPE, 1D, 2D and M-RoPE, q and k in one launch, against eager, compiled and Liger; GB/s."""
     rows, names = [], ("ours", "eager", "compiled", "liger", "angles for free")
     lengths = [T for T in z.lengths if T >= 1024 or z.rehearsal]
     for kind, H, K, Dh, T in [(kind, *heads, T) for kind, *heads in (("1D", 32, 8, 128), ("2D", 16, 16, 80), ("M", 12, 2, 128)) for T in lengths]:
-        q, k, _ = make(1, z.few(H), z.few(K), T, T, Dh, z.dtype, z.device)
+        q, k, _ = z.make(1, H, K, T, T, Dh)
         p, sections = torch.arange(T, device=z.device).expand(3, 1, T), [16, 24, 24] if kind == "M" else None
         angles = {"1D": lambda: rope_1d(p[0], Dh), "2D": lambda: rope_2d(p[:2], Dh), "M": lambda: mrope(p, Dh, sections)}[kind]()
         runs = {"ours": lambda: apply_rope(q, k, angles), "eager": lambda: rotate_half_rope(q, k, angles)}
@@ -300,7 +343,7 @@ def rope_table(z, clock, bandwidth):
         row = {"RoPE": f"{kind} heads {H}+{K} of {Dh}, T {T}", "T": T}
         moved = 2 * (q.nbytes + k.nbytes) / 1e6
         for name, f in runs.items():
-            times = both_ways(f, (q, k), (torch.randn_like(q), torch.randn_like(k)), clock)
+            times = both_ways(f, (q, k), (torch.randn_like(q), torch.randn_like(k)), z.clock)
             row |= {f"{name} {d}": ratio(moved, ms) for d, ms in zip(("fwd", "bwd"), times)}
         row |= {f"{d} of copy": ratio(row[f"ours {d}"], bandwidth) for d in ("fwd", "bwd")}
         row |= {f"{d} / {x}": ratio(row[f"ours {d}"], row.get(f"{x} {d}")) for d in ("fwd", "bwd") for x in names[1:4]}
@@ -330,7 +373,8 @@ def aims(tables):
         ("packed, width 72, against SDPA", 0.9, masks["packed 72 / SDPA one by one"]["speed fwd"]),
         ("grouped heads, forward", 0.95, masks["12 heads on 2 / on 12"]["speed fwd"]),
         ("grouped heads, backward", 0.95, masks["12 heads on 2 / on 12"]["speed bwd"]),
-        ("few queries / SDPA, every row", 1.0, least(at("default / ours", tables["few queries"]))),
+        ("few queries / SDPA, every row, called", 1.0, least(at("default / ours", tables["few queries"]))),
+        ("few queries / SDPA, every row, in a graph", 1.0, least(at("default / ours graph", tables["few queries"]))),
         ("RoPE of the copy bandwidth, 8k and more", 0.8, least(at("fwd of copy", ropes) + at("bwd of copy", ropes))),
         ("RoPE / eager, every row", 1.0, least(at("fwd / eager", tables["rope"]) + at("bwd / eager", tables["rope"]))),
         ("RoPE / compiled, geometric mean", 1.0, geomean(at("fwd / compiled", tables["rope"]) + at("bwd / compiled", tables["rope"]))),
@@ -344,14 +388,12 @@ def aims(tables):
 
 
 def bench_gpu(z):
-    clock = one_call_ms if z.rehearsal else median_ms
-    top = ceilings(z, clock)
-    about = versions() | {"device": torch.cuda.get_device_name() if z.device == "cuda" else "a rehearsal: THE FIGURES MEAN NOTHING"}
+    top = ceilings(z)
+    about = versions() | (card() if z.device == "cuda" else {"device": "a rehearsal: THE FIGURES MEAN NOTHING"})
     print(", ".join(f"{name} {value}" for name, value in about.items()) + f"; {z.dtype}, medians")
     print(f"ceilings measured now: matrix product {top['TFLOP/s']:.0f} TFLOP/s, copy {top['GB/s']:.0f} GB/s")
-    tables = {"blocks": block_table(), "error": error_table(z), "attention": attention_table(z, clock, top["TFLOP/s"])}
-    tables |= {"masks": mask_table(z, clock), "few queries": few_queries_table(z, clock, top["GB/s"])}
-    tables |= {"rope": rope_table(z, clock, top["GB/s"])}
+    tables = {"blocks": block_table(z.device), "error": error_table(z), "attention": attention_table(z, top["TFLOP/s"])}
+    tables |= {"masks": mask_table(z), "few queries": few_queries_table(z, top["GB/s"]), "rope": rope_table(z, top["GB/s"])}
     left_out = [x for x, gone in (("Liger-Kernel", not any("liger fwd" in r for r in tables["rope"])), ("torch.compile", z.rehearsal)) if gone]
     tables["aims"] = aims(tables)
     print(f"\nleft out: {', '.join(left_out) or 'nothing'}")
@@ -359,11 +401,21 @@ def bench_gpu(z):
 
 
 def versions():
+    about = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
     with contextlib.suppress(ImportError):
         import triton
 
-        return {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "CUDA": torch.version.cuda, "triton": triton.__version__}
-    return {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+        about |= {"triton": triton.__version__, "ptxas": assembler_version(90)}
+    return about
+
+
+def card():
+    """The GPU, and what its driver says of it."""
+    about, asked = {"device": torch.cuda.get_device_name(), "CUDA": torch.version.cuda}, ("driver_version", "clocks.sm", "clocks.max.sm", "power.limit")
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "-i", f"GPU-{torch.cuda.get_device_properties().uuid}"]
+        about |= zip(asked, subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", "))
+    return about
 
 
 def bench_tiles(z):
@@ -372,39 +424,43 @@ def bench_tiles(z):
 
     choices = {  # direction -> tiles
         "forward": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3)],
+        "short": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 32, 4, 3)],
+        "decode": [(16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 3), (16, 32, 4, 4), (16, 64, 2, 3)],
         "dkdv": [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3), (32, 64, 4, 3)],
         "dq": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3)],
     }  # fmt: skip
     rows, usual, T = [], dict(kernels.CONFIGS), z.lengths[-3 if len(z.lengths) > 2 else 0]
     for Dh, direction in [(Dh, direction) for Dh in (64, 128) for direction in choices]:
-        q, k, v = make(z.tokens // T, z.width // Dh, z.width // Dh, T, T, Dh, z.dtype, z.device)
+        H = z.width // Dh
+        shapes = {"short": (1, z.few(H), z.few(H), *z.cross), "decode": (1, H, max(1, H // 4), 1, z.keys)}
+        shape = shapes.get(direction, (z.tokens // T, H, H, T, T))
+        q, k, v = make(*shape, Dh, z.dtype, z.device)
         for tiles in choices[direction]:
             row = {"kernel": direction, "Dh": Dh, "tiles": str(tiles), "in use": "*" if tiles == usual[direction, Dh][0] else ""}
             kernels.CONFIGS[direction, Dh] = tiles, tiles
-            for causal in (False, True):
-                flop = 4 * z.tokens * q.shape[1] * T * Dh / (2 if causal else 1)
-                f = lambda: attention(q, k, v, causal=causal)
-                times = both_ways(f, (q, k, v), torch.randn_like(q), one_call_ms if z.rehearsal else median_ms)
+            for causal in (False, True)[: 2 if direction in ("forward", "dkdv", "dq") else 1]:
+                work, grad = flop(shape[0], shape[1], *shape[3:], Dh, causal), torch.randn_like(q)
+                forward, backward = both_ways(lambda: attention(q, k, v, causal=causal), (q, k, v), grad, z.clock)
                 # the backward pass is timed whole: its other kernels are the same in every row
-                row["causal" if causal else "full"] = ratio(flop * (1 if direction == "forward" else 2.5) / 1e9, times[direction != "forward"])
+                row["causal" if causal else "full"] = ratio(2.5 * work / 1e9, backward) if direction in ("dkdv", "dq") else ratio(work / 1e9, forward)
             rows.append(row)
             kernels.CONFIGS.update(usual)
-    show(f"TFLOP/s at T {T}: forward pass, or backward pass with this tile in one of its kernels; * in use", rows,
-         {"kernel": "", "Dh": "", "tiles": "", "in use": "", "full": ".0f", "causal": ".0f"})  # fmt: skip
-    return {"tiles": rows} | versions()
+    show(f"TFLOP/s at T {T}, short: {z.cross[0]} x {z.cross[1]}, decode: 1 x {z.keys}; of the forward pass, or of the backward pass with this\n"
+         "tile in one of its kernels; * in use", rows, {"kernel": "", "Dh": "", "tiles": "", "in use": "", "full": ".1f", "causal": ".1f"})  # fmt: skip
+    return {"tiles": rows} | versions() | (card() if z.device == "cuda" else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Counted, not timed: the blocks that a mask leaves
 
 
-def block_table(T=2048):
+def block_table(device):
     """How many key blocks the query tiles visit, counted by the kernels' own planning, beside the pairs that a mask leaves."""
     from .attention_blocks import Mask
     from .attention_triton import CONFIGS
 
-    t, rows, (BM, BN, *_) = torch.arange(T)[None], [], CONFIGS["forward", 128][0]
-    third = T // 3
+    T, rows, (BM, BN, *_) = 2048, [], CONFIGS["forward", 128][0]
+    t, third = torch.arange(T)[None], T // 3
     cases = {
         "everything": {},
         "causal": dict(causal=True),
@@ -414,7 +470,6 @@ def block_table(T=2048):
         "7 images, not on block borders": dict(q_segments=t * 7 // T, k_segments=t * 7 // T),
         "64 images": dict(q_segments=t * 64 // T, k_segments=t * 64 // T),
     }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, rule in cases.items():
         pairs = allowed(T, T, **rule).float().mean().item()
         rule = {key: x.to(device) if torch.is_tensor(x) else x for key, x in rule.items()}
@@ -470,7 +525,7 @@ def bench_cpu():
     from .attention import _triton_installed
 
     if _triton_installed():
-        results["blocks"] = block_table()
+        results["blocks"] = block_table("cpu")
     print("\nleft out, for want of a CUDA GPU: the Triton kernels' times, and what there is to compare them with there: SDPA's flash,"
           "\ncuDNN and efficient backends, eager, torch.compile, Liger-Kernel (--compile shows registers and spills without a GPU)")  # fmt: skip
     return results
@@ -483,7 +538,9 @@ ARCHS = {80: 163, 90: 227, 100: 227}  # compute capability -> KB of shared memor
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MATRIX = {"forward": "_forward_kernel", "short": "_forward_kernel", "decode": "_forward_kernel", "dkdv": "_dkdv_kernel",
           "dq": "_dq_kernel", "dq short": "_dq_kernel"}  # directions of CONFIGS, all of which multiply matrices # fmt: skip
-OTHERS = {"combine": "_combine_kernel", "delta": "_delta_kernel", "ranges": "_ranges_kernel", "plan": "_plan_kernel", "rope": "_rope_kernel"}
+SPLIT = {"forward parts": "_forward_kernel", "short parts": "_forward_kernel"}  # their keys dealt out to several programs
+OTHERS = {"combine": "_combine_kernel", "delta": "_delta_kernel", "ranges": "_ranges_kernel", "plan": "_plan_kernel", "rope": "_rope_kernel",
+          "rope interleaved": "_rope_kernel"}  # fmt: skip
 MASKS = ("none", "causal", "segments", "all")
 INTS = ("Q_SEG", "K_SEG", "PREFIX_LEN", "INDEX", "COUNT", "SEG", "RANGES", "ROWS", "COLS")
 FLOATS = ("LSE", "DELTA", "ANGLES", "PART", "PART_LSE")
@@ -495,13 +552,15 @@ def compile_jobs(quick=False):
     if quick:  # every configuration once on every generation, under the rule that costs most registers or the one that costs least
         jobs = [(d, arch, Dh, "bf16", "causal" if arch == 90 else "segments", arch >= 90, 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX]
         jobs += [(d, 90, Dh, "fp16", "none", True, 6) for Dh in (64, 128) for d in ("forward", "dkdv", "dq")]
+        jobs += [(d, arch, Dh, "bf16", "segments", arch >= 90, 1) for arch in ARCHS for Dh in (64, 128) for d in SPLIT]
         return jobs + [(d, arch, 128, "bf16", "all", False, 1) for arch in ARCHS for d in OTHERS]
     jobs = [(d, arch, Dh, "bf16", mask, arch >= 90, 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX for mask in MASKS]
     jobs += [(d, arch, Dh, "bf16", "causal", False, 1) for arch in (90, 100) for Dh in (64, 128, 256) for d in MATRIX]  # rows out of step
     for arch, d in [(arch, d) for arch in ARCHS for d in ("forward", "dkdv", "dq")]:
         jobs += [(d, arch, Dh, "bf16", mask, arch >= 90, 6) for Dh in (64, 128) for mask in ("none", "causal")]
-        jobs += [(d, arch, Dh, "bf16", "segments", arch >= 90, 1) for Dh in (72, 80)]
+        jobs += [(d, arch, Dh, "bf16", mask, arch >= 90, 1) for Dh in (16, 32, 72, 80, 88) for mask in ("none", "segments")]
         jobs += [(d, arch, Dh, "fp16", "causal", arch >= 90, 1) for Dh in (64, 128)]
+    jobs += [(d, arch, Dh, "bf16", mask, arch >= 90, 1) for arch in ARCHS for Dh in (64, 128) for d in SPLIT for mask in MASKS[:3]]
     jobs += [(d, 90, Dh, "fp32", mask, False, 1) for Dh in (64, 128) for mask in ("none", "causal") for d in ("forward", "dkdv", "dq")]
     return jobs + [(d, arch, 128, "bf16", "all", False, 1) for arch in ARCHS for d in OTHERS]
 
@@ -538,14 +597,16 @@ def compile_kernel(job):
 
     direction, arch, Dh, dtype, mask, by_descriptor, group = job
     BD = triton.next_power_of_2(Dh)
-    module = {"rope": rope_triton, "ranges": attention_blocks, "plan": attention_blocks}.get(direction, attention_triton)
-    kernel = getattr(module, (MATRIX | OTHERS)[direction])
-    queries = {"short": 64, "dq short": 64, "decode": 16}.get(direction, 4096)
-    family = direction.split()[0] if direction.split()[0] in ("dkdv", "dq") else "forward"
+    first, *_ = direction.split()
+    module = {"rope": rope_triton, "ranges": attention_blocks, "plan": attention_blocks}.get(first, attention_triton)
+    kernel = getattr(module, (MATRIX | SPLIT | OTHERS)[direction])
+    queries = {"short": 64, "short parts": 64, "dq short": 64, "decode": 16}.get(direction, 4096)
+    family = first if first in ("dkdv", "dq") else "forward"
     BM, BN, warps, stages = attention_triton.config(family, BD, DTYPES[dtype], queries, by_descriptor)
     constants = dict(CAUSAL=mask in ("causal", "all"), PREFIX=mask == "all", SEGMENTS=mask in ("segments", "all"))
-    constants |= dict(RAGGED=True, DH=Dh, BD=BD, BM=BM, BN=BN, OF_KEYS=False, CHUNK=128, BLOCK=BN, INTERLEAVED=False, HALF=Dh // 2, BH=BD // 2)
-    constants |= dict(BT=rope_triton.BT, HEADS=rope_triton.HEADS, PARTS=16 if direction in ("decode", "combine") else 1)
+    constants |= dict(RAGGED=True, DH=Dh, BD=BD, BM=BM, BN=BN, OF_KEYS=False, CHUNK=128, BLOCK=BN)
+    constants |= dict(HALF=Dh // 2, BH=BD // 2, BT=rope_triton.BT, HEADS=rope_triton.HEADS, INTERLEAVED=direction == "rope interleaved")
+    constants |= dict(PARTS=16 if direction in ("decode", "combine", *SPLIT) else 1)
     constants |= dict(PREFIX_LEN=None) if mask != "all" else {}
     constants |= dict.fromkeys(("Q_SEG", "K_SEG", "INDEX", "COUNT")) if mask in ("none", "causal") else {}
     constants |= dict(G=1) if group == 1 else {}  # Triton compiles an argument that is 1 as a constant
@@ -577,19 +638,29 @@ def compile_one(job):
     return row
 
 
-def assembler_log(ptx, arch):
-    """ptxas -v, with the assembler that comes with Triton."""
+def assembler(arch):
+    """The ptxas that comes with Triton."""
     import triton
 
     folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    ptxas = os.path.join(folder, "ptxas-blackwell")
-    if arch < 100 or not os.path.exists(ptxas):
-        ptxas = os.path.join(folder, "ptxas")
+    newer = os.path.join(folder, "ptxas-blackwell")
+    return newer if arch >= 100 and os.path.exists(newer) else os.path.join(folder, "ptxas")
+
+
+def assembler_version(arch):
+    with contextlib.suppress(OSError):
+        said = subprocess.run([assembler(arch), "--version"], capture_output=True, text=True).stdout
+        if found := re.search(r"V(\d+\.\d+\.\d+)", said):
+            return found[1]
+
+
+def assembler_log(ptx, arch):
+    """What ptxas -v says."""
     with tempfile.TemporaryDirectory() as tmp:
         with open(os.path.join(tmp, "kernel.ptx"), "w") as f:
             f.write(ptx)
         gpu = re.search(r"\.target (\w+)", ptx)[1]
-        command = [ptxas, "-v", f"--gpu-name={gpu}", "kernel.ptx", "-o", "kernel.cubin"]
+        command = [assembler(arch), "-v", f"--gpu-name={gpu}", "kernel.ptx", "-o", "kernel.cubin"]
         return subprocess.run(command, cwd=tmp, capture_output=True, text=True, check=True).stderr
 
 
@@ -604,8 +675,8 @@ def complaint(row):
     return "; ".join(text for text, wrong in (
         ("too much shared memory", row["shared KB"] > ARCHS[row["sm"]]),
         (row["note"], row["note"]),
-        ("not on the matrix units", row["kernel"] in MATRIX and row["dtype"] != "fp32" and row["matrix unit"] != wanted),
-        ("spills", row["spill"] > (16 if row["kernel"] == "decode" else 0) and not rare),
+        ("not on the matrix units", row["kernel"] in MATRIX | SPLIT and row["dtype"] != "fp32" and row["matrix unit"] != wanted),
+        ("spills", row["spill"] > (16 if row["kernel"] == "decode" or row["kernel"] in SPLIT else 0) and not rare),
     ) if wrong)  # fmt: skip
 
 
@@ -623,7 +694,7 @@ def compile_all(jobs):
     bad = [r for r in rows if r["wrong"]]
     print(f"\n{len(rows)} kernels, Triton {triton.__version__}, {time.perf_counter() - start:.0f} s; required: matrix units of the "
           f"generation, none serialized,\nshared memory within {ARCHS}, no spills (unless all rules meet, or at width 256; "
-          f"16 bytes in decoding): {f'FAILED by {len(bad)}' if bad else 'holds'}")  # fmt: skip
+          f"16 bytes where keys are split): {f'FAILED by {len(bad)}' if bad else 'holds'}")  # fmt: skip
     return versions() | {"kernels": rows}, not bad
 
 

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention_blocks import cdiv
+
 BT, HEADS = 16, 4  # tokens and heads per program: at width 128 it keeps 16 KB under way, several of which share a multiprocessor
 
 
@@ -57,9 +59,9 @@ def _rotate(q, k, angles, sign, interleaved):
     q, k, angles = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, angles))
     oq, ok = torch.empty_like(q), torch.empty_like(k)  # in the memory order of q and k, so that views stay free
     (B, H, T, Dh), N = q.shape, k.shape[1]
-    _rope_kernel[(triton.cdiv(H, HEADS) + triton.cdiv(N, HEADS), triton.cdiv(T, BT), B)](
+    _rope_kernel[(cdiv(H, HEADS) + cdiv(N, HEADS), cdiv(T, BT), B)](
         q, k, oq, ok, angles, q.stride()[:3], k.stride()[:3], oq.stride()[:3], ok.stride()[:3], angles.stride()[:2], H,
-        N, T, sign, INTERLEAVED=interleaved, HALF=Dh // 2, BH=triton.next_power_of_2(Dh // 2), BT=BT, HEADS=HEADS,
+        N, T, sign, INTERLEAVED=interleaved, HALF=Dh // 2, BH=1 << (Dh // 2 - 1).bit_length(), BT=BT, HEADS=HEADS,
         num_warps=4)  # fmt: skip
     return oq, ok
 
