@@ -501,7 +501,7 @@ class VisionTower(nn.Module):
 
     def forward(self, patches, grid_thw):
         c = self.config
-        check_grid(patches, grid_thw, c)
+        check_grid(patches, grid_thw, c)  # the tower may be called without the model around it
         grid_thw = grid_thw.cpu()  # sizes are numbers for Python: who works on the GPU keeps them here
         places = patch_places(grid_thw, c.merge)
         x = note("vision.patches", self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)))  # [N,D]
@@ -1143,11 +1143,11 @@ def config_from_published(raw, folder):
     files have the fields of the language model at the top, newer ones under text_config."""
     if raw.get("model_type") not in ("qwen2_vl", "qwen2_5_vl"):
         raise ValueError(f"{folder} holds a {raw.get('model_type')!r} checkpoint; qwen2vl.py reads 'qwen2_vl' and 'qwen2_5_vl'")
-    second = raw["model_type"] == "qwen2_5_vl"
+    newer = raw["model_type"] == "qwen2_5_vl"
     text, published_vision = raw.get("text_config") or raw, raw.get("vision_config") or {}
     names = dict(layers="depth", heads="num_heads", patch_size="patch_size", merge="spatial_merge_size")
     names |= dict(frames="temporal_patch_size", activation="hidden_act")
-    if second:
+    if newer:
         default = replace(TOWER_2_5, width=3584)  # the published class's own, which no checkpoint has
         names |= dict(width="hidden_size", mlp_width="intermediate_size", window_size="window_size", full_layers="fullatt_block_indexes")
         names.pop("activation")
@@ -1158,9 +1158,10 @@ def config_from_published(raw, folder):
         names |= dict(width="embed_dim")
     vision = replace_published(default, published_vision, names)
     vision = replace(vision, full_layers=tuple(vision.full_layers))
-    if not second:
+    if not newer:
         vision = replace(vision, mlp_width=int(vision.width * published_vision.get("mlp_ratio", 4)))
     heads = text.get("num_attention_heads", 64)
+    # null, as older files have it, means that no two heads share their keys
     text = text | {"num_key_value_heads": text.get("num_key_value_heads", 8) or heads}
     rope = text.get("rope_parameters") or text.get("rope_scaling") or raw.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
@@ -1180,7 +1181,7 @@ def config_from_published(raw, folder):
         mrope_sections=tuple(language.mrope_sections),
         tie_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     )
-    out = published_vision.get("out_hidden_size" if second else "hidden_size", 3584)
+    out = published_vision.get("out_hidden_size" if newer else "hidden_size", 3584)
     if out != language.width:
         raise ValueError(f"{folder}: the vision tower ends in {out} numbers, the language model has {language.width}")
     eos = raw.get("eos_token_id", text.get("eos_token_id", 151645))
@@ -1190,7 +1191,7 @@ def config_from_published(raw, folder):
         image_token_id=raw.get("image_token_id", 151655),
         video_token_id=raw.get("video_token_id", 151656),
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
-        tokens_per_second=published_vision.get("tokens_per_second", 4) if second else 0,
+        tokens_per_second=published_vision.get("tokens_per_second", 4) if newer else 0,
     )
 
 
@@ -1375,8 +1376,8 @@ def anatomy(name):
         trained = sum(p.numel() for p in freeze(model, stage))
         stages.append(f"stage {stage}: {trained:,} trained ({100 * trained / total:.1f} %), {total - trained:,} frozen")
     rows = []
-    for height, width in ((8, 8), (8, 16), (16, 16), (17, 46)):  # in tokens of the decoder
-        height, width = height * v.factor, width * v.factor
+    for across, down in ((8, 8), (16, 8), (16, 16), (46, 17)):  # in tokens of the decoder
+        height, width = down * v.factor, across * v.factor
         grid = torch.tensor([image_grid(height, width, v)])
         tokens = num_image_tokens(height, width, config)
         patches = torch.empty(int(grid.prod()), v.patch_width, device="meta")

@@ -6077,11 +6077,11 @@ def test_what_a_step_of_qwen_sees_is_true():
 def test_qwen_rows_put_the_answers_where_they_belong():
     config, rng = qwen2vl.PRESETS["tiny"], random.Random(1)
     samples = [world.qwen_scene(rng), world.qwen_movie(rng, 4), world.qwen_number(rng, 6)]
-    inputs, labels = world.qwen_inputs(samples, config)
+    inputs, labels = world.qwen_inputs(samples, config, "cpu")
     for row, (item, turns) in zip(labels, samples):
         assert world.tokenizer().decode(row[row != -100].tolist()) == "".join(f" {answer}<eos>" for _, answer in turns)
     assert inputs["grid_thw"].shape == (2, 3) and inputs["video_grid_thw"].tolist() == [[2, 4, 4]]
-    asked, none = world.qwen_inputs(samples, config, answers=False)
+    asked, none = world.qwen_inputs(samples, config, "cpu", answers=False)
     assert none is None and asked["mask"].sum(1).tolist() == [int((row != -100).float().argmax()) for row in labels]
     assert qwen2vl.Qwen2VL(config)(**asked).shape[:2] == asked["ids"].shape
 
@@ -6116,7 +6116,7 @@ def test_qwens_parts_show_what_they_say_and_the_cache_knows_what_came_before(run
     small_towers(monkeypatch)
     monkeypatch.setattr(world, "QWEN_PART1_STEPS", 20)
     seen, qwen_inputs = [], world.qwen_inputs
-    monkeypatch.setattr(world, "qwen_inputs", lambda samples, config: (seen.append([item for item, _ in samples]), qwen_inputs(samples, config))[1])
+    monkeypatch.setattr(world, "qwen_inputs", lambda samples, *rest: (seen.append([item for item, _ in samples]), qwen_inputs(samples, *rest))[1])
     world.toy_qwen(steps=12)
     sizes = [step[0].size for step in seen]
     assert [len(step) for step in seen] == [2] * 20 + [3] * 12 and sizes[:3] == [(32, 32)] * 3

@@ -2269,16 +2269,16 @@ QWEN_SAMPLES = {"scene": qwen_scene, "thing": qwen_thing, "number": qwen_number,
                 "large movie": lambda rng: qwen_movie(rng, side=48)}        # 9 tokens for two frames, not 4
 
 
-def qwen_inputs(samples, config, answers=True):
+def qwen_inputs(samples, config, device, answers=True):
     """[(picture or frames, turns)] -> the arguments of the model, and labels. Without answers the rows end where the first
-    answer would begin, padding is on the left, and labels are None."""
+    answer would begin, padding is on the left, and labels are None. Grids stay on the CPU: their sizes are numbers for Python."""
     import qwen2vl
     given, grids, rows = {}, [(None, None)] * len(samples), []
     for prefix, is_movie in (("", False), ("video_", True)):
         chosen = [i for i, (item, _) in enumerate(samples) if isinstance(item, list) == is_movie]
         if chosen:
             patches, grid = qwen2vl.preprocess([samples[i][0] for i in chosen], config.vision)
-            given |= {f"{prefix}patches": patches, f"{prefix}grid_thw": grid}
+            given |= {f"{prefix}patches": patches.to(device), f"{prefix}grid_thw": grid}
             for i, row in zip(chosen, grid):
                 grids[i] = (None, row[None]) if is_movie else (row[None], None)
     for (_, turns), grid in zip(samples, grids):
@@ -2286,11 +2286,13 @@ def qwen_inputs(samples, config, answers=True):
         for n, (question, answer) in enumerate(turns if answers else turns[:1]):
             more = qwen2vl.encode_turn(question, f" {answer}", encode, config, *(grid if n == 0 else ()))
             ids, labels = ids + more[0], labels + more[1]
-        rows.append((ids, labels) if answers else (ids[: labels.count(qwen2vl.IGNORE_INDEX)], None))
+        prompt = labels.count(qwen2vl.IGNORE_INDEX)  # of a single turn all that is not the answer, which comes last
+        rows.append((ids, labels) if answers else (ids[:prompt], None))
     if answers:                                     # padding is to the right of all labels: nothing looks at it
-        return given | dict(ids=pad([ids for ids, _ in rows])[0]), pad([labels for _, labels in rows], qwen2vl.IGNORE_INDEX)[0]
+        labels = pad([labels for _, labels in rows], qwen2vl.IGNORE_INDEX)[0]
+        return given | dict(ids=pad([ids for ids, _ in rows])[0].to(device)), labels.to(device)
     ids, mask = qwen2vl.pad_rows([ids for ids, _ in rows], PAD_ID, left=True)
-    return given | dict(ids=ids, mask=mask), None
+    return given | dict(ids=ids.to(device), mask=mask.to(device)), None
 
 
 def train_qwen(model, name, steps, seed, mix, bar=None, draw_batch=None, data="world", sizes=CANVASES, first=0, lock=None, rate=1.0):
@@ -2310,10 +2312,10 @@ def train_qwen(model, name, steps, seed, mix, bar=None, draw_batch=None, data="w
     def loss_of(step):
         if lock is not None:
             qwen2vl.freeze(model, 2 if step < lock else 3)
-        inputs, labels = qwen_inputs((draw_batch or from_world)(step), model.config)
-        logits = model(**{key: x if "grid" in key else x.to(device) for key, x in inputs.items()})
+        inputs, labels = qwen_inputs((draw_batch or from_world)(step), model.config, device)
+        logits = model(**inputs)
         each, total = {}, 0                         # a kind counts by its samples, not by its words: captions have many
-        for kind, part, rows in zip(dict.fromkeys(mix), logits.split(counts), labels.to(device).split(counts)):
+        for kind, part, rows in zip(dict.fromkeys(mix), logits.split(counts), labels.split(counts)):
             each[kind] = qwen2vl.language_loss(part, rows)[0]
             total = total + each[kind] * len(rows) / len(labels)
         return total, {kind: loss.detach() for kind, loss in each.items()}
@@ -2348,8 +2350,7 @@ def qwen_answers(model, samples, longest=12):
     """What the model says to the first question of each (picture or frames, turns), as text."""
     device, said = next(model.parameters()).device, []
     for start in range(0, len(samples), 64):
-        inputs, _ = qwen_inputs(samples[start:start + 64], model.config, answers=False)
-        inputs = {key: x if "grid" in key else x.to(device) for key, x in inputs.items()}
+        inputs, _ = qwen_inputs(samples[start:start + 64], model.config, device, answers=False)
         said += [decode(row).strip() for row in model.generate(**inputs, max_new_tokens=longest, eos_id=EOS_ID).tolist()]
     return said
 

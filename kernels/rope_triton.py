@@ -58,7 +58,7 @@ def _rope_kernel(Q, K, OQ, OK, ANGLES, sq, sk, soq, sok, sa, H, N, T, sign, INTE
 def _rotate(q, k, angles, sign, interleaved):
     q, k, angles = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, angles))
     oq, ok = torch.empty_like(q), torch.empty_like(k)  # in the memory order of q and k, so that views stay free
-    (B, H, T, Dh), N = q.shape, k.shape[1]
+    (B, H, T, Dh), N = q.shape, k.shape[1]  # N key heads: K is the tensor
     _rope_kernel[(cdiv(H, HEADS) + cdiv(N, HEADS), cdiv(T, BT), B)](
         q, k, oq, ok, angles, q.stride()[:3], k.stride()[:3], oq.stride()[:3], ok.stride()[:3], angles.stride()[:2], H,
         N, T, sign, INTERLEAVED=interleaved, HALF=Dh // 2, BH=1 << (Dh // 2 - 1).bit_length(), BT=BT, HEADS=HEADS,
