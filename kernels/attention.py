@@ -106,8 +106,8 @@ def choose_backend(x):
     """The backend that works on a tensor like x: what was asked for, else triton on CUDA and torch elsewhere."""
     name = _forced.get()
     if name == "auto":
-        fits = x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= 256 and _triton_installed() and _gpu_fits(x.device)
-        return "triton" if fits else "torch"
+        fits = x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= 256 and len(x) < 2**16  # of a grid's third axis
+        return "triton" if fits and _triton_installed() and _gpu_fits(x.device) else "torch"
     if name == "triton":
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > 256:
             raise ValueError("the triton backend takes float32, float16 and bfloat16 and heads up to 256 wide, "

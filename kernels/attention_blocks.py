@@ -95,13 +95,13 @@ def _plan_kernel(ROWS, COLS, PREFIX_LEN, INDEX, COUNT, n_cols, Tq, Tk, BM: tl.co
             touch = (c >= start) & (c < stop) & (low <= c_high) & (c_low <= high)
             whole_open = touch & (whole + c_whole == 2) & (low == c_low) & ((c >= full) if OF_KEYS else (c < full))
             take = (touch & ~whole_open) if masked else whole_open
-            tl.store(INDEX + row * n_cols + count + tl.cumsum(take.to(tl.int32), 0) - 1, c, mask=take)
+            tl.store(INDEX + row * (n_cols + 1) + count + tl.cumsum(take.to(tl.int32), 0) - 1, c, mask=take)
             count += tl.sum(take.to(tl.int32), 0)
         tl.store(COUNT + row * 2 + masked, count)
 
 
 def plan(q_seg, k_seg, prefix, BM, BN, causal, of_keys):
-    """The lists of _plan_kernel for query tiles, or for key tiles if of_keys -> INDEX [B,rows,cols], COUNT [B,rows,2]."""
+    """The lists of _plan_kernel for query tiles, or for key tiles if of_keys -> INDEX [B,rows,cols+1], COUNT [B,rows,2]."""
     B, Tq, Tk = len(q_seg), q_seg.shape[1], k_seg.shape[1]
     ranges = []
     for seg, block in ((q_seg, BM), (k_seg, BN)):
@@ -109,7 +109,7 @@ def plan(q_seg, k_seg, prefix, BM, BN, causal, of_keys):
         ranges.append(seg.new_empty(B, n, 3))
         _ranges_kernel[(n, B)](seg, ranges[-1], seg.shape[1], BLOCK=block, num_warps=1)
     rows, cols = ranges[::-1] if of_keys else ranges
-    index = q_seg.new_empty(B, rows.shape[1], cols.shape[1])
+    index = q_seg.new_empty(B, rows.shape[1], cols.shape[1] + 1)  # one more: the kernels read a step ahead of the block they are at
     count = q_seg.new_empty(B, rows.shape[1], 2)
     _plan_kernel[(rows.shape[1], B)](
         rows, cols, prefix, index, count, cols.shape[1], Tq, Tk, BM=BM, BN=BN, OF_KEYS=of_keys, CAUSAL=causal,

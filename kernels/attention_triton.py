@@ -4,7 +4,7 @@
     _forward_kernel           BM queries      the key blocks they see          o, lse
     _combine_kernel           one query       the parts of its keys            o, lse, where the keys were split
     _delta_kernel             BM queries      -                                D_i = dO_i . O_i
-    _dkdv_kernel              BN keys         G heads x the query tiles        dK, dV
+    _dkdv_kernel              BN keys         query heads x the query tiles    dK, dV
     _dq_kernel                BM queries      the key blocks they see          dQ
 
 Each output tile has one owner that adds up in registers and stores once: no atomics, so two runs give the same bits. The price
@@ -32,6 +32,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .attention_blocks import _key_blocks, _query_blocks, cdiv, mask_of
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x LOG2E): the hardware has exp2, not exp
+
+# Triton compiles a kernel anew for lengths that are 1 or multiples of 16. A cache that grows by one would meet all of these
+jit_for_any_length = triton.jit(do_not_specialize=("Tq", "Tk"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,7 +95,7 @@ def _store(X, strides, b, h, t0, T, x, ROWS: tl.constexpr, DH: tl.constexpr, BD:
 # Forward
 
 
-@triton.jit
+@jit_for_any_length
 def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq, sk, sv, so, scale, G, Tq, Tk,
                     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
                     PARTS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
@@ -109,7 +112,7 @@ def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq,
     prefix = tl.load(PREFIX_LEN + b) if PREFIX else 0
     if SEGMENTS:
         row = b * n_tiles + tile
-        INDEX += row.to(tl.int64) * tl.cdiv(Tk, BN)
+        INDEX += row.to(tl.int64) * (tl.cdiv(Tk, BN) + 1)
         full, stop = tl.load(COUNT + row * 2), tl.load(COUNT + row * 2 + 1)
     else:
         full, stop = _key_blocks(q0, prefix, Tq, Tk, BM, BN, CAUSAL, PREFIX)
@@ -125,8 +128,12 @@ def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq,
     acc = tl.zeros([BM, BD], tl.float32)  # sum of exp2(c score - m) v so far
     for masked in tl.static_range(2):  # first the blocks that need no mask, then those that do
         if masked == 0 or (CAUSAL or SEGMENTS or RAGGED):
-            for n in range(max(first, full) if masked else first, stop if masked else full):
-                j0 = (tl.load(INDEX + n) if SEGMENTS else n) * BN
+            lo, hi = max(first, full) if masked else first, stop if masked else full
+            ahead = tl.load(INDEX + lo) if SEGMENTS else lo
+            for n in range(lo, hi):
+                j0 = (ahead if SEGMENTS else n) * BN
+                if SEGMENTS:  # read one step ahead: a load of tiles that waits for its own index loses a stage of the pipeline
+                    ahead = tl.load(INDEX + n + 1)
                 k = _load(K, sk, b, h // G, j0, Tk, BN, DH, BD, masked)
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM,BN]
                 if masked:
@@ -174,7 +181,7 @@ def _combine_kernel(PART, PART_LSE, O, LSE, so, PARTS: tl.constexpr, DH: tl.cons
 # Backward
 
 
-@triton.jit
+@jit_for_any_length
 def _delta_kernel(O, DO, DELTA, so, sdo, Tq, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
     """D_i = sum over d of dO_id O_id: all that a score's gradient needs to know about the other keys of its row."""
     h, b, i0 = tl.program_id(0), tl.program_id(2), tl.program_id(1) * BM
@@ -184,18 +191,20 @@ def _delta_kernel(O, DO, DELTA, so, sdo, Tq, DH: tl.constexpr, BD: tl.constexpr,
     tl.store(DELTA + (b.to(tl.int64) * tl.num_programs(0) + h) * Tq + i, tl.sum(o * do, 1), mask=i < Tq)
 
 
-@triton.jit
+@jit_for_any_length
 def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq, sk, sv, sdo, sdk, sdv,
-                 scale, G, Tq, Tk, CAUSAL: tl.constexpr, PREFIX: tl.constexpr, SEGMENTS: tl.constexpr,
+                 scale, G, OWN, Tq, Tk, CAUSAL: tl.constexpr, PREFIX: tl.constexpr, SEGMENTS: tl.constexpr,
                  RAGGED: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """One program: BN keys of one key head, over all query heads that share it and all query tiles that see it.
+    """One program: BN keys of one key head, over OWN of the G query heads that share it and all query tiles that see it.
+    OWN is G; or 1 where programs would be few, and then the G shares of dK and dV are added up afterwards.
 
     Everything is computed transposed (S^T = K Q^T), so that P^T and dS^T, the left factors of dV = P^T dO and dK = dS^T Q,
     come out of the matrix units ready to use. To transpose P and dS in registers instead spills, and Triton 3.4 to 3.6
     were reported to compile it wrong on Hopper (flash-linear-attention, issue 640).
     """
-    kh, tile, b, n_tiles = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    k0 = tile * BN
+    group, tile, b, n_tiles = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    first_head, n_heads = group * OWN, tl.num_programs(0) * OWN
+    kh, k0 = first_head // G, tile * BN
     j = k0 + tl.arange(0, BN)
     k = _load(K, sk, b, kh, k0, Tk, BN, DH, BD, True)
     v = _load(V, sv, b, kh, k0, Tk, BN, DH, BD, True)
@@ -203,7 +212,7 @@ def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDE
     prefix = tl.load(PREFIX_LEN + b) if PREFIX else 0
     if SEGMENTS:
         row = b * n_tiles + tile
-        INDEX += row.to(tl.int64) * tl.cdiv(Tq, BM)
+        INDEX += row.to(tl.int64) * (tl.cdiv(Tq, BM) + 1)
         n_full, n_all = tl.load(COUNT + row * 2), tl.load(COUNT + row * 2 + 1)
     else:
         start, full, stop = _query_blocks(k0, prefix, Tq, Tk, BM, BN, CAUSAL, PREFIX)
@@ -217,11 +226,14 @@ def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDE
                 lo, hi = n_full if masked else 0, n_all if masked else n_full
             else:  # the other way round than for queries: tiles start .. full need the rule, those behind see all keys
                 lo, hi = start if masked else full, full if masked else stop
-            for step in range((hi - lo) * G):  # one loop over tiles and heads: two nested ones need more registers
-                h, n = kh * G + step % G, lo + step // G
-                i0 = (tl.load(INDEX + n) if SEGMENTS else n) * BM
+            ahead = tl.load(INDEX + lo) if SEGMENTS else lo
+            for step in range((hi - lo) * OWN):  # one loop over tiles and heads: two nested ones need more registers
+                h, n = first_head + step % OWN, lo + step // OWN
+                i0 = (ahead if SEGMENTS else n) * BM
+                if SEGMENTS:
+                    ahead = tl.load(INDEX + lo + (step + 1) // OWN)
                 i = i0 + tl.arange(0, BM)
-                per_row = (b.to(tl.int64) * tl.num_programs(0) * G + h) * Tq
+                per_row = (b.to(tl.int64) * n_heads + h) * Tq
                 q = _load(Q, sq, b, h, i0, Tq, BM, DH, BD, masked or RAGGED)
                 lse = tl.load(LSE + per_row + i, mask=i < Tq, other=float("inf"))  # inf: p is 0 there
                 sT = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN,BM]
@@ -237,11 +249,11 @@ def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDE
                 delta = tl.load(DELTA + per_row + i, mask=i < Tq, other=0.0)
                 dsT = pT * (dpT - delta[None, :])
                 dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision="ieee")
-    _store(DK, sdk, b, kh, k0, Tk, dk * scale, BN, DH, BD)
-    _store(DV, sdv, b, kh, k0, Tk, dv, BN, DH, BD)
+    _store(DK, sdk, b, group, k0, Tk, dk * scale, BN, DH, BD)
+    _store(DV, sdv, b, group, k0, Tk, dv, BN, DH, BD)
 
 
-@triton.jit
+@jit_for_any_length
 def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq, sk, sv, sdo, sdq, scale, G,
                Tq, Tk, CAUSAL: tl.constexpr, PREFIX: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
                DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
@@ -259,7 +271,7 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
     prefix = tl.load(PREFIX_LEN + b) if PREFIX else 0
     if SEGMENTS:
         row = b * n_tiles + tile
-        INDEX += row.to(tl.int64) * tl.cdiv(Tk, BN)
+        INDEX += row.to(tl.int64) * (tl.cdiv(Tk, BN) + 1)
         full, stop = tl.load(COUNT + row * 2), tl.load(COUNT + row * 2 + 1)
     else:
         full, stop = _key_blocks(q0, prefix, Tq, Tk, BM, BN, CAUSAL, PREFIX)
@@ -267,8 +279,12 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
     dq = tl.zeros([BM, BD], tl.float32)
     for masked in tl.static_range(2):
         if masked == 0 or (CAUSAL or SEGMENTS or RAGGED):
-            for n in range(full if masked else 0, stop if masked else full):
-                j0 = (tl.load(INDEX + n) if SEGMENTS else n) * BN
+            lo, hi = full if masked else 0, stop if masked else full
+            ahead = tl.load(INDEX + lo) if SEGMENTS else lo
+            for n in range(lo, hi):
+                j0 = (ahead if SEGMENTS else n) * BN
+                if SEGMENTS:
+                    ahead = tl.load(INDEX + n + 1)
                 k = _load(K, sk, b, h // G, j0, Tk, BN, DH, BD, masked)
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")
                 p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
@@ -367,15 +383,16 @@ def _fits_tma(*tensors):
 
 def _tiled(x, rows, BD, tma):
     """What _load and _store take: a descriptor of x [B,H,T,Dh] in tiles of rows x BD, or x itself."""
-    strides = [s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape)]  # axes of length 1 may have any
+    strides = [s if n > 1 else x.shape[1:].numel() for s, n in zip(x.stride()[:3], x.shape)]  # of axes of length 1: any that is wide enough
     return TensorDescriptor(x, [*x.shape], [*strides, 1], [1, 1, rows, BD]) if tma else x
 
 
 def parts(programs, blocks, device):
-    """Into how many parts to split the keys, so that few queries with many keys still fill the GPU: a power of two."""
+    """Into how many parts to split the keys, so that few queries with many keys still fill the GPU. A power of four: each number
+    of parts is a kernel of its own, and a cache that grows meets them all."""
     n = 1
-    while programs * n < _processors(device) and blocks >= 8 * n:  # at least 4 blocks to each
-        n *= 2
+    while programs * n < _processors(device) and blocks >= 16 * n:  # at least 4 blocks to each
+        n *= 4
     return n
 
 
@@ -385,7 +402,7 @@ class FlashAttention(torch.autograd.Function):
         q, k, v = _rows(q), _rows(k), _rows(v)
         B, H, Tq, Dh = q.shape
         G, Tk, BD = H // k.shape[1], k.shape[2], max(16, 1 << (Dh - 1).bit_length())
-        o = torch.empty_like(q)  # keeps the order of q's axes in memory: transpose(1, 2).reshape costs nothing after us
+        o = _rows(torch.empty_like(q))  # keeps the order of q's axes in memory: transpose(1, 2).reshape costs nothing after us
         lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
         tma = _fits_tma(q, k, v, o)
         BM, BN, warps, stages = config("forward", BD, q.dtype, Tq, tma)
@@ -405,6 +422,7 @@ class FlashAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, o, lse, mask.q_seg, mask.k_seg, mask.prefix)
         ctx.mask, ctx.scale, ctx.flags = mask, scale, flags
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # or every backward pass would get zeros for the gradient of lse
         return o, lse
 
     @staticmethod
@@ -413,14 +431,14 @@ class FlashAttention(torch.autograd.Function):
         (q, k, v, o, lse, *ids), mask = ctx.saved_tensors, ctx.mask
         do = _rows(do)
         B, H, Tq, Dh = q.shape
-        K, Tk, BD = k.shape[1], k.shape[2], ctx.flags["BD"]
+        K, G, Tk, BD = k.shape[1], H // k.shape[1], k.shape[2], ctx.flags["BD"]
         delta = torch.empty_like(lse)
         _delta_kernel[(H, cdiv(Tq, 64), B)](o, do, delta, o.stride()[:3], do.stride()[:3], Tq, DH=Dh, BD=BD, BM=64)
 
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = (_rows(torch.empty_like(x)) for x in (q, k, v))
         tma = _fits_tma(q, k, v, do, dq, dk, dv)
 
-        def launch(kernel, direction, grid, *outputs):
+        def launch(kernel, direction, grid, outputs, **more):
             BM, BN, warps, stages = config(direction, BD, q.dtype, Tq, tma)
             of_keys = direction == "dkdv"
             tensors = (q, BM), (k, BN), (v, BN), (do, BM)
@@ -429,14 +447,23 @@ class FlashAttention(torch.autograd.Function):
             kernel[grid(BM, BN)](
                 *(_tiled(x, rows, BD, tma) for x, rows in tensors), lse, delta,
                 *(_tiled(x, rows, BD, tma) for x, rows in written), *ids, *mask.plan(BM, BN, of_keys),
-                *(x.stride()[:3] for x, _ in (*tensors, *written)), ctx.scale, H // K, Tq, Tk, **ctx.flags,
+                *(x.stride()[:3] for x, _ in (*tensors, *written)), scale=ctx.scale, G=G, Tq=Tq, Tk=Tk, **ctx.flags, **more,
                 RAGGED=ragged, BM=BM, BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
 
-        launch(_dkdv_kernel, "dkdv", lambda BM, BN: (K, cdiv(Tk, BN), B), dk, dv)
-        launch(_dq_kernel, "dq", lambda BM, BN: (H, cdiv(Tq, BM), B), dq)
+        # With causal, programs differ in length: three to a multiprocessor even that out. Where that many tiles of keys (of 128 at
+        # most) are not there, each query head gets programs of its own
+        own, shares = G, (dk, dv)
+        if G > 1 and B * K * cdiv(Tk, 128) < 3 * _processors(q.device):
+            own, shares = 1, [q.new_empty(B, H, Tk, Dh) for _ in range(2)]  # in float32 the sm_90 compiler would serialize wgmma
+        launch(_dkdv_kernel, "dkdv", lambda BM, BN: (H // own, cdiv(Tk, BN), B), shares, OWN=own)
+        if own < G:
+            for x, parts in zip((dk, dv), shares):
+                x.copy_(parts.view(B, K, G, Tk, Dh).sum(2))
+        launch(_dq_kernel, "dq", lambda BM, BN: (H, cdiv(Tq, BM), B), [dq])
         return dq, dk, dv, None, None
 
 
+@torch.compiler.disable  # torch.compile has to go around it: what it makes of the launches fails
 def flash_attention(q, k, v, rule, scale):
     """What `attention` calls -> o, lse."""
     B, H, Tq, Dh = q.shape

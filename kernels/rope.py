@@ -91,10 +91,9 @@ def apply_rope(q, k, angles, interleaved=False):
         raise ValueError(f"q [B,H,T,Dh] {[*q.shape]}, k [B,K,T,Dh] {[*k.shape]} and angles [B,T,Dh/2] "
                          f"{[*angles.shape]} do not go together")  # fmt: skip
     if choose_backend(q) == "triton":
-        from .rope_triton import Rope
+        from .rope_triton import rope
 
-        with torch.cuda.device_of(q):
-            return Rope.apply(q, k, angles, interleaved)
+        return rope(q, k, angles, interleaved)
     turn = _interleaved if interleaved else _half_split
     cos, sin = _cos_sin(angles, interleaved)
     return turn(q, cos, sin), turn(k, cos, sin)

@@ -20,22 +20,22 @@ BT, HEADS = 16, 4  # tokens and heads per program: at width 128 it keeps 16 KB u
 
 
 @triton.jit
-def _turn(X, Y, sx, sy, b, h0, H, t, T, cos, sin, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
+def _turn(X, Y, sx, sy, b, h0, H, t, T, angle, sign, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
           HEADS: tl.constexpr):  # fmt: skip
     h, t = (h0 + tl.arange(0, HEADS)).to(tl.int64)[:, None, None], t[None, :, None]
     x, y = X + b * sx[0] + h * sx[1] + t * sx[2], Y + b * sy[0] + h * sy[1] + t * sy[2]  # [HEADS,BT,1]
+    i = tl.arange(0, 2 * BH if INTERLEAVED else BH)[None, None, :]
+    ok = (h < H) & (t < T) & (i < (2 * HALF if INTERLEAVED else HALF))
+    # All loads come before the cosines: those branch for large angles, and no load is started ahead of a branch
+    first = tl.load(x + i, mask=ok, other=0.0)
+    second = first if INTERLEAVED else tl.load(x + i + HALF, mask=ok, other=0.0)
+    cos, sin = tl.cos(angle)[None], (tl.sin(angle) * sign)[None]  # [1,BT,BH]
     if INTERLEAVED:  # pairs lie side by side: fetched as they lie, then dealt out
-        i = tl.arange(0, 2 * BH)[None, None, :]
-        ok = (h < H) & (t < T) & (i < 2 * HALF)
-        pairs = tl.load(x + i, mask=ok, other=0.0).to(tl.float32)
-        first, second = pairs.reshape(HEADS, cos.shape[1], BH, 2).split()
+        first, second = first.to(tl.float32).reshape(HEADS, cos.shape[1], BH, 2).split()
         pairs = tl.join(first * cos - second * sin, second * cos + first * sin).reshape(HEADS, cos.shape[1], 2 * BH)
         tl.store(y + i, pairs.to(Y.dtype.element_ty), mask=ok)
     else:
-        i = tl.arange(0, BH)[None, None, :]
-        ok = (h < H) & (t < T) & (i < HALF)
-        first = tl.load(x + i, mask=ok, other=0.0).to(tl.float32)
-        second = tl.load(x + i + HALF, mask=ok, other=0.0).to(tl.float32)
+        first, second = first.to(tl.float32), second.to(tl.float32)
         tl.store(y + i, (first * cos - second * sin).to(Y.dtype.element_ty), mask=ok)
         tl.store(y + i + HALF, (second * cos + first * sin).to(Y.dtype.element_ty), mask=ok)
 
@@ -47,17 +47,17 @@ def _rope_kernel(Q, K, OQ, OK, ANGLES, sq, sk, soq, sok, sa, H, N, T, sign, INTE
     t, i = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64), tl.arange(0, BH)
     angle = ANGLES + b * sa[0] + t[:, None] * sa[1] + i[None, :]
     angle = tl.load(angle, mask=(t < T)[:, None] & (i < HALF)[None, :], other=0.0)
-    cos, sin = tl.cos(angle)[None], (tl.sin(angle) * sign)[None]  # [1,BT,BH]
     groups = tl.cdiv(H, HEADS)
     if group < groups:
-        _turn(Q, OQ, sq, soq, b, group * HEADS, H, t, T, cos, sin, INTERLEAVED, HALF, BH, HEADS)
+        _turn(Q, OQ, sq, soq, b, group * HEADS, H, t, T, angle, sign, INTERLEAVED, HALF, BH, HEADS)
     else:
-        _turn(K, OK, sk, sok, b, (group - groups) * HEADS, N, t, T, cos, sin, INTERLEAVED, HALF, BH, HEADS)
+        _turn(K, OK, sk, sok, b, (group - groups) * HEADS, N, t, T, angle, sign, INTERLEAVED, HALF, BH, HEADS)
 
 
 def _rotate(q, k, angles, sign, interleaved):
-    q, k, angles = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, angles))
-    oq, ok = torch.empty_like(q), torch.empty_like(k)  # in the memory order of q and k, so that views stay free
+    rows = lambda x: x if x.stride(-1) == 1 else x.contiguous()
+    q, k, angles = rows(q), rows(k), rows(angles.float())
+    oq, ok = rows(torch.empty_like(q)), rows(torch.empty_like(k))  # in the memory order of q and k, so that views stay free
     (B, H, T, Dh), N = q.shape, k.shape[1]  # N key heads: K is the tensor
     _rope_kernel[(cdiv(H, HEADS) + cdiv(N, HEADS), cdiv(T, BT), B)](
         q, k, oq, ok, angles, q.stride()[:3], k.stride()[:3], oq.stride()[:3], ok.stride()[:3], angles.stride()[:2], H,
@@ -78,3 +78,10 @@ class Rope(torch.autograd.Function):
     def backward(ctx, dq, dk):
         (angles,) = ctx.saved_tensors
         return *_rotate(dq, dk, angles, -1.0, ctx.interleaved), None, None
+
+
+@torch.compiler.disable  # torch.compile has to go around it
+def rope(q, k, angles, interleaved):
+    """What `apply_rope` calls -> q, k."""
+    with torch.cuda.device_of(q):  # Triton starts kernels on the current device, wherever the tensors are
+        return Rope.apply(q, k, angles, interleaved)
