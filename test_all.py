@@ -571,6 +571,22 @@ def test_triton_says_what_it_cannot_do():
             attention(*qkv(1, 1, 1, 4, 4, 264))
 
 
+@kernels
+@pytest.mark.parametrize("name", ALL_BACKENDS)
+def test_torch_compile_takes_what_it_can_and_goes_around_the_rest(name):
+    torch.manual_seed(0)
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 2, 20, 20, 16))
+    ids, angles = torch.arange(20)[None] // 7, rope_1d(torch.arange(20)[None], 16)
+    f = lambda q, k, v: attention(*apply_rope(q * 2, k, angles), v, k_segments=ids).sin()
+    with backend(name):
+        results = []
+        for run in (f, torch.compile(f, backend="eager")):  # eager: traced, without half a minute of C++ compilation
+            run(q, k, v)
+            out = run(q, k, v)  # again, with what the first call kept
+            results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def test_on_a_gpu_the_choice_falls_on_triton_where_it_serves(monkeypatch):
     monkeypatch.setattr(MODULE, "_triton_installed", lambda: True)
     monkeypatch.setattr(MODULE, "_gpu_fits", lambda device: device != "old")

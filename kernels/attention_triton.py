@@ -457,8 +457,8 @@ class FlashAttention(torch.autograd.Function):
             own, shares = 1, [q.new_empty(B, H, Tk, Dh) for _ in range(2)]  # in float32 the sm_90 compiler would serialize wgmma
         launch(_dkdv_kernel, "dkdv", lambda BM, BN: (H // own, cdiv(Tk, BN), B), shares, OWN=own)
         if own < G:
-            for x, parts in zip((dk, dv), shares):
-                x.copy_(parts.view(B, K, G, Tk, Dh).sum(2))
+            for x, share in zip((dk, dv), shares):
+                x.copy_(share.view(B, K, G, Tk, Dh).sum(2))
         launch(_dq_kernel, "dq", lambda BM, BN: (H, cdiv(Tq, BM), B), [dq])
         return dq, dk, dv, None, None
 
