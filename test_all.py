@@ -351,9 +351,10 @@ def test_every_configuration_is_right(poisoned, monkeypatch, Tq, directions, Dh,
     for rule in rules:
         check_attention("triton", inputs, RULES[rule](2, Tq, 300))
     tma = fetch == "descriptors" and triton_code._has_tma(inputs[0].device)
-    assert taken == [(d, tma) for d in ("forward", "dkdv", "dq")] * len(rules)
-    sizes = {config(d, Dh, inputs[0].dtype, Tq, tma) for d in ("forward", "dkdv", "dq")}
-    assert sizes == {triton_code.CONFIGS[d, Dh][0 if tma else 1] for d in directions}
+    expected = [("forward", tma and "decode" not in directions), ("dkdv", tma), ("dq", tma)]
+    assert taken == expected * len(rules)
+    sizes = {config(d, Dh, inputs[0].dtype, Tq, by) for d, by in expected}
+    assert sizes == {triton_code.CONFIGS[d, Dh][0 if by else 1] for d, (_, by) in zip(directions, expected)}
 
 
 @needs_triton

@@ -320,10 +320,11 @@ CONFIGS = {
     ("short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),  # by pointers BN 128 spills 20 to 52
     ("short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),  # by pointers BN 64 spills 12
     ("short", 256): ((64, 64, 4, 2), (64, 32, 8, 2)),  # by pointers four warps spill 12 to 156
-    # at most 16 queries: the least that matrix units take; all else is keys under way, 64 rows twice over
-    ("decode", 64): ((16, 64, 4, 3), (16, 64, 4, 3)),  # BN 128 doubles the memory, and spills 8 by pointers
-    ("decode", 128): ((16, 64, 4, 3), (16, 64, 4, 2)),
-    ("decode", 256): ((16, 32, 4, 3), (16, 32, 4, 2)),  # rows of 512 bytes: 32 of them are as much as 64 above
+    # at most 16 queries, the least that matrix units take: all else is keys under way, 64 rows twice over. By pointers alone: four
+    # descriptors take Python 33 us to make, as long as the rest of so short a call
+    ("decode", 64): (None, (16, 64, 4, 3)),  # BN 128 spills 24
+    ("decode", 128): (None, (16, 64, 4, 3)),  # 140 registers and 70 KB: three programs fit
+    ("decode", 256): (None, (16, 32, 4, 3)),  # rows of 512 bytes: 32 of them are as much as 64 above
     # 192 registers; by pointers BM 64 takes all 255, and spills 12 with a third stage
     ("dkdv", 64): ((64, 128, 8, 3), (32, 128, 8, 2)),
     # two accumulators of BN x 128: BM 64 spills 36 to 184, BN 128 by pointers 32 to 56
@@ -404,7 +405,7 @@ class FlashAttention(torch.autograd.Function):
         G, Tk, BD = H // k.shape[1], k.shape[2], max(16, 1 << (Dh - 1).bit_length())
         o = _rows(torch.empty_like(q))  # keeps the order of q's axes in memory: transpose(1, 2).reshape costs nothing after us
         lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-        tma = _fits_tma(q, k, v, o)
+        tma = Tq > 16 and _fits_tma(q, k, v, o)
         BM, BN, warps, stages = config("forward", BD, q.dtype, Tq, tma)
         tiles = cdiv(Tq, BM)
         n = parts(B * H * tiles, cdiv(Tk, BN), q.device)

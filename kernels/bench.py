@@ -452,7 +452,7 @@ def bench_tiles(z):
     choices = {  # direction -> tiles
         "forward": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3)],
         "short": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 32, 4, 3)],
-        "decode": [(16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 3), (16, 32, 4, 4), (16, 64, 2, 3)],
+        "decode": [(16, 64, 4, 3), (16, 64, 4, 2), (16, 64, 4, 4), (16, 32, 4, 4), (16, 128, 4, 2), (16, 64, 2, 3)],
         "dkdv": [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3), (32, 64, 4, 3)],
         "dq": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3)],
     }  # fmt: skip
@@ -463,7 +463,7 @@ def bench_tiles(z):
         few = {"short": (1, z.few(H), z.few(H), *z.cross), "decode": (1, H, max(1, H // 4), 1, z.keys)}
         points = {"few queries": few[direction]} if direction in few else points
         for tiles in choices[direction]:
-            row = {"kernel": direction, "Dh": Dh, "tiles": str(tiles), "in use": "*" if tiles == usual[direction, Dh][0] else ""}
+            row = {"kernel": direction, "Dh": Dh, "tiles": str(tiles), "in use": "*" if tiles == usual[direction, Dh][direction == "decode"] else ""}
             kernels.CONFIGS[direction, Dh] = tiles, tiles
             for point, shape in points.items():
                 inputs, causal = make(*shape, Dh, z.dtype, z.device), "causal" in point
@@ -581,18 +581,19 @@ TILED = dict(Q="BM", O="BM", DO="BM", DQ="BM", K="BN", V="BN", DK="BN", DV="BN")
 
 def compile_jobs(quick=False):
     """direction, sm, head width, dtype, mask, by descriptors?, query heads per key head."""
+    tma = lambda d, arch: arch >= 90 and d != "decode"
     if quick:  # every configuration once on every generation, under the rule that costs most registers or the one that costs least
-        jobs = [(d, arch, Dh, "bf16", "causal" if arch == 90 else "segments", arch >= 90, 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX]
+        jobs = [(d, arch, Dh, "bf16", "causal" if arch == 90 else "segments", tma(d, arch), 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX]
         jobs += [(d, 90, Dh, "fp16", "none", True, 6) for Dh in (64, 128) for d in ("forward", "dkdv", "dq")]
-        jobs += [(d, arch, Dh, "bf16", "segments", arch >= 90, 6) for arch in ARCHS for Dh in (64, 128) for d in SPLIT]
+        jobs += [(d, arch, Dh, "bf16", "segments", tma(d, arch), 6) for arch in ARCHS for Dh in (64, 128) for d in SPLIT]
         return jobs + [(d, arch, 128, "bf16", "all", False, 1) for arch in ARCHS for d in OTHERS]
-    jobs = [(d, arch, Dh, "bf16", mask, arch >= 90, 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX for mask in MASKS]
-    jobs += [(d, arch, Dh, "bf16", "causal", False, 1) for arch in (90, 100) for Dh in (64, 128, 256) for d in MATRIX]  # rows out of step
+    jobs = [(d, arch, Dh, "bf16", mask, tma(d, arch), 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX for mask in MASKS]
+    jobs += [(d, arch, Dh, "bf16", "causal", False, 1) for arch in (90, 100) for Dh in (64, 128, 256) for d in MATRIX if d != "decode"]  # rows out of step
     for arch, d in [(arch, d) for arch in ARCHS for d in ("forward", "dkdv", "dq")]:
-        jobs += [(d, arch, Dh, "bf16", mask, arch >= 90, 6) for Dh in (64, 128) for mask in ("none", "causal")]
-        jobs += [(d, arch, Dh, "bf16", mask, arch >= 90, 1) for Dh in (16, 32, 72, 80, 88) for mask in ("none", "segments")]
-        jobs += [(d, arch, Dh, "fp16", "causal", arch >= 90, 1) for Dh in (64, 128)]
-    jobs += [(d, arch, Dh, "bf16", mask, arch >= 90, 6) for arch in ARCHS for Dh in (64, 128) for d in SPLIT for mask in MASKS[:3]]
+        jobs += [(d, arch, Dh, "bf16", mask, tma(d, arch), 6) for Dh in (64, 128) for mask in ("none", "causal")]
+        jobs += [(d, arch, Dh, "bf16", mask, tma(d, arch), 1) for Dh in (16, 32, 72, 80, 88) for mask in ("none", "segments")]
+        jobs += [(d, arch, Dh, "fp16", "causal", tma(d, arch), 1) for Dh in (64, 128)]
+    jobs += [(d, arch, Dh, "bf16", mask, tma(d, arch), 6) for arch in ARCHS for Dh in (64, 128) for d in SPLIT for mask in MASKS[:3]]
     jobs += [(d, 90, Dh, "fp32", mask, False, 1) for Dh in (64, 128) for mask in ("none", "causal") for d in ("forward", "dkdv", "dq")]
     return jobs + [(d, arch, 128, "bf16", "all", False, 1) for arch in ARCHS for d in OTHERS]
 
