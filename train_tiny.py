@@ -2153,8 +2153,12 @@ def freeze_the_tower_only(model):
 def text_loss(model):
     """How well the model still answers questions about what it is told in words: its loss on text, in nats per token."""
     import cogvlm
-    rows = [vicuna_rows([(make_scene(rng, count, split="test"), rng) for rng in batch_rngs(0, ("text loss", count), 32)]) for count in (2, 3, 4)]
-    return sum(float(cogvlm.language_loss(model.language(ids), labels)[0]) for ids, labels in rows) / len(rows)
+    device, losses = next(model.parameters()).device, []
+    for count in (2, 3, 4):
+        rngs = batch_rngs(0, ("text loss", count), 32)
+        ids, labels = (x.to(device) for x in vicuna_rows([(make_scene(rng, count, split="test"), rng) for rng in rngs]))
+        losses.append(float(cogvlm.language_loss(model.language(ids), labels)[0]))
+    return sum(losses) / len(losses)
 
 
 def cogvlm_ablations(args):

@@ -1,9 +1,10 @@
-"""Attention and rotary positions, each behind one signature with three backends that a test holds equal.
+"""Attention and rotary positions, each behind one signature with backends that a test holds equal.
 
-    reference   the plain maths in float32 (float64 stays float64): a page to read
-    torch       what torch ships: scaled_dot_product_attention; the default without CUDA
-    triton      flash attention and RoPE written here, forward and backward; the default on CUDA (attention_triton.py, its
-                attention_blocks.py, which says what a mask leaves to do, and rope_triton.py)
+    reference   attention's plain maths in float32 (float64 stays float64): a page to read
+    torch       what torch ships: scaled_dot_product_attention; RoPE in torch, which serves as its reference too
+    triton      flash attention and RoPE written here, forward and backward (attention_triton.py, its attention_blocks.py, which
+                says what a mask leaves to do, and rope_triton.py); the default on CUDA from Ampere on, but for float64 and
+                heads wider than 256
 
     from kernels import attention, backend
     with backend("reference"):

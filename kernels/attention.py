@@ -106,7 +106,7 @@ def choose_backend(x):
     """The backend that works on a tensor like x: what was asked for, else triton on CUDA and torch elsewhere."""
     name = _forced.get()
     if name == "auto":
-        fits = x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= 256 and len(x) < 2**16  # of a grid's third axis
+        fits = x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= 256 and len(x) < 2**16  # B is the third axis of the grid
         return "triton" if fits and _triton_installed() and _gpu_fits(x.device) else "torch"
     if name == "triton":
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > 256:
@@ -130,12 +130,13 @@ def allowed(Tq, Tk, *, causal=False, prefix=None, q_segments=None, k_segments=No
 
     segments [B,Tq] and [B,Tk]: both equal and not negative (negative = padding, None = everything is in segment 0);
     causal: the last query stands at the last key, j <= i + (Tk - Tq), so that a KV cache needs nothing special;
-    prefix [B]: keys j < prefix[b] are open to every query, whatever causal says.
+    prefix [B]: keys j < prefix[b] are open to earlier queries too: causal does not close them, segments still may.
     """
     for x in (q_segments, k_segments, prefix):
         device = x.device if x is not None else device
-    ok = torch.ones(1, Tq, Tk, dtype=torch.bool, device=device) if q_segments is None and k_segments is None else None
-    if ok is None:
+    if q_segments is None and k_segments is None:
+        ok = torch.ones(1, Tq, Tk, dtype=torch.bool, device=device)
+    else:
         q_seg = 0 if q_segments is None else q_segments[:, :, None]
         k_seg = 0 if k_segments is None else k_segments[:, None, :]
         B = (k_segments if q_segments is None else q_segments).shape[0]
@@ -189,8 +190,8 @@ def _torch(q, k, v, rule, scale):
     Tq, Tk = q.shape[2], k.shape[2]
     mask, is_causal = None, False
     if rule["q_segments"] is not None or rule["k_segments"] is not None:
-        mask = allowed(Tq, Tk, **rule | dict(causal=rule["causal"] and Tq > 1))
-    elif rule["causal"] and Tq > 1:  # a single query is the last one: it may look at every key
+        mask = allowed(Tq, Tk, **rule)
+    elif rule["causal"]:
         # torch aligns is_causal at the first key, we at the last: the same thing only where Tq equals Tk
         is_causal = Tq == Tk and rule["prefix"] is None
         mask = None if is_causal else allowed(Tq, Tk, **rule, device=q.device)
@@ -244,6 +245,7 @@ def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments
         scale = Dh**-0.5
     elif not scale > 0:
         raise ValueError(f"scale must be positive, not {scale}")
+    causal = causal and Tq > 1  # a single query is the last one: it may look at every key
     rule = dict(causal=causal, prefix=prefix, q_segments=q_segments, k_segments=k_segments)
 
     name = choose_backend(q)

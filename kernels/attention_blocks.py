@@ -3,7 +3,8 @@
 Causal and prefix give two ranges by arithmetic, inside the kernels (_key_blocks, _query_blocks): blocks that every pair may
 use, and blocks that some may. With segments, in whatever order the ids stand, one small kernel notes the smallest and largest
 id of each block (_ranges_kernel), and a second lists for each tile the blocks whose ids overlap its own (_plan_kernel), those
-that are open as a whole first: M packed images cost M small squares. The lists are made once for a mask and kept with it.
+that are open as a whole first: M packed images cost M small squares. (Ids that stand in no order may overlap and share
+none: such a block is visited for nothing, but none is missed.) The lists are made once for a mask and kept with it.
 """
 
 import weakref
@@ -15,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def cdiv(n, size):
-    """How many blocks of `size` hold n. (triton.cdiv, called from Python, takes 4 us, a tenth of what a whole call does.)"""
+    """How many blocks of `size` hold n. (triton.cdiv does the same, but takes 4 us when called from Python.)"""
     return -(-n // size)
 
 
@@ -67,7 +68,7 @@ def _ranges_kernel(SEG, RANGES, T, BLOCK: tl.constexpr):
     out = RANGES + (b * tl.num_programs(0) + n) * 3
     tl.store(out, low)
     tl.store(out + 1, high)
-    tl.store(out + 2, ((tl.min(seg, 0) == high) & (high >= 0)).to(tl.int32))
+    tl.store(out + 2, (tl.min(seg, 0) == high).to(tl.int32))
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def _plan_kernel(ROWS, COLS, PREFIX_LEN, INDEX, COUNT, n_cols, Tq, Tk, BM: tl.co
             c_high = tl.load(col + 1, mask=c < n_cols, other=-1)
             c_whole = tl.load(col + 2, mask=c < n_cols, other=0)
             touch = (c >= start) & (c < stop) & (low <= c_high) & (c_low <= high)
-            whole_open = touch & (whole + c_whole == 2) & (low == c_low) & ((c >= full) if OF_KEYS else (c < full))
+            whole_open = touch & (whole + c_whole == 2) & ((c >= full) if OF_KEYS else (c < full))
             take = (touch & ~whole_open) if masked else whole_open
             tl.store(INDEX + row * (n_cols + 1) + count + tl.cumsum(take.to(tl.int32), 0) - 1, c, mask=take)
             count += tl.sum(take.to(tl.int32), 0)
@@ -127,6 +128,7 @@ class Mask:
         self.prefix = copy(prefix).contiguous() if self.causal and prefix is not None else None
         self.q_seg = self.k_seg = None
         if q_seg is not None or k_seg is not None:
+            # expand: to one new token of grouped heads flash_attention gives a row for each of them, and they share its id
             ids = lambda x, T: torch.zeros(B, T, dtype=torch.int32, device=device) if x is None else copy(x).expand(B, T).contiguous()
             self.q_seg, self.k_seg = ids(q_seg, Tq), ids(k_seg, Tk)
         self.plans = {}

@@ -15,8 +15,12 @@ all others are never loaded. attention_blocks.py says which those are.
 
 Loading. Hopper and Blackwell fetch a whole tile by one instruction that takes a descriptor of the tensor (TMA): no thread
 computes addresses, which frees 30 to 60 of the 255 registers a thread can have, and rows or columns outside come as zeros.
-Older GPUs, GeForce Blackwell, float32, and tensors whose rows are no multiples of 16 bytes take pointers; _load and _store hide the
-difference.
+Older GPUs, GeForce Blackwell, float32, tensors whose rows are no multiples of 16 bytes, and the forward pass of at most 16
+queries take pointers; _load and _store hide the difference.
+
+Names. Tensors and constants are in capitals. sq, sk ..: strides of batch, head and length. DH the head width, BD the same padded
+to a power of two; BM and BN rows and columns of a tile. INDEX and COUNT: the lists of attention_blocks.plan. RAGGED: the last
+block walked over is not full, of keys in the forward pass and for dQ, of queries for dK and dV.
 
 Features that are off (CAUSAL, PREFIX, SEGMENTS are constexpr) leave no code behind. Head widths that are no power of two (72,
 80, 88) are padded inside with zeros. Scores are in powers of two: exp(x) = exp2(x log2 e), which the hardware does in one step.
@@ -31,7 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_blocks import _key_blocks, _query_blocks, cdiv, mask_of
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x LOG2E): the hardware has exp2, not exp
+LOG2E = tl.constexpr(1.4426950408889634)  # log2 e
 
 # Triton compiles a kernel anew for lengths that are 1 or multiples of 16. A cache that grows by one would meet all of these
 jit_for_any_length = triton.jit(do_not_specialize=("Tq", "Tk"))
@@ -108,6 +112,7 @@ def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq,
     q0 = tile * BM
     i = q0 + tl.arange(0, BM)
     q = _load(Q, sq, b, h, q0, Tq, BM, DH, BD, True)
+    # (where there are no segments nobody reads their ids, and i stands in for them: what is passed on has to be a tile)
     q_seg = tl.load(Q_SEG + b.to(tl.int64) * Tq + i, mask=i < Tq, other=-1) if SEGMENTS else i
     prefix = tl.load(PREFIX_LEN + b) if PREFIX else 0
     if SEGMENTS:
@@ -128,7 +133,7 @@ def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq,
     acc = tl.zeros([BM, BD], tl.float32)  # sum of exp2(c score - m) v so far
     for masked in tl.static_range(2):  # first the blocks that need no mask, then those that do
         if masked == 0 or (CAUSAL or SEGMENTS or RAGGED):
-            lo, hi = max(first, full) if masked else first, stop if masked else full
+            lo, hi = (max(first, full), stop) if masked else (first, full)
             ahead = tl.load(INDEX + lo) if SEGMENTS else lo
             for n in range(lo, hi):
                 j0 = (ahead if SEGMENTS else n) * BN
@@ -223,9 +228,9 @@ def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDE
     for masked in tl.static_range(2):
         if masked == 0 or (CAUSAL or SEGMENTS):
             if SEGMENTS:
-                lo, hi = n_full if masked else 0, n_all if masked else n_full
+                lo, hi = (n_full, n_all) if masked else (0, n_full)
             else:  # the other way round than for queries: tiles start .. full need the rule, those behind see all keys
-                lo, hi = start if masked else full, full if masked else stop
+                lo, hi = (start, full) if masked else (full, stop)
             ahead = tl.load(INDEX + lo) if SEGMENTS else lo
             for step in range((hi - lo) * OWN):  # one loop over tiles and heads: two nested ones need more registers
                 h, n = first_head + step % OWN, lo + step // OWN
@@ -237,6 +242,7 @@ def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDE
                 q = _load(Q, sq, b, h, i0, Tq, BM, DH, BD, masked or RAGGED)
                 lse = tl.load(LSE + per_row + i, mask=i < Tq, other=float("inf"))  # inf: p is 0 there
                 sT = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN,BM]
+                # a query that sees nothing has lse = -inf, and p = inf here: all of its blocks are masked ones, and ok makes it 0
                 pT = tl.exp2(sT * (scale * LOG2E) - (lse * LOG2E)[None, :])
                 if masked:
                     q_seg = tl.load(Q_SEG + b.to(tl.int64) * Tq + i, mask=i < Tq, other=-1) if SEGMENTS else i
@@ -279,7 +285,7 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
     dq = tl.zeros([BM, BD], tl.float32)
     for masked in tl.static_range(2):
         if masked == 0 or (CAUSAL or SEGMENTS or RAGGED):
-            lo, hi = full if masked else 0, stop if masked else full
+            lo, hi = (full, stop) if masked else (0, full)
             ahead = tl.load(INDEX + lo) if SEGMENTS else lo
             for n in range(lo, hi):
                 j0 = (ahead if SEGMENTS else n) * BN
@@ -304,41 +310,41 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
 # ----------------------------------------------------------------------------------------------------------------------
 # Tile sizes: (queries BM, keys BN, warps, stages of the load pipeline)
 
-# Direction, padded head width -> tiles for descriptors (Hopper, Blackwell), tiles for pointers (Ampere, rows out of step).
-# Chosen by compiling: nothing spills under any one rule on sm_80, sm_90 and sm_100 (`python -m kernels.bench --compile` says so,
-# and where up to 16 bytes are let pass), and by pointers no tile takes more than the 99 KB of shared memory that a GeForce has.
-# Which of those that fit is fastest is for a GPU to say (--tiles). Registers, spilled bytes and KB below: bf16, causal or packed.
+# Direction, padded head width -> tiles for descriptors (Hopper, Blackwell), tiles for pointers (all other calls).
+# Chosen by compiling: under any one rule at most 16 bytes spill on sm_80, sm_90 and sm_100 (`python -m kernels.bench --compile`
+# lists them), and on a GeForce no tile takes more by pointers than the 99 KB of shared memory that it has. Which of those that fit is
+# fastest is for a GPU to say (--tiles). Beside each: what speaks against its neighbours, in registers, bytes spilled and KB shared,
+# the worst of no mask, causal and packed on any of the three, in bf16.
 # Eight warps are two warp groups of 64 rows each; with three stages a tile is fetched two steps before it is needed.
 CONFIGS = {
-    # at most 128 registers on sm_90: two programs fit a multiprocessor, one's exp under the other's products (BN 128: 190)
+    # at most 128 registers: two programs fit a multiprocessor, one's exp under the other's products (BN 128: 244)
     ("forward", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
-    # one program fits in any case, so the widest products; BN 128 by pointers spills 80 to 228, BN 64 comes to 233 registers
+    # one program fits in any case, so the widest products; by pointers BN 128 spills 80, BN 64 32
     ("forward", 128): ((128, 128, 8, 3), (128, 32, 8, 3)),
-    # shared memory is the limit: a third stage would take 257 KB, BM 128 by pointers 144
+    # shared memory is the limit: a third stage would take 257 KB; BM 128 by pointers takes 129 and spills 272
     ("forward", 256): ((128, 64, 8, 2), (64, 32, 8, 2)),
     # forward of at most 64 queries: the 64 rows of one warp group, for padding costs as much as real rows
-    ("short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),  # by pointers BN 128 spills 20 to 52
-    ("short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),  # by pointers BN 64 spills 12
-    ("short", 256): ((64, 64, 4, 2), (64, 32, 8, 2)),  # by pointers four warps spill 12 to 156
+    ("short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),  # by pointers BN 128 spills 52
+    ("short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),  # by pointers BN 64 spills 24
+    ("short", 256): ((64, 64, 4, 2), (64, 32, 8, 2)),  # by pointers four warps spill 156
     # at most 16 queries, the least that matrix units take: all else is keys under way, 64 rows twice over. By pointers alone: four
     # descriptors take Python 33 us to make, as long as the rest of so short a call
-    ("decode", 64): (None, (16, 64, 4, 3)),  # BN 128 spills 24
-    ("decode", 128): (None, (16, 64, 4, 3)),  # 140 registers and 70 KB: three programs fit
+    ("decode", 64): (None, (16, 64, 4, 3)),
+    ("decode", 128): (None, (16, 64, 4, 3)),  # 146 registers and 70 KB: three programs fit (BN 128: 189 and 137, one)
     ("decode", 256): (None, (16, 32, 4, 3)),  # rows of 512 bytes: 32 of them are as much as 64 above
-    # 192 registers; by pointers BM 64 takes all 255, and spills 12 with a third stage
-    ("dkdv", 64): ((64, 128, 8, 3), (32, 128, 8, 2)),
-    # two accumulators of BN x 128: BM 64 spills 36 to 184, BN 128 by pointers 32 to 56
+    ("dkdv", 64): ((64, 128, 8, 3), (32, 128, 8, 2)),  # 192 registers; by pointers BM 64 takes all 255, and spills 12 at three stages
+    # two accumulators of BN x 128: BM 64 spills 144 at two stages, 184 at three; BN 128 by pointers 56
     ("dkdv", 128): ((32, 128, 8, 3), (32, 64, 8, 2)),
-    # of BN x 256: BM 32 spills 16 to 92; by pointers the sm_90 compiler spills 64 to 128 even at BM 16, BN 64
+    # of BN x 256: BM 32 spills 76; by pointers BN 64 spills 2296 at one stage, 128 at two
     ("dkdv", 256): ((16, 64, 8, 2), (16, 32, 8, 1)),
     # at most 128 registers, as in the forward pass; by pointers two stages, as in the rest of the way back
     ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 2)),
-    ("dq", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),  # BN 128 leaves no room for a third stage; BM 128 by pointers spills 88 to 172
-    ("dq", 256): ((64, 64, 8, 2), (32, 32, 4, 2)),  # BM 128 takes 256 KB and spills; BM 64 by pointers takes 100 KB
+    ("dq", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),  # BN 128 leaves no room for a third stage (289 KB); BM 128 by pointers spills 172
+    ("dq", 256): ((64, 64, 8, 2), (32, 32, 4, 2)),  # BM 128 takes 289 KB and spills 180; BM 64 by pointers takes 145 KB
     # dq of at most 64 queries
     ("dq short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),
-    ("dq short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),  # by pointers BN 64 spills 40
-    ("dq short", 256): ((64, 32, 4, 2), (32, 32, 4, 2)),  # BN 64 spills 108 to 244, by pointers BM 64 up to 64
+    ("dq short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),  # by pointers BN 64 spills 80
+    ("dq short", 256): ((64, 32, 4, 2), (32, 32, 4, 2)),  # BN 64 spills 260, BM 64 by pointers 316
 }
 
 
@@ -469,7 +475,6 @@ def flash_attention(q, k, v, rule, scale):
     """What `attention` calls -> o, lse."""
     B, H, Tq, Dh = q.shape
     K, Tk = k.shape[1], k.shape[2]
-    rule = rule | dict(causal=rule["causal"] and Tq > 1)  # a single query is the last one: it may look at every key
     with torch.cuda.device_of(q):  # Triton starts kernels on the current device, wherever the tensors are
         if Tq > 1 or H == K:
             return FlashAttention.apply(q, k, v, mask_of(rule, B, Tq, Tk, q.device), scale)

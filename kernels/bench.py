@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from . import allowed, apply_rope, attention, backend, mrope, rope_1d, rope_2d
+from .attention import _triton_installed
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Sizes:
 
     def clock(self, f):
         """Milliseconds of one call of f."""
-        return one_call_ms(f) if self.rehearsal else median_ms(f)
+        return one_call_ms(f) if self.rehearsal else gpu_ms(f)
 
     def make(self, B, H, K, Tq, Tk, Dh):
         """Random q, k, v."""
@@ -70,9 +71,7 @@ TOY = Sizes(device="cpu", dtype=torch.float16, tokens=64, width=128, lengths=(16
 
 
 def median_ms(f):
-    """Median time of f: on the CPU over as many calls as fit 0.15 seconds, on a GPU that of its own work."""
-    if torch.cuda.is_available():
-        return gpu_ms(f)
+    """Median time of f on the CPU, over as many calls as fit 0.15 seconds."""
     f()
     times, end = [], time.perf_counter() + 0.15
     while len(times) < 3 or (time.perf_counter() < end and len(times) < 1000):
@@ -294,7 +293,7 @@ def error_table(z):
 
 
 def mask_table(z):
-    """A mask should cost what it leaves, a shared key head nothing. Milliseconds; speed: base / case."""
+    """A mask should cost what it leaves, a shared key head nothing."""
     N, P = z.images
     T = z.lengths[-2]
     half = (torch.arange(T, device=z.device) < T // 2).int().expand(z.few(2), T) - 1  # -1: padding
@@ -302,7 +301,9 @@ def mask_table(z):
     # images of several sizes, as a native-resolution encoder meets them: no border falls on that of a tile
     sizes = [4 * (P * n // 100) for n in (27, 47, 80, 230, 110, 45, 29)]
     mixed = torch.repeat_interleave(torch.arange(len(sizes), device=z.device), torch.tensor(sizes, device=z.device))[None]
-    cases = [  # name, then shape, rule of the case and of its base; "anew": lists made in each call; None: SDPA, piece by piece
+    # name; shape and rule ("anew": of a fresh tensor, whose lists have to be made); then the base's shape and rule, or None and the
+    # lengths of the pieces that SDPA takes one by one
+    cases = [
         ("causal / full", (2, 16, 16, T, T, 128), dict(causal=True), (2, 16, 16, T, T, 128), {}),
         ("packed / batch", (1, 16, 16, N * P, N * P, 80), dict(q_segments=ids, k_segments=ids), (N, 16, 16, P, P, 80), {}),
         ("half padding / none", (2, 16, 16, T, T, 128), dict(q_segments=half, k_segments=half), (2, 16, 16, T, T, 128), {}),
@@ -315,12 +316,12 @@ def mask_table(z):
     rows = []
     for name, shape, rule, base_shape, base_rule in cases:
         inputs, row = replace(z, dtype=torch.float32 if "float32" in name else z.dtype).make(*shape), {"mask": name}
-        run = lambda rule: attention(*inputs, **(dict.fromkeys(("q_segments", "k_segments"), ids.clone()) if rule == "anew" else rule))
-        row["case fwd"], row["case bwd"] = both_ways(lambda: run(rule), inputs, torch.randn_like(inputs[0]), z.clock)
+        run = lambda inputs, rule: attention(*inputs, **(dict.fromkeys(("q_segments", "k_segments"), ids.clone()) if rule == "anew" else rule))
+        row["case fwd"], row["case bwd"] = both_ways(lambda: run(inputs, rule), inputs, torch.randn_like(inputs[0]), z.clock)
         if base_shape is None:
             f = lambda: torch.cat([sdpa(*part) for part in zip(*(x.split(base_rule, 2) for x in inputs))], 2)
         else:
-            inputs, f = z.make(*base_shape), lambda: run(base_rule)
+            inputs, f = z.make(*base_shape), lambda: run(inputs, base_rule)
         row["base fwd"], row["base bwd"] = both_ways(f, inputs, torch.randn_like(inputs[0]), z.clock)
         rows.append(row | {f"speed {d}": ratio(row[f"base {d}"], row[f"case {d}"]) for d in ("fwd", "bwd")})
     columns = {"mask": ""} | {f"{w} {d}": ".3f" for w in ("case", "base") for d in ("fwd", "bwd")}
@@ -535,7 +536,7 @@ def bench_cpu():
     rows = []
     for name, shape, rule in cases:
         q, k, v = make(*shape, torch.float32, "cpu")
-        grad, mask = torch.randn_like(q), allowed(*shape[3:5], **rule)[:, None]
+        grad, mask = torch.randn_like(q), allowed(*shape[3:5], **rule)[:, None] if rule else None
         row = {"attention": name}
         for which in ("naive", "reference", "torch"):
             f = lambda: naive(q, k, v, mask) if which == "naive" else attention(q, k, v, **rule)
@@ -554,8 +555,6 @@ def bench_cpu():
         ropes.append({"RoPE": f"{[*q.shape]} + {[*k.shape]}", "usual": usual, "ours": ours, "usual/ours": usual / ours})
     show("milliseconds, forward", ropes, {"RoPE": "", "usual": ".4f", "ours": ".4f", "usual/ours": ".1f"})
     results = about | {"attention": rows, "rope": ropes}
-    from .attention import _triton_installed
-
     if _triton_installed():
         results["blocks"] = block_table("cpu")
     print("\nleft out, for want of a CUDA GPU: the Triton kernels' times, and what there is to compare them with there: SDPA's flash,"
@@ -582,7 +581,7 @@ TILED = dict(Q="BM", O="BM", DO="BM", DQ="BM", K="BN", V="BN", DK="BN", DV="BN")
 def compile_jobs(quick=False):
     """direction, sm, head width, dtype, mask, by descriptors?, query heads per key head."""
     tma = lambda d, arch: arch >= 90 and d != "decode"
-    if quick:  # every configuration once on every generation, under the rule that costs most registers or the one that costs least
+    if quick:  # every tile size once on every generation, under one rule
         jobs = [(d, arch, Dh, "bf16", "causal" if arch == 90 else "segments", tma(d, arch), 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX]
         jobs += [(d, 90, Dh, "fp16", "none", True, 6) for Dh in (64, 128) for d in ("forward", "dkdv", "dq")]
         jobs += [(d, arch, Dh, "bf16", "segments", tma(d, arch), 6) for arch in ARCHS for Dh in (64, 128) for d in SPLIT]
@@ -728,7 +727,7 @@ def compile_all(jobs):
     show("spill: bytes stored and loaded by one thread; G: query heads per key head", rows, columns)
     bad = [r for r in rows if r["wrong"]]
     print(f"\n{len(rows)} kernels, Triton {triton.__version__}, {time.perf_counter() - start:.0f} s; required: matrix units of the "
-          f"generation, none serialized,\nshared memory within {ARCHS}, no spills of more than 16 bytes (unless "
+          f"generation (mma for tiles of 16 or 32 rows), none serialized,\nshared memory within {ARCHS}, no spills of more than 16 bytes (unless "
           f"all rules meet, or at width 256): {f'FAILED by {len(bad)}' if bad else 'holds'}")  # fmt: skip
     return versions() | {"kernels": rows}, not bad
 
@@ -779,7 +778,8 @@ class OneLineParser(argparse.ArgumentParser):
 def main():
     parser = OneLineParser("python -m kernels.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--compile", nargs="?", const="full", choices=("full", "quick"), help="compile for sm_80, sm_90, sm_100 instead of timing; exit 1 if\n"
-                        "a kernel spills, needs too much shared memory or misses the matrix units;\nquick: each configuration under one rule")  # fmt: skip
+                        "a kernel spills more than 16 bytes (width 256 and all rules at once excepted), needs too\n"
+                        "much shared memory or misses the matrix units; quick: each configuration under one rule")  # fmt: skip
     parser.add_argument("--tiles", action="store_true", help="time other tile sizes (needs a GPU, or --rehearse)")
     parser.add_argument("--rehearse", action="store_true", help="a GPU's tables on the CPU, at toy sizes: no figures")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
@@ -788,8 +788,6 @@ def main():
     for option, path in (("--json", args.json), ("--plot", args.plot)):
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             parser.error(f"{option}: there is no folder {os.path.dirname(os.path.abspath(path))}")
-    from .attention import _triton_installed
-
     if (args.compile or args.rehearse or args.tiles) and not _triton_installed():
         parser.error("this needs Triton: pip install triton (there are wheels for Linux)")
     on_gpu = torch.cuda.is_available() and not args.rehearse

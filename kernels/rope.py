@@ -18,7 +18,7 @@ More than one axis: every pair still turns by one number; the axes just share th
     mrope     three runs of pairs: time, row, column (Wang et al. 2024,            Qwen2-VL's decoder
               arXiv:2409.12191). Text has the three equal, which is rope_1d again.
 
-    frequency index   0 1 2 3 4 5 6 7      of a head of width 16
+    pair              0 1 2 3 4 5 6 7      of a head of width 16
     rope_1d           p p p p p p p p
     rope_2d halves    r r r r c c c c      the frequencies of width 8, once for the rows and again for the columns
     rope_2d altern.   r r r r c c c c      the frequencies 0 2 4 6 for the rows, 1 3 5 7 for the columns
@@ -39,7 +39,7 @@ from .attention import choose_backend
 
 
 def _frequencies(n, dim, base, device):
-    """base ** (-2 i / dim) for i < n: turns per step, falling from 1 to about 1/base -> [n] float32."""
+    """base ** (-2 i / dim) for i < n: radians per step, falling from 1 to about 1/base -> [n] float32."""
     return 1.0 / base ** (torch.arange(0, 2 * n, 2, device=device).float() / dim)
 
 
@@ -84,7 +84,7 @@ def _check(dim, multiple):
 def apply_rope(q, k, angles, interleaved=False):
     """Turn the pairs of q [B,H,T,Dh] and of k [B,K,T,Dh] by angles [B,T,Dh/2] -> q, k in their own dtype.
 
-    Computed in float32 whatever the dtype: in bfloat16 a cosine near 1 loses all but 8 bits. Angles get no gradient.
+    Computed in float32 (float64 stays, but for the angles): in bfloat16 a cosine near 1 loses all but 8 bits. Angles get no gradient.
     """
     B, _, T, Dh = q.shape
     if k.shape[0] != B or k.shape[2:] != q.shape[2:] or angles.shape != (B, T, Dh // 2):

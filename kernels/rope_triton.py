@@ -1,9 +1,10 @@
 """apply_rope as one Triton kernel for q and k together, forward and backward.
 
 A rotation does six operations on two numbers, so all that counts is memory: read q and k once, write them once, and have
-enough of both under way. One program takes BT tokens of HEADS heads, of q or of k, as a single block of HEADS x BT x BH pairs:
-all of its loads start before the first is needed, and the heads share its cosines and sines. The backward pass is the same
-kernel with the sines negated: the inverse of a rotation is the rotation back. Nothing but the angles is kept for it.
+enough of both under way. One program takes BT tokens of HEADS heads, of q or of k, as a single block of HEADS x BT x BH pairs
+(BH: half the head width, padded to a power of two): all of its loads start before the first is needed, and the heads share
+its cosines and sines. The backward pass is the same kernel with the sines negated: the inverse of a rotation is the rotation
+back. Nothing but the angles is kept for it.
 
 Sines and cosines are worked out here, in float32, from angles that all layers share. Positions instead of angles would be
 3 numbers a token rather than Dh/2; but the angles are 4 Dh/2 of the 4 Dh (H + K) bytes that a token's q and k move in 16 bits: 1 in
