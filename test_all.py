@@ -966,6 +966,7 @@ def test_blocks_visited_are_those_that_the_mask_leaves(tmp_path):
     assert run.returncode == 0 and "left out" in run.stdout, run.stdout + run.stderr
     results = json.loads((tmp_path / "small.json").read_text())
     assert len(results["attention"]) == 5 and results["torch"] == torch.__version__
+    assert all(row["naive/torch"] == row["naive fwd"] / row["torch fwd"] for row in results["attention"])
     if HAS_TRITON:
         visited = {row["mask"]: row["visited"] for row in results["blocks"]}
         assert visited["everything"] == 1 and visited["half padding"] == 0.25 and visited["8 images of equal size"] == 1 / 8
@@ -1067,15 +1068,40 @@ def test_bench_times_the_gpus_work_and_not_the_launch(monkeypatch):
     fake = dict(Event=lambda enable_timing: event, _sleep=lambda cycles: said.append("sleep"), synchronize=lambda: None)
     for name, f in fake.items():
         monkeypatch.setattr(torch.cuda, name, f, raising=False)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, device, **kw: empty(1, **kw))
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: argparse.Namespace(zero_=lambda: said.append("cache cleared")))
     assert bench.gpu_ms(lambda: said.append("f")) == 7.0
-    assert said[:9] == ["f"] + ["sleep", "event", "f", "event"] * 2 and said.count("f") == 101
+    assert said == ["f"] + ["cache cleared", "sleep", "event", "f", "event"] * 100
     assert bench.called_ms(lambda: None) >= 0
+
+
+def test_bench_holds_sdpa_to_one_backend_at_a_time():
+    from kernels.bench import held_to
+
+    enabled = lambda: [getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "cudnn", "mem_efficient", "math")]
+    before = enabled()
+    for n, name in enumerate(("flash", "cudnn", "efficient")):
+        with held_to(name):
+            assert enabled() == [n == i for i in range(4)], name
+    with held_to("ours"):
+        assert enabled() == before
+
+
+def test_the_plot_draws_each_table_in_its_panel_and_larger_figures_higher(tmp_path):
+    from kernels.bench import plot
+
+    point = lambda Dh, T, ours: {"Dh": Dh, "causal": False, "T": T, "ours fwd": ours, "flash fwd": 50.0, "ours bwd": None}
+    plot({"device": "none", "attention": [point(64, 512, 10.0), point(64, 1024, 100.0)]}, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        pixels = np.array(picture.convert("RGB"))[:480]  # without the legend
+    ours, flash = (np.argwhere((pixels == colour).all(-1)) for colour in ((0xD6, 0x27, 0x28), (0x1F, 0x77, 0xB4)))
+    assert ours[:, 0].max() < 240 and ours[:, 1].max() < 380, "forward, width 64, not causal: the first panel of eight"
+    left, right = (ours[ours[:, 1] == x][:, 0].mean() for x in (ours[:, 1].min(), ours[:, 1].max()))
+    assert right < flash[:, 0].mean() < left, "10, 50 and 100 TFLOP/s, from below"
 
 
 def test_bench_says_what_is_wrong_in_one_line():
     wrong = [["--fast"], ["--json", "/nowhere/at/all.json"], ["--plot", "/nowhere/at/all.png"], ["--compile=slow"]]
+    wrong += [["--json", str(ROOT)], ["--rehearse", "--plot", "/tmp/plot.jpg"]]
     for options in wrong + [["--tiles"], ["--plot", "plot.png"]] * (not ON_GPU):
         run = run_bench(*options)
         assert run.returncode == 2 and run.stderr.count("\n") == 1 and not run.stdout, run.stderr

@@ -2674,14 +2674,14 @@ def qwen_own_data(args):
         return len(qwen2vl.encode_turn(*question_and_answer(row)[0], encode, config, grid)[0])
 
     fits = short_enough(args.data, rows, tokens, config.language.context)
-    model = toy_qwen(args.device)
+    model, batch = toy_qwen(args.device), 8
 
     def draw_batch(step):
-        chosen = own_batch(fits, args.seed, step, 8)
+        chosen = own_batch(fits, args.seed, step, batch)
         return [(image, question_and_answer(row)) for image, row in chosen]
 
     name = run_name("qwen2vl-own", args.seed, args.steps)
-    train_qwen(model, name, args.steps or 100, args.seed, ("own",) * 8, draw_batch=draw_batch, data=fingerprint(rows))
+    train_qwen(model, name, args.steps or 100, args.seed, ("own",) * batch, draw_batch=draw_batch, data=fingerprint(rows))
     say(f"the trained model is in {RUNS / name}")
     return []
 

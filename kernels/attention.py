@@ -221,7 +221,7 @@ def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments
               return_lse=False, return_weights=False):  # fmt: skip
     """softmax(q k^T scale) v over the keys that `allowed` allows -> o, like q.
 
-    q [B,H,Tq,Dh]   k, v [B,K,Tk,Dh], K divides H   q_segments [B,Tq], k_segments [B,Tk], prefix [B]: integers
+    q [B,H,Tq,Dh]   k, v [B,K,Tk,Dh], K divides H   q_segments [B,Tq], k_segments [B,Tk], prefix [B]: integers of at most 31 bits
     scale is Dh ** -0.5 unless given. A query with no key to look at returns zeros and sends no gradient.
     return_lse adds lse [B,H,Tq] float32, the natural log of the sum of exp(scores), -inf for a query that sees nothing;
     no gradient flows through it. return_weights adds the weights [B,H,Tq,Tk], always from the reference maths.

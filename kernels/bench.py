@@ -89,7 +89,7 @@ def gpu_ms(f):
     begin = time.perf_counter()
     for n, (start, end) in enumerate(pairs, 1):
         cache.zero_()
-        torch.cuda._sleep(2_000_000)  # cycles
+        torch.cuda._sleep(2_000_000)  # cycles: a millisecond, more than any launch in these tables takes
         start.record()
         f()
         end.record()
@@ -301,6 +301,7 @@ def mask_table(z):
     # images of several sizes, as a native-resolution encoder meets them: no border falls on that of a tile
     sizes = [4 * (P * n // 100) for n in (27, 47, 80, 230, 110, 45, 29)]
     mixed = torch.repeat_interleave(torch.arange(len(sizes), device=z.device), torch.tensor(sizes, device=z.device))[None]
+    # "float32": without matrix instructions our tiles may not pay, and the choice of backend should know.
     # name; shape and rule ("anew": of a fresh tensor, whose lists have to be made); then the base's shape and rule, or None and the
     # lengths of the pieces that SDPA takes one by one
     cases = [
@@ -337,12 +338,13 @@ def few_queries_table(z, bandwidth):
     for B, H, K, Tq, Tk in [(1, 12, 2, 1, z.keys), (1, 32, 8, 1, z.keys), (8, 32, 8, 1, z.keys), (1, 12, 12, *z.cross), (8, 12, 12, *z.cross)]:
         inputs = z.make(B, H, K, Tq, Tk, 128)
         row, grad = {"few queries": f"B {B} heads {H}/{K} {Tq} x {Tk}"}, torch.randn_like(inputs[0])
+        called = one_call_ms if z.rehearsal else called_ms
         for name in names:
             f = attention if name == "ours" else sdpa
             with held_to(name):
                 row[name], row[f"{name} bwd"] = both_ways(lambda: f(*inputs), inputs, grad, z.clock)
                 with torch.no_grad():
-                    row[f"{name} called"] = attempt(lambda: one_call_ms(lambda: f(*inputs)) if z.rehearsal else called_ms(lambda: f(*inputs)))
+                    row[f"{name} called"] = attempt(lambda: called(lambda: f(*inputs)))
         row["GB/s"] = ratio(2 * inputs[1].nbytes / 1e6, row["ours"])
         row |= {"of copy": ratio(row["GB/s"], bandwidth)}
         rows.append(row | {f"default / ours{kind}": ratio(row[f"default{kind}"], row[f"ours{kind}"]) for kind in kinds})
@@ -786,8 +788,13 @@ def main():
     parser.add_argument("--plot", metavar="FILE", help="also draw the attention table (a GPU's) to FILE, a PNG")
     args = parser.parse_args()
     for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            parser.error(f"{option}: there is no folder {os.path.dirname(os.path.abspath(path))}")
+        folder = os.path.dirname(os.path.abspath(path or "."))
+        if path and not os.path.isdir(folder):
+            parser.error(f"{option}: there is no folder {folder}")
+        if path and (os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK)):
+            parser.error(f"{option}: cannot write to {path}")
+    if args.plot and not args.plot.lower().endswith(".png"):
+        parser.error(f"--plot draws a PNG, not {args.plot}")
     if (args.compile or args.rehearse or args.tiles) and not _triton_installed():
         parser.error("this needs Triton: pip install triton (there are wheels for Linux)")
     on_gpu = torch.cuda.is_available() and not args.rehearse
