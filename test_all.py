@@ -257,10 +257,13 @@ def test_packed_rows_give_what_separate_rows_give(name):
 
 
 @kernels
-@pytest.mark.parametrize("name", ALL_BACKENDS)
-def test_numbers_need_not_lie_side_by_side(name):
-    """Every second number of wider rows, an axis of length 1 with an odd stride, and gradients that are one number repeated."""
+@pytest.mark.parametrize("overlapping,name", [(False, "reference"), (False, "torch"), *(pytest.param(x, "triton", marks=needs_triton) for x in (False, True))])
+def test_numbers_need_not_lie_side_by_side(overlapping, name):
+    """Every second number of wider rows, an axis of length 1 with an odd stride; or rows that begin one number after each other
+    (of which torch's own attention on the CPU makes garbage). And gradients that are one number repeated."""
     inputs = [x[..., ::2].as_strided((1, 2, 9, 16), (7, 288, 32, 2)) for x in qkv(1, 2, 2, 9, 9, 32)]
+    if overlapping:
+        inputs = list(torch.randn(3, 1, 2, 24).unfold(3, 16, 1))
     angles = rope_1d(torch.arange(9)[None], 16)
     both = lambda *x: torch.cat((attention(*x, causal=True), *apply_rope(*x[:2], angles)), 1)
     with backend(name):
@@ -820,6 +823,14 @@ def test_cosines_kept_with_the_angles_follow_a_change_in_place():
             turned(q, angles, **options).sum().backward()  # cosines from inference mode would refuse to be saved
             assert torch.equal(turned(x, angles, **options), turned(x, angles.clone(), **options))
             angles.add_(1.0)
+
+
+@kernels
+@needs_triton
+def test_angles_of_sixteen_bits_are_turned_by_in_full():
+    x, angles = torch.randn(1, 2, 5, 8), rope_1d(torch.arange(5)[None], 8).half()
+    with backend("triton"):
+        assert torch.equal(turned(x, angles), turned(x, angles.float()))
 
 
 PRECISIONS = [("float32", 1e-6), ("float16", 2.0**-10), ("bfloat16", 2.0**-7)]
