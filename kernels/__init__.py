@@ -14,7 +14,7 @@ Axis letters, everywhere in this folder: B batch, T length (Tq of the queries, T
 heads (K divides H, G = H // K query heads share one), Dh head width.
 """
 
-from .attention import allowed, attention, backend, draw_mask
+from .attention import allowed, attention, attention_maps, backend, draw_mask
 from .rope import apply_rope, mrope, rope_1d, rope_2d
 
-__all__ = ["allowed", "apply_rope", "attention", "backend", "draw_mask", "mrope", "rope_1d", "rope_2d"]
+__all__ = ["allowed", "apply_rope", "attention", "attention_maps", "backend", "draw_mask", "mrope", "rope_1d", "rope_2d"]

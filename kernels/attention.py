@@ -63,7 +63,6 @@ attention_triton.py is this, in blocks. A query that sees nothing has l = 0: it 
 """
 
 import contextlib
-import contextvars
 import functools
 import importlib.util
 import os
@@ -75,7 +74,7 @@ import torch.nn.functional as F
 # Which backend
 
 BACKENDS = ("auto", "reference", "torch", "triton")
-_forced = contextvars.ContextVar("kernels.backend", default="auto")
+_forced = "auto"  # what backend() asks for; a plain module variable, since torch.compile can read it without a graph break
 
 
 @contextlib.contextmanager
@@ -85,11 +84,12 @@ def backend(name):
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
     if name == "triton" and not _triton_installed():
         raise RuntimeError("the triton backend needs the package triton: pip install triton (there are wheels for Linux)")
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def _gpu_fits(device):
 
 def choose_backend(x):
     """The backend that works on a tensor like x: what was asked for, else triton on CUDA and torch elsewhere."""
-    name = _forced.get()
+    name = _forced
     if name == "auto":
         fits = x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= 256 and len(x) < 2**16  # B is the third axis of the grid
         return "triton" if fits and _triton_installed() and _gpu_fits(x.device) else "torch"
@@ -216,15 +216,28 @@ def _torch(q, k, v, rule, scale):
 # ----------------------------------------------------------------------------------------------------------------------
 # The one call
 
+_maps = None  # the list that an open attention_maps() fills
 
-def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments=None, scale=None,
-              return_lse=False, return_weights=False):  # fmt: skip
+
+@contextlib.contextmanager
+def attention_maps():
+    """`with attention_maps() as maps: model(...)`: the weights [B,H,Tq,Tk] of every attention call inside, in the order of
+    the calls. All calls inside use the reference maths, since the other backends never hold the weights."""
+    global _maps
+    before, _maps = _maps, []
+    try:
+        yield _maps
+    finally:
+        _maps = before
+
+
+def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments=None, scale=None, return_lse=False):
     """softmax(q k^T scale) v over the keys that `allowed` allows -> o, like q.
 
     q [B,H,Tq,Dh]   k, v [B,K,Tk,Dh], K divides H   q_segments [B,Tq], k_segments [B,Tk], prefix [B]: integers of at most 31 bits
     scale is Dh ** -0.5 unless given. A query with no key to look at returns zeros and sends no gradient.
     return_lse adds lse [B,H,Tq] float32, the natural log of the sum of exp(scores), -inf for a query that sees nothing;
-    no gradient flows through it. return_weights adds the weights [B,H,Tq,Tk], always from the reference maths.
+    no gradient flows through it. Raises ValueError for shapes, dtypes and devices that do not go together.
     """
     B, H, Tq, Dh = q.shape
     _, K, Tk, _ = k.shape
@@ -249,13 +262,10 @@ def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments
     rule = dict(causal=causal, prefix=prefix, q_segments=q_segments, k_segments=k_segments)
 
     name = choose_backend(q)
-    if return_weights:
-        if _forced.get() not in ("auto", "reference"):
-            raise ValueError(f"return_weights needs the reference maths, but backend {name!r} was asked for")
-        name = "reference"
-    lse = weights = None
-    if name == "reference" or not q.numel() or not k.numel():
+    if _maps is not None or name == "reference" or not q.numel() or not k.numel():
         o, lse, weights = _reference(q, k, v, rule, scale)
+        if _maps is not None:
+            _maps.append(weights.detach())
     elif name == "torch":
         o = _torch(q, k, v, rule, scale)
         if return_lse:  # torch keeps its own to itself
@@ -265,9 +275,7 @@ def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments
         from .attention_triton import flash_attention
 
         o, lse = flash_attention(q, k, v, rule, scale)
-    if not (return_lse or return_weights):
-        return o
-    return (o,) + (lse,) * return_lse + (weights,) * return_weights
+    return (o, lse) if return_lse else o
 
 
 def _check_integers(name, x, shape, device):
