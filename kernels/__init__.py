@@ -2,19 +2,20 @@
 
     reference   attention's plain maths in float32 (float64 stays float64): a page to read
     torch       what torch ships: scaled_dot_product_attention; RoPE in torch, which serves as its reference too
-    triton      flash attention and RoPE written here, forward and backward (attention_triton.py, its attention_blocks.py, which
-                says what a mask leaves to do, and rope_triton.py); the default on CUDA from Ampere on, but for float64 and
-                heads wider than 256
+    triton      flash attention and RoPE written here, forward and backward (attention_triton.py, attention_blocks.py
+                with what a mask leaves to do, rope_triton.py); the default on CUDA from Ampere on, except for float64
+                and heads wider than 256
 
     from kernels import attention, backend
     with backend("reference"):
         o = attention(q, k, v, causal=True)
 
-Axis letters, everywhere in this folder: B batch, T length (Tq of the queries, Tk of the keys), H query heads, K key/value
-heads (K divides H, G = H // K query heads share one), Dh head width.
+Axis letters, everywhere in this folder: B batch, T length (Tq of the queries, Tk of the keys), H query heads, K
+key/value heads (K divides H, G = H // K query heads share one), Dh head width.
 """
 
 from .attention import allowed, attention, attention_maps, backend, draw_mask
 from .rope import apply_rope, mrope, rope_1d, rope_2d
 
-__all__ = ["allowed", "apply_rope", "attention", "attention_maps", "backend", "draw_mask", "mrope", "rope_1d", "rope_2d"]
+__all__ = ["allowed", "attention", "attention_maps", "backend", "draw_mask"]
+__all__ += ["apply_rope", "mrope", "rope_1d", "rope_2d"]

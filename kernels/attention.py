@@ -2,8 +2,9 @@
 
     o = attention(q, k, v, causal=..., prefix=..., q_segments=..., k_segments=...)
 
-Query i may look at key j if both are in the same segment (a negative one is padding), and, when causal, if j <= i + (Tk - Tq)
-or j < prefix. Nothing else: every mask of the seven families is one of these (rows look at columns, # may, . may not).
+Query i may look at key j if both are in the same segment (a negative one is padding), and, when causal, if
+j <= i + (Tk - Tq) or j < prefix. There is no other rule: every mask of the seven families is one of these (rows look at
+columns, # may, . may not).
 
     CLIP, image                 CLIP, text                  SigLIP, padded text         ViLT, words | patches
                                 causal                      segments 0 0 0 -1 -1        segments 0 0 -1 0 0 -1
@@ -32,12 +33,12 @@ or j < prefix. Nothing else: every mask of the seven families is one of these (r
     . # # # # .                                             # # # # # .                 . . . # # .
     . # # # # #                                             # # # # # #                 . . . . . #
 
-The Q-Former's rows are 2 queries and 3 words; its generation mask is "words see all queries and the words before". Flamingo's
-rows are words, its columns 2 latents for each of 2 images: a word sees the image just before it. CogVLM is plain causal,
-image and all (the picture with a prefix is the variation people ask for).
+The Q-Former's rows are 2 queries and 3 words; its generation mask is "words see all queries and the words before".
+Flamingo's rows are words, its columns 2 latents for each of 2 images: a word sees the image just before it. CogVLM is
+plain causal, image and all (the picture with a prefix is the variation people ask for).
 
-Softmax without holding the scores (Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2112.05682; Dao et
-al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691). For one query with scores s_j = scale q.k_j,
+Softmax without holding the scores (Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2112.05682;
+Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691). For one query with scores s_j = scale q.k_j,
 
     o = sum_j exp(s_j - m) v_j / l      l = sum_j exp(s_j - m)      m = max_j s_j
 
@@ -47,8 +48,8 @@ a = sum exp(s_j - m) v_j, over the keys seen so far; a new block moves the maxim
     l' = exp(m - m') l + sum_{j in block} exp(s_j - m')
     a' = exp(m - m') a + sum_{j in block} exp(s_j - m') v_j      at the end  o = a / l,  lse = m + log l
 
-One number per query, lse, is kept for the way back, since p_j = exp(s_j - lse) is then the weight itself: the backward pass
-computes the scores a second time rather than reading Tq x Tk of them from memory. With g = dL/do,
+One number per query, lse, is kept for the way back, since p_j = exp(s_j - lse) is then the weight itself: the backward
+pass computes the scores a second time rather than reading Tq x Tk of them from memory. With g = dL/do,
 
     dv_j = sum_i p_ij g_i                     from o_i = sum_j p_ij v_j
     dp_ij = g_i . v_j
@@ -56,8 +57,9 @@ computes the scores a second time rather than reading Tq x Tk of them from memor
     dq_i = scale sum_j ds_ij k_j
     dk_j = scale sum_i ds_ij q_i
 
-D_i runs over all keys of row i, which no block has at hand. But sum_j p_ij (g_i . v_j) = g_i . sum_j p_ij v_j = g_i . o_i:
-D_i is the dot product of two rows that are there already. Each block can then be dealt with alone, in any order.
+D_i runs over all keys of row i, which no block has at hand. But sum_j p_ij (g_i . v_j) = g_i . sum_j p_ij v_j, which is
+g_i . o_i: D_i is the dot product of two rows that are there already. Each block can then be dealt with alone, in any
+order.
 
 attention_triton.py is this, in blocks. A query that sees nothing has l = 0: it returns zeros and sends no gradient.
 """
@@ -74,7 +76,7 @@ import torch.nn.functional as F
 # Which backend
 
 BACKENDS = ("auto", "reference", "torch", "triton")
-_forced = "auto"  # what backend() asks for; a plain module variable, since torch.compile can read it without a graph break
+_forced = "auto"  # set by backend(). A module variable, not a ContextVar: torch.compile reads it without a graph break
 
 
 @contextlib.contextmanager
@@ -83,7 +85,7 @@ def backend(name):
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
     if name == "triton" and not _triton_installed():
-        raise RuntimeError("the triton backend needs the package triton: pip install triton (there are wheels for Linux)")
+        raise RuntimeError("the triton backend needs Triton: pip install triton (there are wheels for Linux)")
     global _forced
     before, _forced = _forced, name
     try:
@@ -106,7 +108,8 @@ def choose_backend(x):
     """The backend that works on a tensor like x: what was asked for, else triton on CUDA and torch elsewhere."""
     name = _forced
     if name == "auto":
-        fits = x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= 256 and len(x) < 2**16  # B is the third axis of the grid
+        # B is the third axis of the grid, which has at most 2**16 - 1 programs
+        fits = x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= 256 and len(x) < 2**16
         return "triton" if fits and _triton_installed() and _gpu_fits(x.device) else "torch"
     if name == "triton":
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > 256:
@@ -126,7 +129,7 @@ def choose_backend(x):
 
 
 def allowed(Tq, Tk, *, causal=False, prefix=None, q_segments=None, k_segments=None, device=None):
-    """The one mask rule of the repo -> bool [B,Tq,Tk], True = query i may look at key j (B is 1 if nothing says otherwise).
+    """The one mask rule of the repo -> bool [B,Tq,Tk], True = query i may look at key j. B is 1 where all rows agree.
 
     segments [B,Tq] and [B,Tk]: both equal and not negative (negative = padding, None = everything is in segment 0);
     causal: the last query stands at the last key, j <= i + (Tk - Tq), so that a KV cache needs nothing special;
@@ -203,8 +206,8 @@ def _torch(q, k, v, rule, scale):
             # such a row looks at all keys and its answer is thrown away.
             seen = mask.any(-1, keepdim=True)
             mask = mask | ~seen
-    # enable_gqa reads the shared key heads in place: half the time of repeating them for one query on the CPU. But there its
-    # backward pass adds up the heads' shares of dk and dv in 16 bits, with up to twice the error.
+    # enable_gqa reads the shared key heads in place: half the time of repeating them for one query on the CPU. But
+    # there its backward pass adds up the heads' shares of dk and dv in 16 bits, with up to twice the error.
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.element_size() == 2 and q.device.type == "cpu" and (k.requires_grad or v.requires_grad):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -221,8 +224,8 @@ _maps = None  # the list that an open attention_maps() fills
 
 @contextlib.contextmanager
 def attention_maps():
-    """`with attention_maps() as maps: model(...)`: the weights [B,H,Tq,Tk] of every attention call inside, in the order of
-    the calls. All calls inside use the reference maths, since the other backends never hold the weights."""
+    """`with attention_maps() as maps: model(...)` appends the weights [B,H,Tq,Tk] of every attention call to maps, in
+    the order of the calls. These calls use the reference maths, since the other backends never hold the weights."""
     global _maps
     before, _maps = _maps, []
     try:
@@ -234,7 +237,8 @@ def attention_maps():
 def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments=None, scale=None, return_lse=False):
     """softmax(q k^T scale) v over the keys that `allowed` allows -> o, like q.
 
-    q [B,H,Tq,Dh]   k, v [B,K,Tk,Dh], K divides H   q_segments [B,Tq], k_segments [B,Tk], prefix [B]: integers of at most 31 bits
+    q [B,H,Tq,Dh]   k, v [B,K,Tk,Dh], K divides H
+    q_segments [B,Tq], k_segments [B,Tk], prefix [B]: integers of at most 31 bits
     scale is Dh ** -0.5 unless given. A query with no key to look at returns zeros and sends no gradient.
     return_lse adds lse [B,H,Tq] float32, the natural log of the sum of exp(scores), -inf for a query that sees nothing;
     no gradient flows through it. Raises ValueError for shapes, dtypes and devices that do not go together.
@@ -242,8 +246,8 @@ def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments
     B, H, Tq, Dh = q.shape
     _, K, Tk, _ = k.shape
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != Dh or H % K:
-        raise ValueError(f"q [B,H,Tq,Dh] {[*q.shape]}, k {[*k.shape]} and v {[*v.shape]} [B,K,Tk,Dh] do not go together: "
-                         "same B and Dh, k and v alike, K divides H")  # fmt: skip
+        raise ValueError(f"q [B,H,Tq,Dh] {[*q.shape]}, k {[*k.shape]} and v {[*v.shape]} [B,K,Tk,Dh] do not go "
+                         "together: same B and Dh, k and v alike, K divides H")  # fmt: skip
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if prefix is not None:

@@ -1,10 +1,11 @@
 """Which blocks of keys a tile of queries visits, and the other way round: what a mask empties is never loaded.
 
-Causal and prefix give two ranges by arithmetic, inside the kernels (_key_blocks, _query_blocks): blocks that every pair may
-use, and blocks that some may. With segments, in whatever order the ids stand, one small kernel notes the smallest and largest
-id of each block (_ranges_kernel), and a second lists for each tile the blocks whose ids overlap its own (_plan_kernel), those
-that are open as a whole first: M packed images cost M small squares. (Ids that stand in no order may overlap and share
-none: such a block is visited for nothing, but none is missed.) The lists are made once for a mask and kept with it.
+Causal and prefix give two ranges by arithmetic, inside the kernels (_key_blocks, _query_blocks): blocks that every pair
+may use, and blocks that some may. With segments, in whatever order the ids stand, one small kernel notes the smallest
+and largest id of each block (_ranges_kernel), and a second lists for each tile the blocks whose ids overlap its own
+(_plan_kernel), those that are open as a whole first: M packed images cost M small squares. (Ids that stand in no order
+may overlap and share none: such a block is visited for nothing, but none is missed.) The lists are made once for a mask
+and kept with it.
 """
 
 import weakref
@@ -59,7 +60,7 @@ def _query_blocks(k0, prefix, Tq, Tk, BM, BN, CAUSAL, PREFIX):
 
 @triton.jit
 def _ranges_kernel(SEG, RANGES, T, BLOCK: tl.constexpr):
-    """Of one block of segment ids: the smallest and largest that is not padding, and whether all of them are the same."""
+    """Of one block of segment ids: the smallest and largest that is not padding, and whether all are the same."""
     n, b = tl.program_id(0), tl.program_id(1)
     t = n * BLOCK + tl.arange(0, BLOCK)
     seg = tl.load(SEG + b.to(tl.int64) * T + t, mask=t < T, other=-1)
@@ -102,7 +103,8 @@ def _plan_kernel(ROWS, COLS, PREFIX_LEN, INDEX, COUNT, n_cols, Tq, Tk, BM: tl.co
 
 
 def plan(q_seg, k_seg, prefix, BM, BN, causal, of_keys):
-    """The lists of _plan_kernel for query tiles, or for key tiles if of_keys -> INDEX [B,rows,cols+1], COUNT [B,rows,2]."""
+    """The lists of _plan_kernel, for key tiles if of_keys, else for query tiles -> INDEX [B,rows,cols+1] and
+    COUNT [B,rows,2]."""
     B, Tq, Tk = len(q_seg), q_seg.shape[1], k_seg.shape[1]
     ranges = []
     for seg, block in ((q_seg, BM), (k_seg, BN)):
@@ -110,7 +112,8 @@ def plan(q_seg, k_seg, prefix, BM, BN, causal, of_keys):
         ranges.append(seg.new_empty(B, n, 3))
         _ranges_kernel[(n, B)](seg, ranges[-1], seg.shape[1], BLOCK=block, num_warps=1)
     rows, cols = ranges[::-1] if of_keys else ranges
-    index = q_seg.new_empty(B, rows.shape[1], cols.shape[1] + 1)  # one more: the kernels read a step ahead of the block they are at
+    # One column more, since the kernels read the list a step ahead
+    index = q_seg.new_empty(B, rows.shape[1], cols.shape[1] + 1)
     count = q_seg.new_empty(B, rows.shape[1], 2)
     _plan_kernel[(rows.shape[1], B)](
         rows, cols, prefix, index, count, cols.shape[1], Tq, Tk, BM=BM, BN=BN, OF_KEYS=of_keys, CAUSAL=causal,
@@ -128,8 +131,12 @@ class Mask:
         self.prefix = copy(prefix).contiguous() if self.causal and prefix is not None else None
         self.q_seg = self.k_seg = None
         if q_seg is not None or k_seg is not None:
-            # expand: to one new token of grouped heads flash_attention gives a row for each of them, and they share its id
-            ids = lambda x, T: torch.zeros(B, T, dtype=torch.int32, device=device) if x is None else copy(x).expand(B, T).contiguous()
+
+            def ids(x, T):
+                x = torch.zeros(B, 1, dtype=torch.int32, device=device) if x is None else copy(x)
+                # flash_attention gives one new token of grouped heads a row for each head, and they share its id
+                return x.expand(B, T).contiguous()
+
             self.q_seg, self.k_seg = ids(q_seg, Tq), ids(k_seg, Tk)
         self.plans = {}
 
@@ -144,14 +151,14 @@ _kept = WeakTensorKeyDictionary()  # first tensor of a rule -> key, references t
 
 
 def mask_of(rule, B, Tq, Tk, device):
-    """The Mask of a rule, kept as long as its first tensor lives and none of them is changed in place: all layers of a model
-    share one. (Not while a CUDA graph is recorded, which has to make the lists again in every replay.)"""
+    """The Mask of a rule, kept as long as its first tensor lives and none of them is changed in place: all layers of a
+    model share one. (Not while a CUDA graph is recorded, which has to make the lists again in every replay.)"""
     given = [x for x in (rule["q_segments"], rule["k_segments"], rule["prefix"]) if x is not None]
     cuda = device.type == "cuda"
     if not given or (cuda and torch.cuda.is_current_stream_capturing()) or any(x.is_inference() for x in given):
         return Mask(rule, B, Tq, Tk, device)
     key = rule["causal"], Tq, Tk, [name for name in rule if rule[name] is not None], [x._version for x in given]
-    # What is made in inference mode cannot be saved for a backward pass, and another stream would not wait for the lists
+    # Tensors made in inference mode cannot be saved for a backward pass; another stream would not wait for the lists
     key += torch.is_inference_mode_enabled(), cuda and torch.cuda.current_stream(device).cuda_stream
     kept_key, refs, mask = _kept.get(given[0], (None, (), None))
     if kept_key != key or any(ref() is not x for ref, x in zip(refs, given)):

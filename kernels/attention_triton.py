@@ -7,23 +7,25 @@
     _dkdv_kernel              BN keys         query heads x the query tiles    dK, dV
     _dq_kernel                BM queries      the key blocks they see          dQ
 
-Each output tile has one owner that adds up in registers and stores once: no atomics, so two runs give the same bits. The price
-is that the scores are computed in both backward kernels, 7 matrix products where a kernel with atomics needs 5.
+Each output tile has one owner that adds up in registers and stores once: no atomics, so two runs give the same bits.
+The price is that both backward kernels compute the scores: 7 matrix products where a kernel with atomics needs 5.
 
-Skipping. A tile walks over two ranges: blocks that every pair may use, where no mask is computed, and blocks that some may;
-all others are never loaded. attention_blocks.py says which those are.
+Skipping. A tile walks over two ranges: blocks that every pair may use, where no mask is computed, and blocks that some
+may; all others are never loaded. attention_blocks.py says which those are.
 
-Loading. Hopper and Blackwell fetch a whole tile by one instruction that takes a descriptor of the tensor (TMA): no thread
-computes addresses, which frees 30 to 60 of the 255 registers a thread can have, and rows or columns outside come as zeros.
-Older GPUs, GeForce Blackwell, float32, tensors whose rows are no multiples of 16 bytes, and the forward pass of at most 16
-queries take pointers; _load and _store hide the difference.
+Loading. Hopper and Blackwell fetch a whole tile by one instruction that takes a descriptor of the tensor (TMA): no
+thread computes addresses, which frees 30 to 60 of the 255 registers a thread can have, and rows or columns outside come
+as zeros. Older GPUs, GeForce Blackwell, float32, tensors whose rows are no multiples of 16 bytes, and the forward pass
+of at most 16 queries take pointers; _load and _store hide the difference.
 
-Names. Tensors and constants are in capitals. sq, sk ..: strides of batch, head and length. DH the head width, BD the same padded
-to a power of two; BM and BN rows and columns of a tile. INDEX and COUNT: the lists of attention_blocks.plan. RAGGED: the last
-block walked over is not full, of keys in the forward pass and for dQ, of queries for dK and dV.
+Names. Tensors and constants are in capitals. sq, sk ..: strides of batch, head and length. DH the head width, BD the
+same padded to a power of two; BM and BN rows and columns of a tile. INDEX and COUNT: the lists of
+attention_blocks.plan. RAGGED: the last block walked over is not full, of keys in the forward pass and for dQ, of
+queries for dK and dV.
 
-Features that are off (CAUSAL, PREFIX, SEGMENTS are constexpr) leave no code behind. Head widths that are no power of two (72,
-80, 88) are padded inside with zeros. Scores are in powers of two: exp(x) = exp2(x log2 e), which the hardware does in one step.
+Features that are off (CAUSAL, PREFIX, SEGMENTS are constexpr) leave no code behind. Head widths that are no power of
+two (72, 80, 88) are padded inside with zeros. Scores are in powers of two: exp(x) = exp2(x log2 e), which the hardware
+does in one step.
 """
 
 import functools
@@ -37,7 +39,7 @@ from .attention_blocks import _key_blocks, _query_blocks, cdiv, mask_of
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2 e
 
-# Triton compiles a kernel anew for lengths that are 1 or multiples of 16. A cache that grows by one would meet all of these
+# Triton compiles a kernel anew for lengths that are 1 or multiples of 16; a cache that grows by one would meet them all
 jit_for_any_length = triton.jit(do_not_specialize=("Tq", "Tk"))
 
 
@@ -75,7 +77,7 @@ def _inside(t0, T, ROWS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _load(X, strides, b, h, t0, T, ROWS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, CHECK: tl.constexpr):
-    """Rows t0 .. t0+ROWS of a head, zeros outside. X: a descriptor, or a pointer; CHECK=False promises that all rows exist."""
+    """Rows t0 .. t0+ROWS of a head, zeros outside. X: a descriptor or a pointer; CHECK=False: all rows exist."""
     if isinstance(X, tl.tensor_descriptor):
         return X.load([b, h, t0, 0]).reshape(ROWS, BD)
     elif CHECK:
@@ -102,7 +104,8 @@ def _store(X, strides, b, h, t0, T, x, ROWS: tl.constexpr, DH: tl.constexpr, BD:
 @jit_for_any_length
 def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq, sk, sv, so, scale, G, Tq, Tk,
                     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
-                    PARTS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                    PARTS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+                    BN: tl.constexpr):  # fmt: skip
     """One program: BM queries of one head, over all their keys or one of PARTS parts of them.
 
     Heads run fastest, so that those which share keys find them in the cache."""
@@ -137,7 +140,7 @@ def _forward_kernel(Q, K, V, O, LSE, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq,
             ahead = tl.load(INDEX + lo) if SEGMENTS else lo
             for n in range(lo, hi):
                 j0 = (ahead if SEGMENTS else n) * BN
-                if SEGMENTS:  # read one step ahead: a load of tiles that waits for its own index loses a stage of the pipeline
+                if SEGMENTS:  # a step ahead: a load of tiles that waits for its index loses a stage of the pipeline
                     ahead = tl.load(INDEX + n + 1)
                 k = _load(K, sk, b, h // G, j0, Tk, BN, DH, BD, masked)
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM,BN]
@@ -199,13 +202,14 @@ def _delta_kernel(O, DO, DELTA, so, sdo, Tq, DH: tl.constexpr, BD: tl.constexpr,
 @jit_for_any_length
 def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COUNT, sq, sk, sv, sdo, sdk, sdv,
                  scale, G, OWN, Tq, Tk, CAUSAL: tl.constexpr, PREFIX: tl.constexpr, SEGMENTS: tl.constexpr,
-                 RAGGED: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """One program: BN keys of one key head, over OWN of the G query heads that share it and all query tiles that see it.
-    OWN is G; or 1 where programs would be few, and then the G shares of dK and dV are added up afterwards.
+                 RAGGED: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr):  # fmt: skip
+    """One program: BN keys of one key head, over OWN of the G query heads that share it and all query tiles that see
+    it. OWN is G; or 1 where programs would be few, and then the G shares of dK and dV are added up afterwards.
 
-    Everything is computed transposed (S^T = K Q^T), so that P^T and dS^T, the left factors of dV = P^T dO and dK = dS^T Q,
-    come out of the matrix units ready to use. To transpose P and dS in registers instead spills, and Triton 3.4 to 3.6
-    were reported to compile it wrong on Hopper (flash-linear-attention, issue 640).
+    Everything is computed transposed (S^T = K Q^T), so that P^T and dS^T, the left factors of dV = P^T dO and
+    dK = dS^T Q, come out of the matrix units ready to use. To transpose P and dS in registers instead spills, and
+    Triton 3.4 to 3.6 were reported to compile it wrong on Hopper (flash-linear-attention, issue 640).
     """
     group, tile, b, n_tiles = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     first_head, n_heads = group * OWN, tl.num_programs(0) * OWN
@@ -242,7 +246,8 @@ def _dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, K_SEG, PREFIX_LEN, INDE
                 q = _load(Q, sq, b, h, i0, Tq, BM, DH, BD, masked or RAGGED)
                 lse = tl.load(LSE + per_row + i, mask=i < Tq, other=float("inf"))  # inf: p is 0 there
                 sT = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN,BM]
-                # a query that sees nothing has lse = -inf, and p = inf here: all of its blocks are masked ones, and ok makes it 0
+                # a query that sees nothing has lse = -inf, so p = inf: all of its blocks are masked ones, where ok
+                # makes p 0
                 pT = tl.exp2(sT * (scale * LOG2E) - (lse * LOG2E)[None, :])
                 if masked:
                     q_seg = tl.load(Q_SEG + b.to(tl.int64) * Tq + i, mask=i < Tq, other=-1) if SEGMENTS else i
@@ -311,10 +316,10 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
 # Tile sizes: (queries BM, keys BN, warps, stages of the load pipeline)
 
 # Direction, padded head width -> tiles for descriptors (Hopper, Blackwell), tiles for pointers (all other calls).
-# Chosen by compiling: under any one rule at most 16 bytes spill on sm_80, sm_90 and sm_100 (`python -m kernels.bench --compile`
-# lists them), and on a GeForce no tile takes more by pointers than the 99 KB of shared memory that it has. Which of those that fit is
-# fastest is for a GPU to say (--tiles). Beside each: what speaks against its neighbours, in registers, bytes spilled and KB shared,
-# the worst of no mask, causal and packed on any of the three, in bf16.
+# Chosen by compiling: under any one rule at most 16 bytes spill on sm_80, sm_90 and sm_100 (`python -m kernels.bench
+# --compile` lists them), and on a GeForce no tile takes more by pointers than the 99 KB of shared memory that it has.
+# Which of those that fit is fastest is for a GPU to say (--tiles). Beside each: what speaks against its neighbours, in
+# registers, bytes spilled and KB shared, the worst of no mask, causal and packed on any of the three, in bf16.
 # Eight warps are two warp groups of 64 rows each; with three stages a tile is fetched two steps before it is needed.
 CONFIGS = {
     # at most 128 registers: two programs fit a multiprocessor, one's exp under the other's products (BN 128: 244)
@@ -327,19 +332,21 @@ CONFIGS = {
     ("short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),  # by pointers BN 128 spills 52
     ("short", 128): ((64, 64, 4, 3), (64, 32, 4, 2)),  # by pointers BN 64 spills 24
     ("short", 256): ((64, 64, 4, 2), (64, 32, 8, 2)),  # by pointers four warps spill 156
-    # at most 16 queries, the least that matrix units take: all else is keys under way, 64 rows twice over. By pointers alone: four
-    # descriptors take Python 33 us to make, as long as the rest of so short a call
+    # at most 16 queries, the least that matrix units take: all else is keys under way, 64 rows twice over. By pointers
+    # alone: four descriptors take Python 33 us to make, as long as the rest of so short a call
     ("decode", 64): (None, (16, 64, 4, 3)),
     ("decode", 128): (None, (16, 64, 4, 3)),  # 146 registers and 70 KB: three programs fit (BN 128: 189 and 137, one)
     ("decode", 256): (None, (16, 32, 4, 3)),  # rows of 512 bytes: 32 of them are as much as 64 above
-    ("dkdv", 64): ((64, 128, 8, 3), (32, 128, 8, 2)),  # 192 registers; by pointers BM 64 takes all 255, and spills 12 at three stages
+    # 192 registers; by pointers BM 64 takes all 255, and spills 12 at three stages
+    ("dkdv", 64): ((64, 128, 8, 3), (32, 128, 8, 2)),
     # two accumulators of BN x 128: BM 64 spills 144 at two stages, 184 at three; BN 128 by pointers 56
     ("dkdv", 128): ((32, 128, 8, 3), (32, 64, 8, 2)),
     # of BN x 256: BM 32 spills 76; by pointers BN 64 spills 2296 at one stage, 128 at two
     ("dkdv", 256): ((16, 64, 8, 2), (16, 32, 8, 1)),
     # at most 128 registers, as in the forward pass; by pointers two stages, as in the rest of the way back
     ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 2)),
-    ("dq", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),  # BN 128 leaves no room for a third stage (289 KB); BM 128 by pointers spills 172
+    # BN 128 leaves no room for a third stage (289 KB); BM 128 by pointers spills 172
+    ("dq", 128): ((128, 64, 8, 3), (64, 64, 8, 2)),
     ("dq", 256): ((64, 64, 8, 2), (32, 32, 4, 2)),  # BM 128 takes 289 KB and spills 180; BM 64 by pointers takes 145 KB
     # dq of at most 64 queries
     ("dq short", 64): ((64, 64, 4, 3), (64, 64, 4, 2)),
@@ -372,7 +379,8 @@ def _processors(device):
 def _has_tma(device):
     if device.type == "cpu":  # the interpreter
         return True
-    # Hopper and data-centre Blackwell; a GeForce (sm_120) has descriptors, but not the shared memory that the tiles above count on
+    # Hopper and data-centre Blackwell; a GeForce (sm_120) has descriptors, but not the shared memory that the tiles
+    # above count on
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
@@ -382,7 +390,7 @@ def _rows(x):
 
 
 def _fits_tma(*tensors):
-    """Descriptors want every row to start, and to end, at a multiple of 16 bytes. (In float32 they make registers spill.)"""
+    """Descriptors need rows that start and end at multiples of 16 bytes. (In float32 they make registers spill.)"""
     steps = lambda x: [x.shape[3]] + [s for s, n in zip(x.stride()[:3], x.shape) if n > 1]
     aligned = lambda x: x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in steps(x))
     return tensors[0].dtype != torch.float32 and _has_tma(tensors[0].device) and all(map(aligned, tensors))
@@ -390,13 +398,14 @@ def _fits_tma(*tensors):
 
 def _tiled(x, rows, BD, tma):
     """What _load and _store take: a descriptor of x [B,H,T,Dh] in tiles of rows x BD, or x itself."""
-    strides = [s if n > 1 else x.shape[1:].numel() for s, n in zip(x.stride()[:3], x.shape)]  # of axes of length 1: any that is wide enough
+    # The stride of an axis of length 1 may be anything: take one that is wide enough
+    strides = [s if n > 1 else x.shape[1:].numel() for s, n in zip(x.stride()[:3], x.shape)]
     return TensorDescriptor(x, [*x.shape], [*strides, 1], [1, 1, rows, BD]) if tma else x
 
 
 def parts(programs, blocks, device):
-    """Into how many parts to split the keys, so that few queries with many keys still fill the GPU. A power of four: each number
-    of parts is a kernel of its own, and a cache that grows meets them all."""
+    """Into how many parts to split the keys, so that few queries with many keys still fill the GPU. A power of four:
+    each number of parts is a kernel of its own, and a cache that grows meets them all."""
     n = 1
     while programs * n < _processors(device) and blocks >= 16 * n:  # at least 4 blocks to each
         n *= 4
@@ -409,7 +418,7 @@ class FlashAttention(torch.autograd.Function):
         q, k, v = _rows(q), _rows(k), _rows(v)
         B, H, Tq, Dh = q.shape
         G, Tk, BD = H // k.shape[1], k.shape[2], max(16, 1 << (Dh - 1).bit_length())
-        o = _rows(torch.empty_like(q))  # keeps the order of q's axes in memory: transpose(1, 2).reshape costs nothing after us
+        o = _rows(torch.empty_like(q))  # in the memory order of q, so that transpose(1, 2).reshape needs no copy
         lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
         tma = Tq > 16 and _fits_tma(q, k, v, o)
         BM, BN, warps, stages = config("forward", BD, q.dtype, Tq, tma)
@@ -454,14 +463,15 @@ class FlashAttention(torch.autograd.Function):
             kernel[grid(BM, BN)](
                 *(_tiled(x, rows, BD, tma) for x, rows in tensors), lse, delta,
                 *(_tiled(x, rows, BD, tma) for x, rows in written), *ids, *mask.plan(BM, BN, of_keys),
-                *(x.stride()[:3] for x, _ in (*tensors, *written)), scale=ctx.scale, G=G, Tq=Tq, Tk=Tk, **ctx.flags, **more,
-                RAGGED=ragged, BM=BM, BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
+                *(x.stride()[:3] for x, _ in (*tensors, *written)), scale=ctx.scale, G=G, Tq=Tq, Tk=Tk, **ctx.flags,
+                **more, RAGGED=ragged, BM=BM, BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
 
-        # With causal, programs differ in length: three to a multiprocessor even that out. Where that many tiles of keys (of 128 at
-        # most) are not there, each query head gets programs of its own
+        # With causal, programs differ in length: three to a multiprocessor even that out. Where that many tiles of keys
+        # (of 128 at most) are not there, each query head gets programs of its own
         own, shares = G, (dk, dv)
         if G > 1 and B * K * cdiv(Tk, 128) < 3 * _processors(q.device):
-            own, shares = 1, [q.new_empty(B, H, Tk, Dh) for _ in range(2)]  # in float32 the sm_90 compiler would serialize wgmma
+            # in the dtype of q: in float32 the sm_90 compiler would serialize wgmma
+            own, shares = 1, [q.new_empty(B, H, Tk, Dh) for _ in range(2)]
         launch(_dkdv_kernel, "dkdv", lambda BM, BN: (H // own, cdiv(Tk, BN), B), shares, OWN=own)
         if own < G:
             for x, share in zip((dk, dv), shares):
@@ -470,7 +480,7 @@ class FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-@torch.compiler.disable  # torch.compile has to go around it: what it makes of the launches fails
+@torch.compiler.disable  # torch.compile cannot trace the launches
 def flash_attention(q, k, v, rule, scale):
     """What `attention` calls -> o, lse."""
     B, H, Tq, Dh = q.shape

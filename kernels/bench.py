@@ -1,11 +1,11 @@
 """Speed and size of the kernels.
 
     python -m kernels.bench              times what this machine can run: without CUDA a small table in a few seconds
-    python -m kernels.bench --compile    compiles every configuration for Ampere, Hopper and Blackwell (Linux, no GPU needed):
-                                         registers, spilled bytes, shared memory, kind of matrix instruction
+    python -m kernels.bench --compile    compiles every configuration for Ampere, Hopper and Blackwell (Linux, no GPU
+                                         needed): registers, spilled bytes, shared memory, kind of matrix instruction
     python -m kernels.bench --tiles      on a GPU: times other tile sizes beside those of attention_triton.CONFIGS
-    python -m kernels.bench --rehearse   every table of a GPU, on the CPU under Triton's interpreter at toy sizes: the figures
-                                         mean nothing, but the program is seen to run through
+    python -m kernels.bench --rehearse   every table of a GPU, on the CPU under Triton's interpreter at toy sizes: the
+                                         figures mean nothing, but the program is seen to run through
 
 TFLOP/s count 4 B H Tq Tk Dh for a forward pass (half of it if causal) and 2.5 times that for a backward pass, as in the
 FlashAttention papers. Every fraction is of a ceiling measured in the same run.
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,8 @@ class Sizes:
         return make(self.few(B), self.few(H), self.few(K), Tq, Tk, Dh, self.dtype, self.device)
 
 
-TOY = Sizes(device="cpu", dtype=torch.float16, tokens=64, width=128, lengths=(16, 32), longest_eager=32, images=(4, 8), keys=64,
-            cross=(20, 64), matrix=64, rehearsal=True)  # fmt: skip
+TOY = Sizes(device="cpu", dtype=torch.float16, tokens=64, width=128, lengths=(16, 32), longest_eager=32, images=(4, 8),
+            keys=64, cross=(20, 64), matrix=64, rehearsal=True)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Timing
@@ -82,8 +83,8 @@ def median_ms(f):
 
 
 def gpu_ms(f):
-    """The GPU sleeps a millisecond while Python launches f, so that short kernels do not wait for it within the time taken."""
-    cache = torch.empty(2**28, dtype=torch.int8, device="cuda")  # more than any GPU's cache holds: what f reads is not in it
+    """The GPU sleeps a millisecond while Python launches f: the time taken is then the GPU's, even of short kernels."""
+    cache = torch.empty(2**28, dtype=torch.int8, device="cuda")  # larger than any GPU's cache: nothing f reads is in it
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(100)]
     f()
     begin = time.perf_counter()
@@ -183,28 +184,32 @@ def naive(q, k, v, mask=None):
     return (s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
 
 
-def rotate_half_rope(q, k, angles):
-    """RoPE as it is usually written."""
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
-    half = q.shape[-1] // 2
+def usual_cos_sin(rotation, dtype):
+    """Cosines and sines [B,T,Dh] as other code takes them: in the dtype of q, no sine negated."""
+    cos, sin = (x[:, 0] for x in rotation)
+    second = sin[..., sin.shape[-1] // 2 :]
+    return cos.to(dtype), torch.cat((second, second), dim=-1).to(dtype)
+
+
+def rotate_half_rope(q, k, cos, sin):
+    """RoPE as it is usually written; cos, sin [B,T,Dh]."""
+    cos, sin, half = cos[:, None], sin[:, None], q.shape[-1] // 2
     turn = lambda x: x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
     return turn(q), turn(k)
 
 
-def liger_rope(q, k, positions, angles, sections):
+def liger_rope(q, k, positions, cos, sin, sections):
     """Liger-Kernel's RoPE, or its M-RoPE where there are sections; None if it is not installed."""
     try:
         if sections:
             from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb as liger
 
-            angles = rope_1d(positions.flatten(0, 1), q.shape[-1]).unflatten(0, positions.shape[:2])  # [3,B,T,Dh/2]
+            cos, sin = usual_cos_sin(rope_1d(positions.flatten(0, 1), q.shape[-1]), q.dtype)
+            cos, sin = (x.unflatten(0, positions.shape[:2]) for x in (cos, sin))  # [3,B,T,Dh], one for each axis
         else:
             from liger_kernel.transformers.rope import liger_rotary_pos_emb as liger
     except ImportError:
         return None
-    angles = torch.cat((angles, angles), dim=-1)
-    cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
     return lambda: liger(q, k, cos, sin, *([sections] if sections else []))
 
 
@@ -213,7 +218,8 @@ def sdpa(q, k, v, **options):
 
 
 def compiled(z, f, *inputs):
-    """f(*inputs) as torch.compile makes it, for these shapes alone. (In a rehearsal as it is: the CPU takes half a minute.)"""
+    """f(*inputs) as torch.compile makes it, for these shapes alone. (A rehearsal leaves it as it is: the CPU would take
+    half a minute.)"""
     if z.rehearsal:
         return lambda: f(*inputs)
     torch.compiler.reset()  # after eight shapes of one function it would give up, and run it as it is
@@ -222,9 +228,10 @@ def compiled(z, f, *inputs):
 
 def held_to(name):
     """`with held_to("flash"):` leaves sdpa one of torch's backends; any other name leaves it the choice."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention import SDPBackend as B
+    from torch.nn.attention import sdpa_kernel
 
-    kinds = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION)
+    kinds = dict(flash=B.FLASH_ATTENTION, cudnn=B.CUDNN_ATTENTION, efficient=B.EFFICIENT_ATTENTION)
     return sdpa_kernel(kinds[name]) if name in kinds else contextlib.nullcontext()
 
 
@@ -235,8 +242,10 @@ def held_to(name):
 def ceilings(z):
     """What this device does at best, now: a large matrix product, a large copy (bytes read and bytes written)."""
     x, y = (torch.randn(z.matrix, z.matrix, device=z.device, dtype=z.dtype) for _ in range(2))
-    big = torch.empty(2**14 if z.rehearsal else 2**29, device=z.device, dtype=torch.bfloat16)  # 1 GiB, far beyond the cache
-    return {"TFLOP/s": 2 * z.matrix**3 / z.clock(lambda: x @ y) / 1e9, "GB/s": 2 * big.nbytes / z.clock(big.clone) / 1e6}
+    n = 2**14 if z.rehearsal else 2**29  # 1 GiB, far beyond the cache
+    big = torch.empty(n, device=z.device, dtype=torch.bfloat16)
+    product, copy = z.clock(lambda: x @ y), z.clock(big.clone)
+    return {"TFLOP/s": 2 * z.matrix**3 / product / 1e9, "GB/s": 2 * big.nbytes / copy / 1e6}
 
 
 def attention_table(z, peak):
@@ -263,7 +272,8 @@ def attention_table(z, peak):
         rows.append(row)
     for d in ("fwd", "bwd"):
         columns = {"attention": ""} | {f"{x} {d}": ".0f" for x in ("ours", *others)} | {f"{d} of peak": ".2f"}
-        show(f"TFLOP/s, {'forward' if d == 'fwd' else 'backward'}; ratios: ours / theirs", rows, columns | {f"{d} / {x}": ".2f" for x in others})
+        columns |= {f"{d} / {x}": ".2f" for x in others}
+        show(f"TFLOP/s, {'forward' if d == 'fwd' else 'backward'}; ratios: ours / theirs", rows, columns)
     return rows
 
 
@@ -278,11 +288,13 @@ def error_table(z):
             out = f(*inputs)
             return [x.double() for x in (out, *torch.autograd.grad(out, inputs, grad.to(out.dtype)))]
 
+        def errors(f):
+            return [(a - b).abs().max().item() for a, b in zip(results(f, inputs), exact)]
+
         exact = results(lambda *x: naive(*x, mask), [x.detach().double().requires_grad_() for x in inputs])
         row = {"error": f"Dh {Dh} T {T}{' causal' * causal}"}
-        runs = {"ours": lambda *x: attention(*x, causal=causal), "plain": lambda *x: naive(*x, mask)}
-        worst = {name: [(a - b).abs().max().item() for a, b in zip(results(f, inputs), exact)] for name, f in runs.items()}
-        for what, a, b in zip(("o", "dq", "dk", "dv"), worst["ours"], worst["plain"]):
+        ours, plain = errors(lambda *x: attention(*x, causal=causal)), errors(lambda *x: naive(*x, mask))
+        for what, a, b in zip(("o", "dq", "dk", "dv"), ours, plain):
             row |= {what: a, f"plain {what}": b, f"{what}/plain": ratio(a, b)}
         rows.append(row)
     columns = {"error": ""}
@@ -300,25 +312,31 @@ def mask_table(z):
     ids = torch.arange(N, device=z.device).repeat_interleave(P)[None]
     # images of several sizes, as a native-resolution encoder meets them: no border falls on that of a tile
     sizes = [4 * (P * n // 100) for n in (27, 47, 80, 230, 110, 45, 29)]
-    mixed = torch.repeat_interleave(torch.arange(len(sizes), device=z.device), torch.tensor(sizes, device=z.device))[None]
+    mixed = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[None].to(z.device)
     # "float32": without matrix instructions our tiles may not pay, and the choice of backend should know.
-    # name; shape and rule ("anew": of a fresh tensor, whose lists have to be made); then the base's shape and rule, or None and the
-    # lengths of the pieces that SDPA takes one by one
+    # name; shape and rule ("anew": of a fresh tensor, whose lists have to be made); then the base's shape and rule, or
+    # None and the lengths of the pieces that SDPA takes one by one
+    packed, in_pieces = dict(q_segments=ids, k_segments=ids), dict(q_segments=mixed, k_segments=mixed)
+    padded = dict(q_segments=half, k_segments=half)
     cases = [
         ("causal / full", (2, 16, 16, T, T, 128), dict(causal=True), (2, 16, 16, T, T, 128), {}),
-        ("packed / batch", (1, 16, 16, N * P, N * P, 80), dict(q_segments=ids, k_segments=ids), (N, 16, 16, P, P, 80), {}),
-        ("half padding / none", (2, 16, 16, T, T, 128), dict(q_segments=half, k_segments=half), (2, 16, 16, T, T, 128), {}),
-        *((f"packed {Dh} / SDPA one by one", (1, 16, 16, sum(sizes), sum(sizes), Dh), dict(q_segments=mixed, k_segments=mixed), None, sizes)
+        ("packed / batch", (1, 16, 16, N * P, N * P, 80), packed, (N, 16, 16, P, P, 80), {}),
+        ("half padding / none", (2, 16, 16, T, T, 128), padded, (2, 16, 16, T, T, 128), {}),
+        *((f"packed {Dh} / SDPA one by one", (1, 16, 16, sum(sizes), sum(sizes), Dh), in_pieces, None, sizes)
           for Dh in (80, 72)),
-        ("lists made anew / kept", (1, 16, 16, N * P, N * P, 80), "anew", (1, 16, 16, N * P, N * P, 80), dict(q_segments=ids, k_segments=ids)),
+        ("lists made anew / kept", (1, 16, 16, N * P, N * P, 80), "anew", (1, 16, 16, N * P, N * P, 80), packed),
         ("float32 / SDPA", (2, 16, 16, z.lengths[1], z.lengths[1], 64), {}, None, [z.lengths[1]]),
         ("12 heads on 2 / on 12", (1, 12, 2, T, T, 128), dict(causal=True), (1, 12, 12, T, T, 128), dict(causal=True)),
     ]  # fmt: skip
     rows = []
     for name, shape, rule, base_shape, base_rule in cases:
         inputs, row = replace(z, dtype=torch.float32 if "float32" in name else z.dtype).make(*shape), {"mask": name}
-        run = lambda inputs, rule: attention(*inputs, **(dict.fromkeys(("q_segments", "k_segments"), ids.clone()) if rule == "anew" else rule))
-        row["case fwd"], row["case bwd"] = both_ways(lambda: run(inputs, rule), inputs, torch.randn_like(inputs[0]), z.clock)
+
+        def run(inputs, rule):
+            return attention(*inputs, **(dict.fromkeys(packed, ids.clone()) if rule == "anew" else rule))
+
+        grad = torch.randn_like(inputs[0])
+        row["case fwd"], row["case bwd"] = both_ways(lambda: run(inputs, rule), inputs, grad, z.clock)
         if base_shape is None:
             f = lambda: torch.cat([sdpa(*part) for part in zip(*(x.split(base_rule, 2) for x in inputs))], 2)
         else:
@@ -331,11 +349,12 @@ def mask_table(z):
 
 
 def few_queries_table(z, bandwidth):
-    """One token against a long cache, and latents that look at an image: keys are split to fill the GPU. "called": with what Python
-    takes for so short a call, which a CUDA graph would save."""
+    """One token against a long cache, and latents that attend to an image: keys are split to fill the GPU. "called":
+    with Python's time for so short a call, which a CUDA graph would save."""
     rows, names = [], ("ours", "flash", "cudnn", "efficient", "default")
     kinds = ("", " bwd", " called")
-    for B, H, K, Tq, Tk in [(1, 12, 2, 1, z.keys), (1, 32, 8, 1, z.keys), (8, 32, 8, 1, z.keys), (1, 12, 12, *z.cross), (8, 12, 12, *z.cross)]:
+    shapes = [(1, 12, 2, 1, z.keys), (1, 32, 8, 1, z.keys), (8, 32, 8, 1, z.keys)]
+    for B, H, K, Tq, Tk in shapes + [(1, 12, 12, *z.cross), (8, 12, 12, *z.cross)]:
         inputs = z.make(B, H, K, Tq, Tk, 128)
         row, grad = {"few queries": f"B {B} heads {H}/{K} {Tq} x {Tk}"}, torch.randn_like(inputs[0])
         called = one_call_ms if z.rehearsal else called_ms
@@ -356,19 +375,26 @@ def few_queries_table(z, bandwidth):
 
 def rope_table(z, bandwidth):
     """RoPE, 1D, 2D and M-RoPE, q and k in one launch, against eager, compiled and Liger; GB/s."""
-    rows, names = [], ("ours", "eager", "compiled", "liger", "angles for free")
+    rows, names = [], ("ours", "eager", "compiled", "liger", "cosines for free")
     lengths = z.lengths if z.rehearsal else [T for T in z.lengths if T in (1024, 8192, 16384)]
-    for kind, H, K, Dh, T in [(kind, *heads, T) for kind, *heads in (("1D", 32, 8, 128), ("2D", 16, 16, 80), ("M", 12, 2, 128)) for T in lengths]:
+    heads = ("1D", 32, 8, 128), ("2D", 16, 16, 80), ("M", 12, 2, 128)
+    for (kind, H, K, Dh), T in product(heads, lengths):
         q, k, _ = z.make(1, H, K, T, T, Dh)
         # as projections leave them, with heads innermost but one: Liger's would copy any other layout
         q, k = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k))
         p, sections = torch.arange(T, device=z.device).expand(3, 1, T), [16, 24, 24] if kind == "M" else None
-        angles = {"1D": lambda: rope_1d(p[0], Dh), "2D": lambda: rope_2d(p[:2], Dh), "M": lambda: mrope(p, Dh, sections)}[kind]()
-        runs = {"ours": lambda: apply_rope(q, k, angles), "eager": lambda: rotate_half_rope(q, k, angles)}
-        # one row of angles for all tokens: wrong, but as fast as positions in place of angles could make it at best
-        runs["angles for free"] = lambda: apply_rope(q, k, angles[:, :1].expand_as(angles))
-        runs["compiled"] = compiled(z, rotate_half_rope, q, k, angles)
-        if kind != "2D" and (f := liger_rope(q, k, p, angles, sections)):
+        if kind == "1D":
+            rotation = rope_1d(p[0], Dh)
+        elif kind == "2D":
+            rotation = rope_2d(p[:2], Dh)
+        else:
+            rotation = mrope(p, Dh, sections)
+        usual, one_row = usual_cos_sin(rotation, q.dtype), [x[:, :, :1].expand_as(x) for x in rotation]
+        runs = {"ours": lambda: apply_rope(q, k, rotation), "eager": lambda: rotate_half_rope(q, k, *usual)}
+        # the cosines of one token for all: wrong, but the most that could be gained by reading less of them
+        runs["cosines for free"] = lambda: apply_rope(q, k, one_row)
+        runs["compiled"] = compiled(z, rotate_half_rope, q, k, *usual)
+        if kind != "2D" and (f := liger_rope(q, k, p, *usual, sections)):
             runs["liger"] = f
         row = {"RoPE": f"{kind} heads {H}+{K} of {Dh}, T {T}", "T": T}
         moved = 2 * (q.nbytes + k.nbytes) / 1e6
@@ -379,7 +405,8 @@ def rope_table(z, bandwidth):
         row |= {f"{d} / {x}": ratio(row[f"ours {d}"], row.get(f"{x} {d}")) for d in ("fwd", "bwd") for x in names[1:4]}
         rows.append(row)
     for d in ("fwd", "bwd"):
-        columns = {"RoPE": ""} | {f"{x} {d}": ".0f" for x in names} | {f"{d} of copy": ".2f"} | {f"{d} / {x}": ".2f" for x in names[1:4]}
+        columns = {"RoPE": ""} | {f"{x} {d}": ".0f" for x in names} | {f"{d} of copy": ".2f"}
+        columns |= {f"{d} / {x}": ".2f" for x in names[1:4]}
         show(f"GB/s, {'forward' if d == 'fwd' else 'backward'}; ratios: ours / theirs", rows, columns)
     return rows
 
@@ -389,7 +416,10 @@ def aims(tables):
     points, masks = tables["attention"], {r["mask"]: r for r in tables["masks"]}
     at = lambda column, rows=points: [r[column] for r in rows if r.get(column)]
     least, most = lambda x: min(x, default=None), lambda x: max(x, default=None)
-    ropes = [r for r in tables["rope"] if r["T"] >= 8192]
+    ropes, few = tables["rope"], tables["few queries"]
+    both = lambda column, rows=ropes: at(f"fwd {column}", rows) + at(f"bwd {column}", rows)
+    long = [r for r in ropes if r["T"] >= 8192]
+    worst = {x: max(r[f"{x}/plain"] for r in tables["error"]) for x in ("o", "dq", "dk", "dv")}
     rows = [
         ("forward / flash, every point", 1.0, least(at("fwd / flash"))),
         ("forward / flash, geometric mean", 1.15, geomean(at("fwd / flash"))),
@@ -403,16 +433,17 @@ def aims(tables):
         ("packed, width 72, against SDPA", 0.9, masks["packed 72 / SDPA one by one"]["speed fwd"]),
         ("grouped heads, forward", 0.95, masks["12 heads on 2 / on 12"]["speed fwd"]),
         ("grouped heads, backward", 0.95, masks["12 heads on 2 / on 12"]["speed bwd"]),
-        ("few queries / SDPA, every row", 1.0, least(at("default / ours", tables["few queries"]))),
-        ("few queries / SDPA, every row, Python included", 1.0, least(at("default / ours called", tables["few queries"]))),
-        ("RoPE of the copy bandwidth, 8k and more", 0.8, least(at("fwd of copy", ropes) + at("bwd of copy", ropes))),
-        ("RoPE / eager, every row", 1.0, least(at("fwd / eager", tables["rope"]) + at("bwd / eager", tables["rope"]))),
-        ("RoPE / compiled, geometric mean", 1.0, geomean(at("fwd / compiled", tables["rope"]) + at("bwd / compiled", tables["rope"]))),
-        ("RoPE / Liger, geometric mean", 1.0, geomean(at("fwd / liger", tables["rope"]) + at("bwd / liger", tables["rope"]))),
-        ("- error / plain, output (at most 2)", -2.0, -max(r["o/plain"] for r in tables["error"])),
-        ("- error / plain, gradients (at most 3)", -3.0, -max(r[f"{x}/plain"] for r in tables["error"] for x in ("dq", "dk", "dv"))),
+        ("few queries / SDPA, every row", 1.0, least(at("default / ours", few))),
+        ("few queries / SDPA, every row, Python included", 1.0, least(at("default / ours called", few))),
+        ("RoPE of the copy bandwidth, 8k and more", 0.8, least(both("of copy", long))),
+        ("RoPE / eager, every row", 1.0, least(both("/ eager"))),
+        ("RoPE / compiled, geometric mean", 1.0, geomean(both("/ compiled"))),
+        ("RoPE / Liger, geometric mean", 1.0, geomean(both("/ liger"))),
+        ("- error / plain, output (at most 2)", -2.0, -worst["o"]),
+        ("- error / plain, gradients (at most 3)", -3.0, -max(worst["dq"], worst["dk"], worst["dv"])),
     ]  # fmt: skip
-    rows = [{"aim": name, "at least": aim, "measured": x, "": "-" if x is None else "holds" if x >= aim else "MISSED"} for name, aim, x in rows]
+    verdict = lambda aim, x: "-" if x is None else "holds" if x >= aim else "MISSED"
+    rows = [{"aim": name, "at least": aim, "measured": x, "": verdict(aim, x)} for name, aim, x in rows]
     show("what we are after", rows, {"aim": "", "at least": ".2f", "measured": ".2f", "": ""})
     return rows
 
@@ -423,8 +454,10 @@ def bench_gpu(z):
     print(", ".join(f"{name} {value}" for name, value in about.items()) + f"; {z.dtype}, medians")
     print(f"ceilings measured now: matrix product {top['TFLOP/s']:.0f} TFLOP/s, copy {top['GB/s']:.0f} GB/s")
     tables = {"blocks": block_table(z.device), "error": error_table(z), "attention": attention_table(z, top["TFLOP/s"])}
-    tables |= {"masks": mask_table(z), "few queries": few_queries_table(z, top["GB/s"]), "rope": rope_table(z, top["GB/s"])}
-    left_out = [x for x, gone in (("Liger-Kernel", not any("liger fwd" in r for r in tables["rope"])), ("torch.compile", z.rehearsal)) if gone]
+    tables |= {"masks": mask_table(z), "few queries": few_queries_table(z, top["GB/s"])}
+    tables |= {"rope": rope_table(z, top["GB/s"])}
+    left_out = [] if any("liger fwd" in r for r in tables["rope"]) else ["Liger-Kernel"]
+    left_out += ["torch.compile"] if z.rehearsal else []
     tables["aims"] = aims(tables)
     print(f"\nleft out: {', '.join(left_out) or 'nothing'}")
     return about | {"ceilings": top, "sizes": {k: str(v) for k, v in asdict(z).items()}} | tables
@@ -441,19 +474,23 @@ def versions():
 
 def card():
     """The GPU, and what its driver says of it."""
-    about, asked = {"device": torch.cuda.get_device_name(), "CUDA": torch.version.cuda}, ("driver_version", "clocks.sm", "clocks.max.sm", "power.limit")
+    about = {"device": torch.cuda.get_device_name(), "CUDA": torch.version.cuda}
+    asked = "driver_version", "clocks.sm", "clocks.max.sm", "power.limit"
+    gpu = torch.cuda.get_device_properties().uuid
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "-i", f"GPU-{gpu}"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "-i", f"GPU-{torch.cuda.get_device_properties().uuid}"]
-        about |= zip(asked, subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", "))
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        about |= zip(asked, said.strip().split(", "))
     return about
 
 
 def bench_tiles(z):
-    """Other tile sizes beside those of CONFIGS, in TFLOP/s; what is faster here, and passes the tests, belongs in there."""
+    """Other tile sizes beside those of CONFIGS, in TFLOP/s: what is faster here and passes the tests belongs there."""
     from . import attention_triton as kernels
 
     choices = {  # direction -> tiles
-        "forward": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3)],
+        "forward": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3),
+                    (64, 128, 4, 3), (64, 64, 4, 3)],
         "short": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 32, 4, 3)],
         "decode": [(16, 64, 4, 3), (16, 64, 4, 2), (16, 64, 4, 4), (16, 32, 4, 4), (16, 128, 4, 2), (16, 64, 2, 3)],
         "dkdv": [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 3), (64, 64, 8, 3), (32, 64, 4, 3)],
@@ -462,11 +499,13 @@ def bench_tiles(z):
     rows, usual = [], dict(kernels.CONFIGS)
     for Dh, direction in [(Dh, direction) for Dh in (64, 128) for direction in choices]:
         H, backwards = z.width // Dh, direction in ("dkdv", "dq")
-        points = {f"{T}{' causal' * causal}": (z.tokens // T, H, H, T, T) for T in (z.lengths[0], z.longest_eager) for causal in (False, True)}
+        points = product((z.lengths[0], z.longest_eager), (False, True))
+        points = {f"{T}{' causal' * causal}": (z.tokens // T, H, H, T, T) for T, causal in points}
         few = {"short": (1, z.few(H), z.few(H), *z.cross), "decode": (1, H, max(1, H // 4), 1, z.keys)}
         points = {"few queries": few[direction]} if direction in few else points
         for tiles in choices[direction]:
-            row = {"kernel": direction, "Dh": Dh, "tiles": str(tiles), "in use": "*" if tiles == usual[direction, Dh][direction == "decode"] else ""}
+            in_use = tiles == usual[direction, Dh][direction == "decode"]
+            row = {"kernel": direction, "Dh": Dh, "tiles": str(tiles), "in use": "*" if in_use else ""}
             kernels.CONFIGS[direction, Dh] = tiles, tiles
             for point, shape in points.items():
                 inputs, causal = make(*shape, Dh, z.dtype, z.device), "causal" in point
@@ -478,10 +517,11 @@ def bench_tiles(z):
                         row[point] = ratio(work / 1e9, attempt(lambda: z.clock(f)))
             rows.append(row)
             kernels.CONFIGS.update(usual)
-    points = dict.fromkeys([key for row in rows for key in row if key not in ("kernel", "Dh", "tiles", "in use")], ".1f")
+    about = {"kernel": "", "Dh": "", "tiles": "", "in use": ""}
+    points = {key: ".1f" for row in rows for key in row if key not in about}
     show("TFLOP/s of the forward pass, or of the backward pass with this tile in one of its kernels, by length;\n"
          f"few queries: {z.cross[0]} x {z.cross[1]} in short, 1 x {z.keys} in decode; * in use", rows,
-         {"kernel": "", "Dh": "", "tiles": "", "in use": ""} | points)  # fmt: skip
+         about | points)  # fmt: skip
     return {"tiles": rows} | versions() | (card() if z.device == "cuda" else {})
 
 
@@ -490,7 +530,7 @@ def bench_tiles(z):
 
 
 def block_table(device):
-    """How many key blocks the query tiles visit, counted by the kernels' own planning, beside the pairs that a mask leaves."""
+    """How many key blocks the query tiles visit, counted by the kernels' own planning, and the pairs a mask leaves."""
     from .attention_blocks import Mask
     from .attention_triton import CONFIGS
 
@@ -509,11 +549,13 @@ def block_table(device):
         pairs = allowed(T, T, **rule).float().mean().item()
         rule = {key: x.to(device) if torch.is_tensor(x) else x for key, x in rule.items()}
         # ids of zeros stand for none: the lists then hold what _key_blocks says
-        rule = dict(causal=False, prefix=None, q_segments=torch.zeros(1, T, dtype=torch.int32, device=device), k_segments=None) | rule
+        zeros = torch.zeros(1, T, dtype=torch.int32, device=device)
+        rule = dict(causal=False, prefix=None, q_segments=zeros, k_segments=None) | rule
         count = Mask(rule, 1, T, T, torch.device(device)).plan(BM, BN, False)[1].sum((0, 1)).tolist()
         whole, masked = count[0], count[1] - count[0]
         total = (T // BM) * (T // BN)
-        rows.append({"mask": name, "pairs": pairs, "visited": (whole + masked) / total, "open": whole, "masked": masked, "of": total})
+        row = {"mask": name, "pairs": pairs, "visited": (whole + masked) / total}
+        rows.append(row | {"open": whole, "masked": masked, "of": total})
     show(f"blocks of {BM} x {BN} that the forward pass visits, {T} x {T}; pairs and visited: fractions of all", rows,
          {"mask": "", "pairs": ".3f", "visited": ".3f", "open": "", "masked": "", "of": ""})  # fmt: skip
     return rows
@@ -551,16 +593,19 @@ def bench_cpu():
     ropes = []
     for shape in ((1, 14, 2, 1, 1, 64), (2, 14, 2, 256, 256, 64)):
         q, k, _ = make(*shape, torch.float32, "cpu")
-        angles = rope_1d(torch.arange(shape[3]).expand(shape[0], -1), shape[-1])
+        rotation = rope_1d(torch.arange(shape[3]).expand(shape[0], -1), shape[-1])
+        cos, sin = usual_cos_sin(rotation, q.dtype)
         with torch.no_grad():
-            ours, usual = median_ms(lambda: apply_rope(q, k, angles)), median_ms(lambda: rotate_half_rope(q, k, angles))
+            ours = median_ms(lambda: apply_rope(q, k, rotation))
+            usual = median_ms(lambda: rotate_half_rope(q, k, cos, sin))
         ropes.append({"RoPE": f"{[*q.shape]} + {[*k.shape]}", "usual": usual, "ours": ours, "usual/ours": usual / ours})
     show("milliseconds, forward", ropes, {"RoPE": "", "usual": ".4f", "ours": ".4f", "usual/ours": ".1f"})
     results = about | {"attention": rows, "rope": ropes}
     if _triton_installed():
         results["blocks"] = block_table("cpu")
-    print("\nleft out, for want of a CUDA GPU: the Triton kernels' times, and what there is to compare them with there: SDPA's flash,"
-          "\ncuDNN and efficient backends, eager, torch.compile, Liger-Kernel (--compile shows registers and spills without a GPU)")  # fmt: skip
+    print("\nleft out, since this needs a CUDA GPU: the times of the Triton kernels and of what they are compared with,"
+          "\nSDPA's flash, cuDNN and efficient backends, eager, torch.compile and Liger-Kernel"
+          "\n(--compile shows registers and spills without a GPU)")  # fmt: skip
     return results
 
 
@@ -569,33 +614,41 @@ def bench_cpu():
 
 ARCHS = {80: 163, 90: 227, 100: 227}  # compute capability -> KB of shared memory that one block may use
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Directions of CONFIGS, all of which multiply matrices; then those whose sums come in shares
 MATRIX = {"forward": "_forward_kernel", "short": "_forward_kernel", "decode": "_forward_kernel", "dkdv": "_dkdv_kernel",
-          "dq": "_dq_kernel", "dq short": "_dq_kernel"}  # directions of CONFIGS, all of which multiply matrices # fmt: skip
-SPLIT = {"forward parts": "_forward_kernel", "short parts": "_forward_kernel", "dkdv heads": "_dkdv_kernel"}  # sums in shares
-OTHERS = {"combine": "_combine_kernel", "delta": "_delta_kernel", "ranges": "_ranges_kernel", "plan": "_plan_kernel", "rope": "_rope_kernel",
-          "rope interleaved": "_rope_kernel"}  # fmt: skip
+          "dq": "_dq_kernel", "dq short": "_dq_kernel"}  # fmt: skip
+SPLIT = {"forward parts": "_forward_kernel", "short parts": "_forward_kernel", "dkdv heads": "_dkdv_kernel"}
+OTHERS = {"combine": "_combine_kernel", "delta": "_delta_kernel", "ranges": "_ranges_kernel", "plan": "_plan_kernel",
+          "rope": "_rope_kernel"}  # fmt: skip
 MASKS = ("none", "causal", "segments", "all")
 INTS = ("Q_SEG", "K_SEG", "PREFIX_LEN", "INDEX", "COUNT", "SEG", "RANGES", "ROWS", "COLS")
-FLOATS = ("LSE", "DELTA", "ANGLES", "PART", "PART_LSE")
-TILED = dict(Q="BM", O="BM", DO="BM", DQ="BM", K="BN", V="BN", DK="BN", DV="BN")  # tensors fetched in tiles of so many rows
+FLOATS = ("LSE", "DELTA", "COS", "SIN", "PART", "PART_LSE")
+# Tensors fetched in tiles of so many rows
+TILED = dict(Q="BM", O="BM", DO="BM", DQ="BM", K="BN", V="BN", DK="BN", DV="BN")
 
 
 def compile_jobs(quick=False):
     """direction, sm, head width, dtype, mask, by descriptors?, query heads per key head."""
     tma = lambda d, arch: arch >= 90 and d != "decode"
     if quick:  # every tile size once on every generation, under one rule
-        jobs = [(d, arch, Dh, "bf16", "causal" if arch == 90 else "segments", tma(d, arch), 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX]
+        one, cases = lambda arch: "causal" if arch == 90 else "segments", product(ARCHS, (64, 128, 256), MATRIX)
+        jobs = [(d, arch, Dh, "bf16", one(arch), tma(d, arch), 1) for arch, Dh, d in cases]
         jobs += [(d, 90, Dh, "fp16", "none", True, 6) for Dh in (64, 128) for d in ("forward", "dkdv", "dq")]
-        jobs += [(d, arch, Dh, "bf16", "segments", tma(d, arch), 6) for arch in ARCHS for Dh in (64, 128) for d in SPLIT]
+        jobs += [(d, arch, Dh, "bf16", "segments", tma(d, arch), 6) for arch, Dh, d in product(ARCHS, (64, 128), SPLIT)]
         return jobs + [(d, arch, 128, "bf16", "all", False, 1) for arch in ARCHS for d in OTHERS]
-    jobs = [(d, arch, Dh, "bf16", mask, tma(d, arch), 1) for arch in ARCHS for Dh in (64, 128, 256) for d in MATRIX for mask in MASKS]
-    jobs += [(d, arch, Dh, "bf16", "causal", False, 1) for arch in (90, 100) for Dh in (64, 128, 256) for d in MATRIX if d != "decode"]  # rows out of step
-    for arch, d in [(arch, d) for arch in ARCHS for d in ("forward", "dkdv", "dq")]:
-        jobs += [(d, arch, Dh, "bf16", mask, tma(d, arch), 6) for Dh in (64, 128) for mask in ("none", "causal")]
-        jobs += [(d, arch, Dh, "bf16", mask, tma(d, arch), 1) for Dh in (16, 32, 72, 80, 88) for mask in ("none", "segments")]
+    cases = product(ARCHS, (64, 128, 256), MATRIX, MASKS)
+    jobs = [(d, arch, Dh, "bf16", mask, tma(d, arch), 1) for arch, Dh, d, mask in cases]
+    cases = product((90, 100), (64, 128, 256), MATRIX)  # rows that are no multiples of 16 bytes take pointers there too
+    jobs += [(d, arch, Dh, "bf16", "causal", False, 1) for arch, Dh, d in cases if d != "decode"]
+    for arch, d in product(ARCHS, ("forward", "dkdv", "dq")):
+        jobs += [(d, arch, Dh, "bf16", mask, tma(d, arch), 6) for Dh, mask in product((64, 128), ("none", "causal"))]
+        widths = 16, 32, 72, 80, 88
+        jobs += [(d, arch, Dh, "bf16", mask, tma(d, arch), 1) for Dh, mask in product(widths, ("none", "segments"))]
         jobs += [(d, arch, Dh, "fp16", "causal", tma(d, arch), 1) for Dh in (64, 128)]
-    jobs += [(d, arch, Dh, "bf16", mask, tma(d, arch), 6) for arch in ARCHS for Dh in (64, 128) for d in SPLIT for mask in MASKS[:3]]
-    jobs += [(d, 90, Dh, "fp32", mask, False, 1) for Dh in (64, 128) for mask in ("none", "causal") for d in ("forward", "dkdv", "dq")]
+    cases = product(ARCHS, (64, 128), SPLIT, MASKS[:3])
+    jobs += [(d, arch, Dh, "bf16", mask, tma(d, arch), 6) for arch, Dh, d, mask in cases]
+    cases = product((64, 128), ("none", "causal"), ("forward", "dkdv", "dq"))
+    jobs += [(d, 90, Dh, "fp32", mask, False, 1) for Dh, mask, d in cases]
     return jobs + [(d, arch, 128, "bf16", "all", False, 1) for arch in ARCHS for d in OTHERS]
 
 
@@ -613,9 +666,10 @@ def describe(kernel, dtype, constants, by_descriptor, in_full):
         elif name.isupper() and name not in ("G", "OWN", "H", "N", "T"):
             signature[name] = "*i32" if name in INTS else "*fp32" if name in (*FLOATS, *in_full) else f"*{dtype}"
             aligned[(n,)] = [["tt.divisibility", 16]]
-        elif name.startswith("s"):  # strides of batch, head, row
-            signature[name] = ("i32",) * 3
-            aligned |= {(n, axis): [["tt.divisibility", 16]] for axis in range(3)}
+        elif name.startswith("s"):  # strides of batch, head and row; cosines have no heads
+            axes = 2 if name == "sc" else 3
+            signature[name] = ("i32",) * axes
+            aligned |= {(n, axis): [["tt.divisibility", 16]] for axis in range(axes)}
         else:
             signature[name] = "i32"
     return signature, aligned
@@ -639,7 +693,7 @@ def compile_kernel(job):
     BM, BN, warps, stages = attention_triton.config(family, BD, DTYPES[dtype], queries, by_descriptor)
     constants = dict(CAUSAL=mask in ("causal", "all"), PREFIX=mask == "all", SEGMENTS=mask in ("segments", "all"))
     constants |= dict(RAGGED=True, DH=Dh, BD=BD, BM=BM, BN=BN, OF_KEYS=False, CHUNK=128, BLOCK=BN)
-    constants |= dict(HALF=Dh // 2, BH=BD // 2, BT=rope_triton.BT, HEADS=rope_triton.HEADS, INTERLEAVED=direction == "rope interleaved")
+    constants |= dict(HALF=Dh // 2, BH=BD // 2, BT=rope_triton.BT, HEADS=rope_triton.HEADS)
     constants |= dict(PARTS=16 if direction in ("decode", "combine", "forward parts", "short parts") else 1)
     constants |= dict(PREFIX_LEN=None) if mask != "all" else {}
     constants |= dict.fromkeys(("Q_SEG", "K_SEG", "INDEX", "COUNT")) if mask in ("none", "causal") else {}
@@ -651,7 +705,8 @@ def compile_kernel(job):
         BM, BN, warps, stages = None, None, 1 if direction in ("ranges", "plan") else 4, 1
     signature, aligned = describe(kernel, dtype, constants, by_descriptor, in_full)
     source, target = ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", arch, 32)
-    return (BM, BN, warps, stages), triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages))
+    options = dict(num_warps=warps, num_stages=stages)
+    return (BM, BN, warps, stages), triton.compile(source, target=target, options=options)
 
 
 def compile_one(job):
@@ -705,13 +760,15 @@ def complaint(row):
     if "spill" not in row:
         return row["note"]
     wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[row["sm"]]
-    if row["kernel"] == "decode" or (row["Dh"] == 256 and row["tiles"] != "TMA" and row["sm"] > 80):
-        wanted = row["matrix unit"] if row["matrix unit"] != "none" else wanted  # tiles of 16 or 32 rows: a warp group's units take 64
+    small = row["Dh"] == 256 and row["tiles"] != "TMA" and row["sm"] > 80
+    if (row["kernel"] == "decode" or small) and row["matrix unit"] != "none":
+        wanted = row["matrix unit"]  # any will do: the tiles have 16 or 32 rows, and a warp group's units take 64
     rare = row["mask"] == "all" or row["Dh"] == 256  # every kind of rule at once, or a width no model here has
+    multiplies = row["kernel"] in MATRIX | SPLIT and row["dtype"] != "fp32"
     return "; ".join(text for text, wrong in (
         ("too much shared memory", row["shared KB"] > ARCHS[row["sm"]]),
         (row["note"], row["note"]),
-        ("not on the matrix units", row["kernel"] in MATRIX | SPLIT and row["dtype"] != "fp32" and row["matrix unit"] != wanted),
+        ("not on the matrix units", multiplies and row["matrix unit"] != wanted),
         ("spills", row["spill"] > 16 and not rare),
     ) if wrong)  # fmt: skip
 
@@ -724,13 +781,15 @@ def compile_all(jobs):
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
         rows = list(pool.map(compile_one, jobs, chunksize=4))
     rows = [row | {"wrong": complaint(row)} for row in rows]
-    columns = dict.fromkeys(("kernel", "sm", "Dh", "dtype", "mask", "G", "tiles", "BM", "BN", "warps", "stages", "registers", "spill"), "")
+    columns = "kernel", "sm", "Dh", "dtype", "mask", "G", "tiles", "BM", "BN", "warps", "stages", "registers", "spill"
+    columns = dict.fromkeys(columns, "")
     columns |= {"shared KB": ".0f", "matrix unit": "", "wrong": ""}
     show("spill: bytes stored and loaded by one thread; G: query heads per key head", rows, columns)
     bad = [r for r in rows if r["wrong"]]
-    print(f"\n{len(rows)} kernels, Triton {triton.__version__}, {time.perf_counter() - start:.0f} s; required: matrix units of the "
-          f"generation (mma for tiles of 16 or 32 rows), none serialized,\nshared memory within {ARCHS}, no spills of more than 16 bytes (unless "
-          f"all rules meet, or at width 256): {f'FAILED by {len(bad)}' if bad else 'holds'}")  # fmt: skip
+    print(f"\n{len(rows)} kernels, Triton {triton.__version__}, {time.perf_counter() - start:.0f} s; required: matrix "
+          "units of the generation (mma for tiles of 16 or 32 rows), none serialized,\n"
+          f"shared memory within {ARCHS}, no spills of more than 16 bytes (unless all rules meet, or at width 256): "
+          f"{f'FAILED by {len(bad)}' if bad else 'holds'}")  # fmt: skip
     return versions() | {"kernels": rows}, not bad
 
 
@@ -742,24 +801,28 @@ def plot(results, path):
     """Forward and backward, TFLOP/s over T, one panel for each head width with and without causal."""
     from PIL import Image, ImageDraw
 
-    colours = dict(ours="#d62728", flash="#1f77b4", cudnn="#2ca02c", efficient="#9467bd", eager="#7f7f7f", compiled="#ff7f0e")
+    colours = dict(ours="#d62728", flash="#1f77b4", cudnn="#2ca02c", efficient="#9467bd")
+    colours |= dict(eager="#7f7f7f", compiled="#ff7f0e")
     W, H, pad, points = 380, 240, 44, results["attention"]
     panels = [(d, Dh, causal) for d in ("fwd", "bwd") for Dh in (64, 128) for causal in (False, True)]
     picture = Image.new("RGB", (4 * W, 2 * H + 30), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((8, 2 * H + 10), ", ".join(f"{k} {results[k]}" for k in ("device", "date", "torch", "triton") if k in results), fill="black")
+    about = ", ".join(f"{k} {results[k]}" for k in ("device", "date", "torch", "triton") if k in results)
+    draw.text((8, 2 * H + 10), about, fill="black")
     for n, (d, Dh, causal) in enumerate(panels):
         left, top = n % 4 * W + pad, n // 4 * H + 30
         rows = [r for r in points if r["Dh"] == Dh and r["causal"] == causal]
         most = max((r[f"{name} {d}"] or 0 for r in rows for name in colours if r.get(f"{name} {d}")), default=1)
         x = lambda i: left + i * (W - pad - 16) / max(1, len(rows) - 1)
         y = lambda value: top + (H - 60) * (1 - value / most)
-        draw.text((left, top - 22), f"{'forward' if d == 'fwd' else 'backward'}, Dh {Dh}{', causal' * causal}: TFLOP/s over T", fill="black")
+        title = f"{'forward' if d == 'fwd' else 'backward'}, Dh {Dh}{', causal' * causal}: TFLOP/s over T"
+        draw.text((left, top - 22), title, fill="black")
         for part in (0, 0.5, 1):
             draw.line((left, y(part * most), left + W - pad - 16, y(part * most)), fill="#dddddd")
             draw.text((left - 36, y(part * most) - 6), f"{part * most:.3g}", fill="black")
         for i, row in enumerate(rows):
-            draw.text((x(i) - 8, top + H - 54), f"{row['T'] // 1024}k" if row["T"] >= 1024 else str(row["T"]), fill="black")
+            T = f"{row['T'] // 1024}k" if row["T"] >= 1024 else str(row["T"])
+            draw.text((x(i) - 8, top + H - 54), T, fill="black")
         for m, (name, colour) in enumerate(colours.items()):
             line = [(x(i), y(r[f"{name} {d}"])) for i, r in enumerate(rows) if r.get(f"{name} {d}")]
             draw.line(line, fill=colour, width=3 if name == "ours" else 1)
@@ -778,10 +841,12 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main():
-    parser = OneLineParser("python -m kernels.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--compile", nargs="?", const="full", choices=("full", "quick"), help="compile for sm_80, sm_90, sm_100 instead of timing; exit 1 if\n"
-                        "a kernel spills more than 16 bytes (width 256 and all rules at once excepted), needs too\n"
-                        "much shared memory or misses the matrix units; quick: each configuration under one rule")  # fmt: skip
+    raw = argparse.RawTextHelpFormatter
+    parser = OneLineParser("python -m kernels.bench", description=__doc__, formatter_class=raw)
+    parser.add_argument("--compile", nargs="?", const="full", choices=("full", "quick"),
+                        help="compile for sm_80, sm_90, sm_100 instead of timing; exit 1 if a kernel spills more than\n"
+                        "16 bytes (width 256 and all rules at once excepted), needs too much shared memory or\n"
+                        "misses the matrix units; quick: each configuration under one rule")  # fmt: skip
     parser.add_argument("--tiles", action="store_true", help="time other tile sizes (needs a GPU, or --rehearse)")
     parser.add_argument("--rehearse", action="store_true", help="a GPU's tables on the CPU, at toy sizes: no figures")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")

@@ -30,6 +30,9 @@ With order = torch.arange(Dh).view(-1, 2).T.flatten(), that is 0 2 4 .. 1 3 5 ..
 x turned interleaved, [..., order]. Permuting the rows of the q and k projections by `order` therefore converts a
 checkpoint.
 
+A rotation, in this file, is a pair of float32 tensors: cosines and sines, each [B,1,T,Dh]. A model computes it once per
+forward pass and passes it to all of its layers, since they all turn by the same angles.
+
 Axis letters: B batch, T length, H query heads, K key heads, Dh head width.
 """
 
@@ -44,9 +47,9 @@ def _frequencies(n, dim, base, device):
 
 
 def rope_1d(positions, dim, base=10000.0):
-    """positions [B,T] -> the rotation of every pair, see rotation. The base 10000 is the paper's (section 3.2.2)."""
+    """positions [B,T] -> a rotation. The base 10000 is the paper's (section 3.2.2)."""
     _check(dim, 2)
-    return rotation(positions[..., None].float() * _frequencies(dim // 2, dim, base, positions.device))
+    return _rotation(positions[..., None].float() * _frequencies(dim // 2, dim, base, positions.device))
 
 
 def rope_2d(positions, dim, base=10000.0):
@@ -55,7 +58,7 @@ def rope_2d(positions, dim, base=10000.0):
     _check(dim, 4)
     row, col = positions[..., None].float()  # each [B,T,1]
     f = _frequencies(dim // 4, dim // 2, base, positions.device)
-    return rotation(torch.cat((row * f, col * f), dim=-1))
+    return _rotation(torch.cat((row * f, col * f), dim=-1))
 
 
 def mrope(positions, dim, sections, base=10000.0):
@@ -66,14 +69,7 @@ def mrope(positions, dim, sections, base=10000.0):
         raise ValueError(f"three sections that add up to dim/2 = {dim // 2} are needed, not {list(sections)}")
     time, row, col = positions[..., None].float()  # each [B,T,1]
     f, g, h = _frequencies(dim // 2, dim, base, positions.device).split(list(sections))
-    return rotation(torch.cat((time * f, row * g, col * h), dim=-1))
-
-
-def rotation(angles):
-    """angles [B,T,Dh/2] -> cosines, sines, both [B,1,T,Dh] in float32: those of the angles twice, and the first half of
-    the sines negated, as apply_rope needs them. A model computes them once; all its layers turn by the same angles."""
-    cos, sin = angles.detach().cos()[:, None], angles.detach().sin()[:, None]  # [B,1,T,Dh/2]
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return _rotation(torch.cat((time * f, row * g, col * h), dim=-1))
 
 
 def _check(dim, multiple):
@@ -81,9 +77,16 @@ def _check(dim, multiple):
         raise ValueError(f"the head width must be a multiple of {multiple} here, not {dim}")
 
 
+def _rotation(angles):
+    """angles [B,T,Dh/2] -> cosines, sines, each [B,1,T,Dh]: both halves of the last axis contain the same Dh/2 pairs,
+    with the sines negated in the first half. _turn below shows why."""
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [B,1,T,Dh/2]
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def apply_rope(q, k, rotation):
     """Turn the pairs of q [B,H,T,Dh] and of k [B,K,T,Dh] -> q, k in their own dtype. rotation: what rope_1d, rope_2d or
-    mrope give. Computed in float32 (float64 stays): in bfloat16 a cosine near 1 loses all but 8 bits."""
+    mrope return. Computed in float32 (float64 stays): in bfloat16 a cosine near 1 loses all but 8 bits."""
     cos, sin = rotation
     if k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:] or cos.shape != (len(q), 1, *q.shape[2:]):
         raise ValueError(f"q [B,H,T,Dh] {[*q.shape]}, k [B,K,T,Dh] {[*k.shape]} and cosines [B,1,T,Dh] "
@@ -92,10 +95,10 @@ def apply_rope(q, k, rotation):
         from .rope_triton import rope
 
         return rope(q, k, cos, sin)
-    return _half_split(q, cos, sin), _half_split(k, cos, sin)
+    return _turn(q, cos, sin), _turn(k, cos, sin)
 
 
-def _half_split(x, cos, sin):
-    """(a, b) -> (a cos - b sin, b cos + a sin); a is the first half of x, b the second, and a roll swaps them."""
+def _turn(x, cos, sin):
+    """x = (a, b), two halves -> (a cos - b sin, b cos + a sin). The roll turns (a, b) into (b, a)."""
     y = x if x.dtype == torch.float64 else x.float()
     return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
