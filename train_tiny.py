@@ -1259,7 +1259,7 @@ KINDS = ("colour", "shape", "size", "what", "count")  # what LLaVA is taught to 
 # "where" is left out: after these few steps it is still answered by guessing. Add it, and see how many it takes.
 
 
-def text_and_all_counts(rng):
+def lm_line(rng):
     return [(text_line(rng), True)]
 
 
@@ -1268,7 +1268,7 @@ def toy_lm(device="cpu"):
     never seen a picture. Trained on the first call, then cached in runs/lm."""
     torch.manual_seed(0)
     model = llava.LanguageModel(llava.PRESETS["tiny"].language).to(device)
-    return pretrain(model, llava, "lm", Plan("", LM_STEPS, 32, lr=2e-3, muon=3e-3), text_and_all_counts)
+    return pretrain(model, llava, "lm", Plan("", LM_STEPS, 32, lr=2e-3, muon=3e-3), lm_line)
 
 
 class LLaVARecipe(Recipe):
@@ -1749,7 +1749,7 @@ def run_all(args):
 
 def forget(family):
     """--fresh: remove the checkpoints of one family, so that it is trained again."""
-    for path in [*RUNS.glob(f"{family}/checkpoint.pt"), *RUNS.glob(f"{family}[-/]*/checkpoint.pt")]:
+    for path in [*RUNS.glob(f"{family}/checkpoint.pt"), *RUNS.glob(f"{family}-*/**/checkpoint.pt")]:
         path.unlink()
 
 
