@@ -58,7 +58,15 @@ import vilt
 from kernels import allowed, apply_rope, attention, backend, draw_mask, mrope, rope_1d, rope_2d
 
 ROOT = Path(__file__).resolve().parent
-MODULES = {"clip": clip, "vilt": vilt, "flamingo": flamingo, "cogvlm": cogvlm, "blip2": blip2, "llava": llava, "qwen2vl": qwen2vl}
+MODULES = {
+    "clip": clip,
+    "vilt": vilt,
+    "flamingo": flamingo,
+    "cogvlm": cogvlm,
+    "blip2": blip2,
+    "llava": llava,
+    "qwen2vl": qwen2vl,
+}
 MODEL_CLASSES = {"clip": clip.CLIP, "vilt": vilt.ViLT, "flamingo": flamingo.Flamingo, "cogvlm": cogvlm.CogVLM}
 MODEL_CLASSES |= {"blip2": blip2.BLIP2, "llava": llava.LLaVA, "qwen2vl": qwen2vl.Qwen2VL}
 
@@ -72,7 +80,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) if HAS_TRITON else (0, 0)
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter computes bfloat16 wrong: this needs a CUDA GPU")
-SEED = int(os.environ.get("SEED") or (random.randrange(2**31) if ON_GPU else 0))  # on a GPU the inputs are fresh ones each time
+SEED = int(
+    os.environ.get("SEED") or (random.randrange(2**31) if ON_GPU else 0)
+)  # on a GPU the inputs are fresh ones each time
 
 
 @pytest.fixture
@@ -85,8 +95,10 @@ def on_device():
 @pytest.fixture
 def poisoned(monkeypatch):
     """Fresh memory is full of NaN (of large numbers, if of integers): who reads what nobody wrote will be seen."""
-    with torch.device("meta"):  # torch notes at the first use which functions make tensors: the real ones, not these, or
-        torch.empty(0)          # `with torch.device("meta")` would allocate a 9B model in every test that comes after
+    with torch.device(
+        "meta"
+    ):  # torch notes at the first use which functions make tensors: the real ones, not these, or
+        torch.empty(0)  # `with torch.device("meta")` would allocate a 9B model in every test that comes after
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         real = getattr(owner, name)
         fill = lambda x: x.fill_(torch.nan if x.is_floating_point() else 2**20)
@@ -113,10 +125,14 @@ RULES = {  # B, Tq, Tk -> the mask arguments of attention
 
 
 def qkv(B, H, K, Tq, Tk, Dh, dtype=torch.float32, strided=False):
-    """Random q, k, v; strided ones lie in memory as a projection leaves them, [B,T,heads,Dh], with NaN behind the last row."""
+    """Random q, k, v; strided ones lie in memory as a projection leaves them, [B,T,heads,Dh], with NaN behind the last
+    row."""
     shapes = (H, Tq), (K, Tk), (K, Tk)
     if strided:
-        return [F.pad(torch.randn(B, T, heads, Dh).to(dtype), (0, 0) * 2 + (0, 40), value=torch.nan)[:, :T].transpose(1, 2) for heads, T in shapes]
+        return [
+            F.pad(torch.randn(B, T, heads, Dh).to(dtype), (0, 0) * 2 + (0, 40), value=torch.nan)[:, :T].transpose(1, 2)
+            for heads, T in shapes
+        ]
     return [torch.randn(B, heads, T, Dh).to(dtype) for heads, T in shapes]
 
 
@@ -166,8 +182,9 @@ GRID = [  # B, H, K, Tq, Tk, Dh, dtype, rule, strided.  B is not H, G is 3 at ti
 
 
 def per_backend(rows, dtype):
-    """Each row once per backend. The interpreter, which runs Triton here, computes bfloat16 wrong (and attention refuses it
-    there): Triton's bf16 rows are left to the compile test below, and to a GPU. dtype: the column that holds it."""
+    """Each row once per backend. The interpreter, which runs Triton here, computes bfloat16 wrong (and attention
+    refuses it there): Triton's bf16 rows are left to the compile test below, and to a GPU. dtype: the column that holds
+    it."""
     marks = lambda row: [needs_triton] + [needs_gpu] * (row[dtype] == "bfloat16")
     triton = [pytest.param("triton", *row, marks=marks(row)) for row in rows]
     return [(name, *row) for name in ("reference", "torch") for row in rows] + triton
@@ -181,7 +198,8 @@ def test_attention_and_its_gradients_are_exact(poisoned, name, B, H, K, Tq, Tk, 
 
 
 def check_attention(name, inputs, rule):
-    """Against float64: float32 to rounding; 16 bits at most 2 (output) or 3 (gradients) times as far off as plain code."""
+    """Against float64: float32 to rounding; 16 bits at most 2 (output) or 3 (gradients) times as far off as plain
+    code."""
     (B, _, Tq, _), Tk, dtype = inputs[0].shape, inputs[1].shape[2], inputs[0].dtype
     grad = torch.randn(inputs[0].shape).to(dtype)
     exact = output_and_gradients(lambda *x: plain(*x, rule), [x.double() for x in inputs], grad.double())
@@ -229,7 +247,8 @@ def test_lse_is_the_log_of_the_sum_of_exponentials(name):
 @kernels
 @pytest.mark.parametrize("name,dtype", per_backend([["float32"], ["float16"], ["bfloat16"]], dtype=0))
 def test_scores_in_the_tens_of_thousands_do_not_overflow(poisoned, name, dtype):
-    """q and k of +-60. The backward pass subtracts lse from the scores: at 28800 the last bit of float32 is worth 0.002."""
+    """q and k of +-60. The backward pass subtracts lse from the scores: at 28800 the last bit of float32 is worth
+    0.002."""
     torch.manual_seed(SEED)
     inputs = [x.sign() * 60 for x in qkv(1, 2, 1, 40, 40, 64, getattr(torch, dtype))]
     grad = (torch.randn(1, 2, 40, 64) / 64).to(inputs[0].dtype)
@@ -257,10 +276,13 @@ def test_packed_rows_give_what_separate_rows_give(name):
 
 
 @kernels
-@pytest.mark.parametrize("overlapping,name", [(False, "reference"), (False, "torch"), *(pytest.param(x, "triton", marks=needs_triton) for x in (False, True))])
+@pytest.mark.parametrize(
+    "overlapping,name",
+    [(False, "reference"), (False, "torch"), *(pytest.param(x, "triton", marks=needs_triton) for x in (False, True))],
+)
 def test_numbers_need_not_lie_side_by_side(overlapping, name):
-    """Every second number of wider rows, an axis of length 1 with an odd stride; or rows that begin one number after each other
-    (of which torch's own attention on the CPU makes garbage). And gradients that are one number repeated."""
+    """Every second number of wider rows, an axis of length 1 with an odd stride; or rows that begin one number after
+    each other (of which torch's own attention on the CPU makes garbage). And gradients that are one number repeated."""
     inputs = [x[..., ::2].as_strided((1, 2, 9, 16), (7, 288, 32, 2)) for x in qkv(1, 2, 2, 9, 9, 32)]
     if overlapping:
         inputs = list(torch.randn(3, 1, 2, 24).unfold(3, 16, 1))
@@ -296,7 +318,9 @@ def test_what_may_not_be_seen_leaves_no_trace(name):
 @needs_triton
 def test_blocks_that_nobody_sees_are_never_loaded(monkeypatch):
     """NaN in keys, values and queries of foreign or padded blocks: one touched block would poison everything."""
-    monkeypatch.setattr("kernels.attention_triton._processors", lambda device: 0)  # no shares: their sums round otherwise
+    monkeypatch.setattr(
+        "kernels.attention_triton._processors", lambda device: 0
+    )  # no shares: their sums round otherwise
     torch.manual_seed(0)
     q, k, v = qkv(1, 2, 1, 256, 512, 64, torch.float16)
     k[:, :, 128:], v[:, :, 128:], q[:, :, 128:] = torch.nan, torch.nan, torch.nan
@@ -334,21 +358,27 @@ def test_packing_m_images_costs_m_small_squares(of_keys):
 @needs_triton
 @pytest.mark.parametrize("of_keys", [False, True])
 def test_the_plan_is_what_the_rule_leaves(of_keys):
-    """Wherever the borders of blocks, of the past and of the prefix meet: every block with a pair, no other, and as open no
-    block but those in which all pairs may look. Lists longer than the chunk in which they are made, too."""
+    """Wherever the borders of blocks, of the past and of the prefix meet: every block with a pair, no other, and as
+    open no block but those in which all pairs may look. Lists longer than the chunk in which they are made, too."""
     from kernels.attention_blocks import plan
 
     BM, BN = 4, 8
     cases = [(Tq, Tk, causal, prefixed) for Tq, Tk in ((9, 9), (9, 12), (9, 15), (8, 15), (9, 16), (8, 17), (9, 7), (10, 2))
              for causal, prefixed in ((False, False), (True, False), (True, True))]  # fmt: skip
-    for Tq, Tk, causal, prefixed in cases + [(4, 130 * BN, False, False) if not of_keys else (130 * BM, 8, False, False)]:
+    for Tq, Tk, causal, prefixed in cases + [
+        (4, 130 * BN, False, False) if not of_keys else (130 * BM, 8, False, False)
+    ]:
         B = 5 if prefixed else 1
         prefix = torch.tensor([1, 7, 8, 9, 15], dtype=torch.int32) if prefixed else None
         ids = [torch.zeros(B, T, dtype=torch.int32) for T in (Tq, Tk)]
         index, count = plan(*ids, prefix, BM, BN, causal, of_keys)
         ok = allowed(Tq, Tk, causal=causal, prefix=prefix, device=DEVICE).expand(B, Tq, Tk)
         rows, cols = -(-Tq // BM), -(-Tk // BN)
-        blocks = lambda fill: F.pad(ok, (0, cols * BN - Tk, 0, rows * BM - Tq), value=fill).unflatten(2, (cols, BN)).unflatten(1, (rows, BM))
+        blocks = lambda fill: (
+            F.pad(ok, (0, cols * BN - Tk, 0, rows * BM - Tq), value=fill)
+            .unflatten(2, (cols, BN))
+            .unflatten(1, (rows, BM))
+        )
         some, all_ = blocks(False).any(4).any(2), blocks(False).all(4).all(2)
         some, all_ = (x.transpose(1, 2) if of_keys else x for x in (some, all_))
         for b, r in [(b, r) for b in range(B) for r in range(some.shape[1])]:
@@ -462,11 +492,18 @@ def test_descriptors_are_for_gpus_and_tensors_that_suit_them(monkeypatch):
     monkeypatch.undo()
     odd = torch.zeros(1, 3, 20, 64, dtype=torch.float16).as_strided((1, 3, 20, 64), (7, 1280, 64, 1))
     with backend("triton"):
-        assert not attention(odd, odd, odd).any()  # an axis of length 1 may have any stride (16 queries or fewer take pointers)
+        assert not attention(
+            odd, odd, odd
+        ).any()  # an axis of length 1 may have any stride (16 queries or fewer take pointers)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: device.capability)
     monkeypatch.setattr(torch.version, "hip", None)
     gpu = lambda *capability: argparse.Namespace(type="cuda", capability=capability)
-    assert [triton_code._has_tma.__wrapped__(gpu(*c)) for c in ((8, 0), (9, 0), (10, 0), (12, 0))] == [False, True, True, False]
+    assert [triton_code._has_tma.__wrapped__(gpu(*c)) for c in ((8, 0), (9, 0), (10, 0), (12, 0))] == [
+        False,
+        True,
+        True,
+        False,
+    ]
     assert [MODULE._gpu_fits.__wrapped__(gpu(*c)) for c in ((7, 5), (8, 0), (12, 0))] == [False, True, True]
 
 
@@ -475,7 +512,15 @@ def test_keys_are_split_only_where_programs_are_few(monkeypatch):
     import kernels.attention_triton as triton_code
 
     monkeypatch.setattr(triton_code, "_processors", lambda device: 132)
-    for programs, blocks, n in ((8, 512, 64), (128, 64, 4), (132, 64, 1), (1, 15, 1), (1, 16, 4), (8, 255, 16), (1, 100000, 256)):
+    for programs, blocks, n in (
+        (8, 512, 64),
+        (128, 64, 4),
+        (132, 64, 1),
+        (1, 15, 1),
+        (1, 16, 4),
+        (8, 255, 16),
+        (1, 100000, 256),
+    ):
         assert triton_code.parts(programs, blocks, None) == n
 
 
@@ -483,7 +528,9 @@ def test_keys_are_split_only_where_programs_are_few(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("dtype", ["float32", "float16", pytest.param("bfloat16", marks=needs_gpu)])
 @pytest.mark.parametrize("processors,programs", [(1000, 6), (0, 2)])
-def test_key_heads_too_few_for_the_gpu_give_each_query_head_its_programs(poisoned, monkeypatch, processors, programs, dtype):
+def test_key_heads_too_few_for_the_gpu_give_each_query_head_its_programs(
+    poisoned, monkeypatch, processors, programs, dtype
+):
     import kernels.attention_triton as triton_code
 
     class Spy:  # what the grid of the launch was
@@ -574,7 +621,9 @@ def test_a_kept_mask_goes_with_the_tensor_it_was_made_for():
     prefix = torch.tensor([4], dtype=torch.int32)
     with backend("triton"):
         attention(q, k, v, causal=True, k_segments=ids, prefix=prefix)
-    assert torch.equal(copy.deepcopy(ids), ids) and torch.equal(pickle.loads(pickle.dumps(ids)), ids)  # none the worse for it
+    assert torch.equal(copy.deepcopy(ids), ids) and torch.equal(
+        pickle.loads(pickle.dumps(ids)), ids
+    )  # none the worse for it
     alive = weakref.ref(ids)
     del ids
     gc.collect()
@@ -664,7 +713,10 @@ def test_wrong_arguments_are_named():
 @pytest.mark.skipif(ON_GPU, reason="on a GPU it can do bfloat16")
 def test_triton_says_what_it_cannot_do():
     with backend("triton"):
-        for dtype, words in ((torch.bfloat16, "interpreter computes bfloat16 wrong"), (torch.float64, "not torch.float64")):
+        for dtype, words in (
+            (torch.bfloat16, "interpreter computes bfloat16 wrong"),
+            (torch.float64, "not torch.float64"),
+        ):
             with pytest.raises(ValueError, match=words):
                 attention(*qkv(1, 1, 1, 4, 4, 16, dtype))
         with pytest.raises(ValueError, match="256"):
@@ -742,7 +794,8 @@ def turned(x, angles, **options):
 
 
 def test_rope_is_that_of_transformers():
-    """Angles and rotation: half-split (LLaMA), interleaved (Cohere), M-RoPE and 2D (Qwen2-VL), alternating (Pixtral)."""
+    """Angles and rotation: half-split (LLaMA), interleaved (Cohere), M-RoPE and 2D (Qwen2-VL), alternating
+    (Pixtral)."""
     transformers = quiet_transformers() if "quiet_transformers" in globals() else __import__("transformers")
     transformers = transformers or sys.modules["transformers"]
     from transformers.models.cohere import modeling_cohere as cohere
@@ -773,7 +826,9 @@ def test_rope_is_that_of_transformers():
     config = qwen.Qwen2VLVisionConfig(embed_dim=H * Dh, num_heads=H)
     config.num_attention_heads = H
     cos, sin = qwen.Qwen2VLVisionRotaryEmbedding(config)(x, at[:, 0].T)
-    theirs = qwen.apply_rotary_pos_emb_vision(x[0].transpose(0, 1), x[0].transpose(0, 1), cos, sin)[0].transpose(0, 1)[None]
+    theirs = qwen.apply_rotary_pos_emb_vision(x[0].transpose(0, 1), x[0].transpose(0, 1), cos, sin)[0].transpose(0, 1)[
+        None
+    ]
     close(turned(x, rope_2d(at, Dh)), theirs)
     config = pixtral.PixtralVisionConfig(hidden_size=H * Dh, num_attention_heads=H, head_dim=Dh)
     cos, sin = pixtral.PixtralVisionRotaryEmbedding(config)(x, at[:, 0].T)
@@ -919,10 +974,13 @@ assert "fma.rn.f32" in ptx and "tf32" not in ptx and "mma" not in ptx, "float32 
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux only")
 def test_kernels_are_free_of_masks_that_are_not_used(tmp_path):
-    """Instruction for instruction, a kernel without segments, prefix or causality is that of a source that never heard of
-    them; none of them costs a stage of the pipeline of loads; and float32 is multiplied as float32, not rounded to TF32."""
+    """Instruction for instruction, a kernel without segments, prefix or causality is that of a source that never heard
+    of them; none of them costs a stage of the pipeline of loads; and float32 is multiplied as float32, not rounded to
+    TF32."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", WITHOUT_MASKS, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MASKS, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -934,9 +992,13 @@ def run_bench(*options, **variables):
 
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux only")
-@pytest.mark.skipif(TRITON < (3, 7), reason="what spills and what does not was settled for Triton 3.7; 3.6 spills 52 bytes in one kernel more")
+@pytest.mark.skipif(
+    TRITON < (3, 7),
+    reason="what spills and what does not was settled for Triton 3.7; 3.6 spills 52 bytes in one kernel more",
+)
 def test_kernels_compile_for_ampere_hopper_and_blackwell(tmp_path):
-    """No GPU needed: every configuration without spills, with its generation's matrix instructions and shared memory."""
+    """No GPU needed: every configuration without spills, with its generation's matrix instructions and shared
+    memory."""
     run = run_bench("--compile=quick", "--json", str(tmp_path / "compiled.json"))
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads((tmp_path / "compiled.json").read_text())["kernels"]
@@ -956,7 +1018,8 @@ def test_kernels_compile_for_ampere_hopper_and_blackwell(tmp_path):
 
 @needs_triton
 def test_the_tables_of_a_gpu_run_through_at_toy_sizes(tmp_path):
-    """On a CPU, under the interpreter: every table has its rows, the JSON and the picture are written, no figure is meant."""
+    """On a CPU, under the interpreter: every table has its rows, the JSON and the picture are written, no figure is
+    meant."""
     run = run_bench("--rehearse", "--json", str(tmp_path / "all.json"), "--plot", str(tmp_path / "plot.png"))
     assert run.returncode == 0, run.stdout + run.stderr
     results = json.loads((tmp_path / "all.json").read_text())
@@ -965,14 +1028,17 @@ def test_the_tables_of_a_gpu_run_through_at_toy_sizes(tmp_path):
     for row in results["attention"] + results["rope"]:
         assert row["ours fwd"] > 0 and row["ours bwd"] > 0 and row["fwd of peak" if "Dh" in row else "fwd of copy"] > 0
     assert all(row["speed fwd"] > 0 and row["speed bwd"] > 0 for row in results["masks"]) and len(results["masks"]) == 8
-    assert all(row["o/plain"] <= 2 and max(row[f"{x}/plain"] for x in ("dq", "dk", "dv")) <= 3 for row in results["error"])
+    assert all(
+        row["o/plain"] <= 2 and max(row[f"{x}/plain"] for x in ("dq", "dk", "dv")) <= 3 for row in results["error"]
+    )
     assert len(results["aims"]) == 20 and {row[""] for row in results["aims"]} <= {"holds", "MISSED", "-"}
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > 1000 and len(picture.getcolors(10000)) > 5
 
 
 def test_blocks_visited_are_those_that_the_mask_leaves(tmp_path):
-    """The small table of a machine without a GPU (or with one out of sight); its block counts come from the kernels' own planning."""
+    """The small table of a machine without a GPU (or with one out of sight); its block counts come from the kernels'
+    own planning."""
     run = run_bench("--json", str(tmp_path / "small.json"), CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0 and "left out" in run.stdout, run.stdout + run.stderr
     results = json.loads((tmp_path / "small.json").read_text())
@@ -980,7 +1046,11 @@ def test_blocks_visited_are_those_that_the_mask_leaves(tmp_path):
     assert all(row["naive/torch"] == row["naive fwd"] / row["torch fwd"] for row in results["attention"])
     if HAS_TRITON:
         visited = {row["mask"]: row["visited"] for row in results["blocks"]}
-        assert visited["everything"] == 1 and visited["half padding"] == 0.25 and visited["8 images of equal size"] == 1 / 8
+        assert (
+            visited["everything"] == 1
+            and visited["half padding"] == 0.25
+            and visited["8 images of equal size"] == 1 / 8
+        )
         assert visited["causal"] == (16 * 17 / 2) / 16**2 and visited["64 images"] == 1 / 16  # the diagonal blocks
         (causal,) = [row for row in results["blocks"] if row["mask"] == "causal"]
         assert causal["masked"] == 16 and causal["open"] == 16 * 15 / 2  # only they need the mask worked out
@@ -988,7 +1058,8 @@ def test_blocks_visited_are_those_that_the_mask_leaves(tmp_path):
 
 
 def test_the_tables_compare_like_with_like_and_count_their_work(monkeypatch):
-    """What is timed side by side gives the same, and the figures are those of the times: 2 ms for ours, 4 and 5 for others."""
+    """What is timed side by side gives the same, and the figures are those of the times: 2 ms for ours, 4 and 5 for
+    others."""
     from kernels import bench
 
     together = {}
@@ -1005,7 +1076,9 @@ def test_the_tables_compare_like_with_like_and_count_their_work(monkeypatch):
     for row in bench.attention_table(z, 100.0):
         flop = 4 * z.tokens * z.width * row["T"] * (0.5 if row["causal"] else 1)
         assert row["ours fwd"] == pytest.approx(flop / 2e9) and row["ours bwd"] == pytest.approx(2.5 * flop / 4e9), row
-        assert row["fwd / flash"] == 2 and row["bwd / efficient"] == 1.25 and row["bwd of peak"] == row["ours bwd"] / 100
+        assert (
+            row["fwd / flash"] == 2 and row["bwd / efficient"] == 1.25 and row["bwd of peak"] == row["ours bwd"] / 100
+        )
     for row in bench.few_queries_table(z, 100.0):
         assert row["default / ours"] == 2 and row["default / ours bwd"] == 1.25 and row["of copy"] == row["GB/s"] / 100
     assert row["GB/s"] == pytest.approx(2 * z.few(8) * z.few(12) * z.cross[1] * 128 * 4 / 2e6)  # keys and values
@@ -1028,10 +1101,15 @@ def test_the_aims_read_the_right_figures_the_right_way_round():
     names = ("causal / full", "packed / batch", "half padding / none", "packed 80 / SDPA one by one", "packed 72 / SDPA one by one",
              "12 heads on 2 / on 12")  # fmt: skip
     tables = {
-        "attention": [{"fwd / flash": x, "bwd / flash": 2 * x, "fwd / cudnn": None, "ours fwd": 100 * x} for x in (1.0, 4.0)],
+        "attention": [
+            {"fwd / flash": x, "bwd / flash": 2 * x, "fwd / cudnn": None, "ours fwd": 100 * x} for x in (1.0, 4.0)
+        ],
         "masks": [{"mask": name} | {f"speed {w}": n + x for w, x in d.items()} for n, name in enumerate(names)],
         "few queries": [{"default / ours": x, "default / ours called": 3 * x} for x in (0.5, 2.0)],
-        "rope": [{"T": T} | {f"{w} {x}": T / 1024 + n for n, x in enumerate(("of copy", "/ eager", "/ compiled")) for w in d} for T in (1024, 8192)],
+        "rope": [
+            {"T": T} | {f"{w} {x}": T / 1024 + n for n, x in enumerate(("of copy", "/ eager", "/ compiled")) for w in d}
+            for T in (1024, 8192)
+        ],
         "error": [{"o/plain": 1 + x / 8, "dq/plain": 1.0, "dk/plain": 2.0, "dv/plain": x} for x in (4.0, 1.0)],
     }
     rows = {row["aim"]: (row["measured"], row[""]) for row in bench.aims(tables)}
@@ -1039,7 +1117,11 @@ def test_the_aims_read_the_right_figures_the_right_way_round():
                 (4.0, "holds"), (5.0, "holds"), (6.0, "holds"), (15.0, "holds"), (0.5, "MISSED"), (1.5, "holds"), (8.0, "holds"), (2.0, "holds"),
                 (30**0.5, "holds"), (None, "-"), (-1.5, "holds"), (-4.0, "MISSED")]  # fmt: skip
     for (name, (measured, verdict)), (right, said) in zip(rows.items(), expected, strict=True):
-        assert (measured == right if right is None else measured == pytest.approx(right)) and verdict == said, (name, measured, verdict)
+        assert (measured == right if right is None else measured == pytest.approx(right)) and verdict == said, (
+            name,
+            measured,
+            verdict,
+        )
 
 
 def test_a_kernel_that_spills_or_misses_the_matrix_units_is_complained_about(monkeypatch):
@@ -1088,7 +1170,9 @@ def test_bench_times_the_gpus_work_and_not_the_launch(monkeypatch):
 def test_bench_holds_sdpa_to_one_backend_at_a_time():
     from kernels.bench import held_to
 
-    enabled = lambda: [getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "cudnn", "mem_efficient", "math")]
+    enabled = lambda: [
+        getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "cudnn", "mem_efficient", "math")
+    ]
     before = enabled()
     for n, name in enumerate(("flash", "cudnn", "efficient")):
         with held_to(name):
@@ -1100,7 +1184,14 @@ def test_bench_holds_sdpa_to_one_backend_at_a_time():
 def test_the_plot_draws_each_table_in_its_panel_and_larger_figures_higher(tmp_path):
     from kernels.bench import plot
 
-    point = lambda Dh, T, ours: {"Dh": Dh, "causal": False, "T": T, "ours fwd": ours, "flash fwd": 50.0, "ours bwd": None}
+    point = lambda Dh, T, ours: {
+        "Dh": Dh,
+        "causal": False,
+        "T": T,
+        "ours fwd": ours,
+        "flash fwd": 50.0,
+        "ours bwd": None,
+    }
     plot({"device": "none", "attention": [point(64, 512, 10.0), point(64, 1024, 100.0)]}, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         pixels = np.array(picture.convert("RGB"))[:480]  # without the legend
@@ -1130,13 +1221,24 @@ OWN = {  # the same name, on purpose another body: what a family is, and what it
 OWN_IN = {
     "vilt": {"preprocess", "image_config_from_published"},  # any aspect ratio, where the others make squares
     "flamingo": {"LanguageModel"},  # one more argument: what is done before each layer; see the test after the next
-    "cogvlm": {"Cache", "generate"},  # the next position is not the next place, and a prompt says which tokens are patches
+    "cogvlm": {
+        "Cache",
+        "generate",
+    },  # the next position is not the next place, and a prompt says which tokens are patches
     "qwen2vl": {
-        "VisionConfig", "VisionTower", "LanguageConfig", "preprocess", "image_config_from_published",  # any resolution
-        "SwiGLU", "DecoderAttention", "LanguageModel",  # biases, and positions that are given
+        "VisionConfig",
+        "VisionTower",
+        "LanguageConfig",
+        "preprocess",
+        "image_config_from_published",  # any resolution
+        "SwiGLU",
+        "DecoderAttention",
+        "LanguageModel",  # biases, and positions that are given
         "command_line",  # --video
     },
-    "blip2": {"itm_loss"},  # mismatched rows are made up behind the matched ones, where ViLT's labels say which is which
+    "blip2": {
+        "itm_loss"
+    },  # mismatched rows are made up behind the matched ones, where ViLT's labels say which is which
 }
 
 
@@ -1160,7 +1262,9 @@ def test_repeated_parts_of_the_family_files_are_equal():
             if name in OWN | OWN_IN.get(family, set()):
                 continue
             first, text = seen.setdefault(name, (family, source))
-            assert text == source, f"{name} differs between {first}.py and {family}.py; keep it word for word, or add it to OWN"
+            assert text == source, (
+                f"{name} differs between {first}.py and {family}.py; keep it word for word, or add it to OWN"
+            )
     assert sum(name in definitions("llava") for name in definitions("clip")) > 30
 
 
@@ -1232,9 +1336,15 @@ def make_oracle(kind):
         config = transformers.SiglipConfig(text_config=text_fields(), vision_config=vision_fields())
         return randomise(transformers.SiglipModel(config))
     if kind.startswith("vilt"):
-        fields = text_fields(max_position_embeddings=14, vocab_size=110) | vision_fields(max_image_length=-1, num_labels=7)
+        fields = text_fields(max_position_embeddings=14, vocab_size=110) | vision_fields(
+            max_image_length=-1, num_labels=7
+        )
         config = transformers.ViltConfig(**fields)
-        heads = {"vilt mlm": "ViltForMaskedLM", "vilt vqa": "ViltForQuestionAnswering", "vilt rank": "ViltForImageAndTextRetrieval"}
+        heads = {
+            "vilt mlm": "ViltForMaskedLM",
+            "vilt vqa": "ViltForQuestionAnswering",
+            "vilt rank": "ViltForImageAndTextRetrieval",
+        }
         return randomise(getattr(transformers, heads[kind])(config))
     if kind.startswith("blip2"):
         return make_blip2_oracle(transformers, retrieval=kind == "blip2 retrieval")
@@ -1284,7 +1394,9 @@ def make_flamingo_oracle(transformers, kind):
     """Four layers, every second with a block before it; image features narrower than words; gates half open, alphas
     away from 1, so that neither attention nor gates can be forgotten unseen; two new tokens, 96 and 97, apart."""
     torch.manual_seed(0)
-    perceiver = dict(use_resampler=True, resampler_n_latents=5, resampler_depth=2, resampler_n_heads=3, resampler_head_dim=12)
+    perceiver = dict(
+        use_resampler=True, resampler_n_latents=5, resampler_depth=2, resampler_n_heads=3, resampler_head_dim=12
+    )
     vision = vision_fields(num_hidden_layers=2)
     config = transformers.IdeficsConfig(
         vocab_size=96, additional_vocab_size=2, hidden_size=40, intermediate_size=72, num_hidden_layers=4,
@@ -1299,15 +1411,37 @@ def make_flamingo_oracle(transformers, kind):
 
 
 def make_qwen_oracle(transformers, kind):
-    """kind: "qwen2vl" or "qwen2.5vl", perhaps tied. Windows of 20 pixels are 4 x 4 patches (not 5 x 5: a token is not cut in two);
-    layer 1 of 3 looks at the whole frame. Rows and columns of images turn 6 of 8 frequencies; heads are grouped by two."""
+    """kind: "qwen2vl" or "qwen2.5vl", perhaps tied. Windows of 20 pixels are 4 x 4 patches (not 5 x 5: a token is not
+    cut in two); layer 1 of 3 looks at the whole frame. Rows and columns of images turn 6 of 8 frequencies; heads are
+    grouped by two."""
     torch.manual_seed(0)
-    text = dict(text_fields(max_position_embeddings=256, intermediate_size=80, hidden_size=64), num_key_value_heads=2, rms_norm_eps=0.02)
-    text |= dict(rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]}, bos_token_id=1, eos_token_id=2)
+    text = dict(
+        text_fields(max_position_embeddings=256, intermediate_size=80, hidden_size=64),
+        num_key_value_heads=2,
+        rms_norm_eps=0.02,
+    )
+    text |= dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]},
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     vision = dict(depth=3, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
-    ids = dict(image_token_id=98, video_token_id=97, vision_start_token_id=96, vision_end_token_id=95, tie_word_embeddings="tied" in kind)
+    ids = dict(
+        image_token_id=98,
+        video_token_id=97,
+        vision_start_token_id=96,
+        vision_end_token_id=95,
+        tie_word_embeddings="tied" in kind,
+    )
     if kind.startswith("qwen2.5vl"):
-        vision |= dict(hidden_size=48, intermediate_size=72, out_hidden_size=64, window_size=20, fullatt_block_indexes=[1], tokens_per_second=3)
+        vision |= dict(
+            hidden_size=48,
+            intermediate_size=72,
+            out_hidden_size=64,
+            window_size=20,
+            fullatt_block_indexes=[1],
+            tokens_per_second=3,
+        )
         config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids)
         return randomise(transformers.Qwen2_5_VLForConditionalGeneration(config))
     vision |= dict(embed_dim=48, hidden_size=64, mlp_ratio=2, hidden_act="gelu" if "tied" in kind else "quick_gelu")
@@ -1467,8 +1601,8 @@ def test_siglip_preprocessing_equals_the_published_processor():
 
 
 def test_a_long_thin_image_is_preprocessed_without_the_huge_intermediate():
-    """Beyond 16:1 we resize only what survives the crop. Pillow may then take its two passes in the other order, each of
-    which rounds and clips: away from black and white that is two grey levels at most."""
+    """Beyond 16:1 we resize only what survives the crop. Pillow may then take its two passes in the other order, each
+    of which rounds and clips: away from black and white that is two grey levels at most."""
     transformers = quiet_transformers()
     config = replace(clip.PRESETS["clip-vit-base-patch32"].vision, image_size=32)
     processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -1621,7 +1755,10 @@ def test_clip_patches_are_in_reading_order():
 
 
 def test_num_image_tokens_counts_what_the_towers_make():
-    for preset, size, expected in [("clip-vit-base-patch32", (224, 224), 50), ("siglip-base-patch16-224", (224, 224), 196)]:
+    for preset, size, expected in [
+        ("clip-vit-base-patch32", (224, 224), 50),
+        ("siglip-base-patch16-224", (224, 224), 196),
+    ]:
         assert clip.num_image_tokens(*size, clip.PRESETS[preset]) == expected
     assert clip.num_image_tokens(384, 384, clip.PRESETS["siglip-so400m-patch14-384"]) == 27 * 27
     assert llava.num_image_tokens(336, 336, llava.PRESETS["llava-1.5-7b"]) == 576
@@ -1685,7 +1822,9 @@ def test_vilt_hidden_states_equal_the_published_model_patch_by_patch(oracles):
     hidden = ours(pixels, ids, mask, pixel_mask)
     _, real, place = ours.embed(pixels, ids, mask, pixel_mask)
     assert hidden.shape == theirs.last_hidden_state.shape == (3, 9 + 1 + 16, 32)
-    theirs_hidden = theirs.last_hidden_state.clone()  # the published code shuffles the patches of the largest image; unshuffle
+    theirs_hidden = (
+        theirs.last_hidden_state.clone()
+    )  # the published code shuffles the patches of the largest image; unshuffle
     order = torch.cdist(hidden[2, 10:], theirs_hidden[2, 10:]).argmin(1)
     assert sorted(order.tolist()) == list(range(16))
     theirs_hidden[2, 10:] = theirs_hidden[2, 10:][order]
@@ -1698,7 +1837,9 @@ def test_vilt_hidden_states_equal_the_published_model_patch_by_patch(oracles):
 def test_vilt_preprocessing_equals_the_published_processor():
     transformers = quiet_transformers()
     config, processor = vilt.PRESETS["vilt-b32-mlm"], transformers.ViltImageProcessorPil()
-    images = [image.convert("RGB") for image in pictures() if max(image.size) < 9 * min(image.size)]  # thinner: next test
+    images = [
+        image.convert("RGB") for image in pictures() if max(image.size) < 9 * min(image.size)
+    ]  # thinner: next test
     images += [Image.new("RGB", size, "red") for size in ((640, 384), (384, 640), (641, 384), (500, 375), (1000, 500))]
     for batch in ([image] for image in images):
         theirs = processor(batch, return_tensors="pt")
@@ -1720,7 +1861,8 @@ def test_a_thin_image_keeps_at_least_one_patch_where_the_published_processor_fai
 
 @torch.no_grad()
 def test_vilt_padding_of_words_and_patches_changes_nothing(oracles):
-    """A pair alone, and the same pair in a batch beside a longer text and a larger image; text padded left and right."""
+    """A pair alone, and the same pair in a batch beside a longer text and a larger image; text padded left and
+    right."""
     model = vilt.ViLT.from_pretrained(oracles("vilt mlm")[1])
     pixels, ids = torch.randn(1, 3, 16, 24), torch.randint(5, 90, (1, 6))
     alone = model(pixels, ids)
@@ -1755,7 +1897,9 @@ def test_vilt_reads_as_many_patches_as_its_limit_allows():
     _, real, place = model.embed(pixels, ids)
     assert place.tolist() == [[0, 4, 9, 14, 19]] * 2 and real.shape == (2, 4 + 6)
     assert torch.equal(model(pixels, ids), model(pixels, ids))
-    every, _, _ = vilt.ImageEmbedding.forward(model.image, pixels[:, :, :, :8])  # 4 patches: below the limit, all are read
+    every, _, _ = vilt.ImageEmbedding.forward(
+        model.image, pixels[:, :, :, :8]
+    )  # 4 patches: below the limit, all are read
     assert every.shape[1] == 5
     model.train()
     torch.manual_seed(0)
@@ -1837,7 +1981,8 @@ def test_swapped_images_are_wrong_ones_and_none_is_swapped_where_none_is_wrong()
 
 
 def exact_transport(cost):
-    """The best plan between equally many words and patches with equal shares: a permutation (Birkhoff); try them all."""
+    """The best plan between equally many words and patches with equal shares: a permutation (Birkhoff); try them
+    all."""
     import itertools
 
     n = len(cost)
@@ -1857,8 +2002,12 @@ def test_ipot_finds_the_cheapest_plan_with_uniform_marginals():
     assert (plan >= 0).all() and (plan[~words] == 0).all() and (plan.transpose(1, 2)[~patches] == 0).all()
     assert torch.allclose(plan.sum(2), words / words.sum(1, keepdim=True), atol=1e-6), "each word gives an equal share"
     assert torch.allclose(plan.sum(1), patches / patches.sum(1, keepdim=True), atol=5e-3), "each patch has equal room"
-    independent = (words / words.sum(1, keepdim=True))[:, :, None] * (patches / patches.sum(1, keepdim=True))[:, None, :]
-    assert ((plan * cost).sum((1, 2)) < (independent * cost).sum((1, 2))).all(), "cheaper than moving everything everywhere"
+    independent = (words / words.sum(1, keepdim=True))[:, :, None] * (patches / patches.sum(1, keepdim=True))[
+        :, None, :
+    ]
+    assert ((plan * cost).sum((1, 2)) < (independent * cost).sum((1, 2))).all(), (
+        "cheaper than moving everything everywhere"
+    )
 
 
 def test_ipot_needs_no_gradient_and_no_range():
@@ -1875,13 +2024,17 @@ def test_wpa_loss_pulls_matches_together_and_pushes_mismatches_apart():
     words, patches = torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
     before, _ = vilt.transport(text, image, words, patches)
     loss, metrics = vilt.wpa_loss(text, image, words, patches, torch.tensor([1, 0]))
-    assert loss.item() == pytest.approx((before[0] + 2 - before[1]).item() / 2, abs=1e-6)  # the published loss, up to a constant
+    assert loss.item() == pytest.approx(
+        (before[0] + 2 - before[1]).item() / 2, abs=1e-6
+    )  # the published loss, up to a constant
     assert metrics["transport distance"].item() == pytest.approx(before[0].item(), abs=1e-6)
     loss.backward()
     after, _ = vilt.transport((text - 0.1 * text.grad).detach(), image, words, patches)
     assert after[0] < before[0] and after[1] > before[1]
     for label, quiet in ((1, dict(near=2.0)), (0, dict(far=0.0))):
-        assert vilt.wpa_loss(text, image, words, patches, torch.tensor([label] * 2), **quiet)[0] == 0, "enough is enough"
+        assert vilt.wpa_loss(text, image, words, patches, torch.tensor([label] * 2), **quiet)[0] == 0, (
+            "enough is enough"
+        )
 
 
 def test_every_vilt_loss_works_for_a_batch_of_one():
@@ -1894,7 +2047,13 @@ def test_every_vilt_loss_works_for_a_batch_of_one():
         vilt.itm_loss(model.itm_logits(hidden), torch.tensor([1]))[0],
         vilt.vqa_loss(model.vqa_logits(hidden), torch.tensor([[0.0, 1.0, 0.3, 0.0, 0.0]]))[0],
         vilt.rank_loss(model.rank_score(hidden)[None])[0],
-        vilt.wpa_loss(hidden[:, :5], hidden[:, 6:], vilt.text_words(ids, model.config), torch.ones(1, 16).bool(), torch.tensor([0]))[0],
+        vilt.wpa_loss(
+            hidden[:, :5],
+            hidden[:, 6:],
+            vilt.text_words(ids, model.config),
+            torch.ones(1, 16).bool(),
+            torch.tensor([0]),
+        )[0],
     ]
     assert all(loss.isfinite() for loss in losses) and losses[3] == 0  # one candidate: nothing to choose
     sum(losses).backward()
@@ -1907,10 +2066,17 @@ def test_vilt_losses_start_where_they_should_and_equal_the_published_one(oracles
     torch.manual_seed(0)
     model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=vilt.TASKS)).eval()
     hidden = model(torch.randn(8, 3, 32, 32), torch.randint(0, 400, (8, 9)))
-    assert vilt.mlm_loss(model.mlm_logits(hidden[:, :9]), torch.randint(0, 400, (8, 9)))[0].item() == pytest.approx(math.log(512), abs=0.3)
+    assert vilt.mlm_loss(model.mlm_logits(hidden[:, :9]), torch.randint(0, 400, (8, 9)))[0].item() == pytest.approx(
+        math.log(512), abs=0.3
+    )
     assert vilt.itm_loss(model.itm_logits(hidden), torch.arange(8) % 2)[0].item() == pytest.approx(math.log(2), abs=0.2)
-    loss, metrics = vilt.itm_loss(torch.tensor([[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]), torch.tensor([1, 0, 0]))  # yes, no, no
-    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-margin)) for margin in (2, 1, 3)) / 3) and metrics["itm accuracy"] == 1
+    loss, metrics = vilt.itm_loss(
+        torch.tensor([[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]), torch.tensor([1, 0, 0])
+    )  # yes, no, no
+    assert (
+        loss.item() == pytest.approx(sum(math.log1p(math.exp(-margin)) for margin in (2, 1, 3)) / 3)
+        and metrics["itm accuracy"] == 1
+    )
     assert vilt.rank_loss(torch.zeros(3, 16))[0].item() == pytest.approx(math.log(16), abs=1e-6)
     oracle, folder = oracles("vilt vqa")
     ours = vilt.ViLT.from_pretrained(folder)
@@ -1979,7 +2145,9 @@ def test_vilt_reads_old_files_and_refuses_what_it_does_not_know(oracles, tmp_pat
     with pytest.raises(ValueError, match="unknown tensor 'vilt.gate'"):
         vilt.ViLT.from_pretrained(resave(folder, tmp_path / "gate", lambda t: t | {"vilt.gate": torch.ones(2)}))
     with pytest.raises(ValueError, match="1 tensors are missing.*pooler.bias"):
-        vilt.ViLT.from_pretrained(resave(folder, tmp_path / "less", lambda t: {n: x for n, x in t.items() if n != "vilt.pooler.dense.bias"}))
+        vilt.ViLT.from_pretrained(
+            resave(folder, tmp_path / "less", lambda t: {n: x for n, x in t.items() if n != "vilt.pooler.dense.bias"})
+        )
     raw = json.loads((folder / "config.json").read_text())
     for change, message in [
         ({"model_type": "vit"}, "holds a 'vit' checkpoint; vilt.py reads 'vilt'"),
@@ -2000,7 +2168,9 @@ def test_the_short_published_vilt_configs_mean_the_presets(tmp_path):
     ]:
         assert vilt.config_from_published({"model_type": "vilt"} | raw, tmp_path) == vilt.PRESETS[preset]
     config = vilt.PRESETS["vilt-b32-mlm"]
-    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 384}, "size_divisor": 32, "image_mean": [0.4, 0.5, 0.6]}')
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"size": {"shortest_edge": 384}, "size_divisor": 32, "image_mean": [0.4, 0.5, 0.6]}'
+    )
     assert vilt.image_config_from_published(config, tmp_path) == replace(config, mean=(0.4, 0.5, 0.6))
     for wrong in ('{"size": 224}', '{"size_divisor": 16}'):
         (tmp_path / "preprocessor_config.json").write_text(wrong)
@@ -2030,7 +2200,9 @@ def row_with_images(length, starts, seed=0, tokens=16):
     return ids
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava with grouped heads", "llava with class token", "llava with tied embeddings"])
+@pytest.mark.parametrize(
+    "kind", ["llava", "llava with grouped heads", "llava with class token", "llava with tied embeddings"]
+)
 @torch.no_grad()
 def test_llava_logits_equal_the_published_model(oracles, kind):
     """One image, several images in a row, none in another; with and without padding on the left and on the right."""
@@ -2039,7 +2211,9 @@ def test_llava_logits_equal_the_published_model(oracles, kind):
     tokens = 17 if kind == "llava with class token" else 16
     one = row_with_images(30, [4], tokens=tokens)[None]
     close(ours(one, pixels := torch.randn(1, 3, 32, 32)), oracle(input_ids=one, pixel_values=pixels).logits)
-    ids = torch.stack([row_with_images(45, [3, 24], 1, tokens), row_with_images(45, [6], 2, tokens), row_with_images(45, [], 3)])
+    ids = torch.stack(
+        [row_with_images(45, [3, 24], 1, tokens), row_with_images(45, [6], 2, tokens), row_with_images(45, [], 3)]
+    )
     pixels = torch.randn(3, 3, 32, 32)
     close(ours(ids, pixels), oracle(input_ids=ids, pixel_values=pixels).logits)
     for padding in (slice(0, 3), slice(42, 45)):
@@ -2066,7 +2240,11 @@ def test_llava_generates_the_same_greedy_tokens_as_the_published_model(oracles, 
 def test_llava_padding_on_either_side_gives_the_unpadded_logits_and_words(oracles):
     model = llava.LLaVA.from_pretrained(oracles("llava")[1])
     ids, pixels = row_with_images(30, [4])[None], torch.randn(1, 3, 32, 32)
-    pad, off, on = torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.bool), torch.ones(1, 30, dtype=torch.bool)
+    pad, off, on = (
+        torch.zeros(1, 5, dtype=torch.long),
+        torch.zeros(1, 5, dtype=torch.bool),
+        torch.ones(1, 30, dtype=torch.bool),
+    )
     expected, words = model(ids, pixels), model.generate(ids, pixels, max_new_tokens=9)
     left, left_mask = torch.cat([pad, ids], 1), torch.cat([off, on], 1)
     right, right_mask = torch.cat([ids, pad], 1), torch.cat([on, off], 1)
@@ -2126,8 +2304,13 @@ def test_llava_images_fill_the_placeholders_in_their_order(oracles):
 def test_llava_a_placeholder_too_few_or_too_many_is_an_error_with_both_counts(oracles):
     model = llava.LLaVA.from_pretrained(oracles("llava")[1])
     ids, pixels = row_with_images(30, [4])[None], torch.randn(1, 3, 32, 32)
-    for wrong, found in ((ids.masked_fill(torch.arange(30) == 4, 5), 15), (ids.masked_fill(torch.arange(30) == 20, 98), 17)):
-        with pytest.raises(ValueError, match=rf"{found} image tokens.*1 image\(s\) need 16: 32 x 32 pixels in patches of 8 are 4 x 4"):
+    for wrong, found in (
+        (ids.masked_fill(torch.arange(30) == 4, 5), 15),
+        (ids.masked_fill(torch.arange(30) == 20, 98), 17),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{found} image tokens.*1 image\(s\) need 16: 32 x 32 pixels in patches of 8 are 4 x 4"
+        ):
             model(wrong, pixels)
     with pytest.raises(ValueError, match="16 image tokens in the ids, but no image"):
         model(ids)
@@ -2182,7 +2365,9 @@ def test_llava_prompts_have_one_placeholder_per_image():
 def test_language_loss_shifts_labels_once_and_ignores_what_does_not_count():
     logits = torch.randn(2, 5, 11)
     labels = torch.tensor([[1, 2, 3, -100, 4], [-100, -100, 5, 6, -100]])
-    expected = [logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(1, 5) if labels[b, t] >= 0]
+    expected = [
+        logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(1, 5) if labels[b, t] >= 0
+    ]
     loss, _ = llava.language_loss(logits, labels)
     assert loss.item() == pytest.approx(-torch.stack(expected).mean().item(), abs=1e-6)
     with pytest.raises(ValueError, match="no label to learn from"):
@@ -2396,7 +2581,9 @@ def test_blip2_presets_have_the_shapes_of_the_published_classes(preset):
     config, opt = blip2.PRESETS[preset], blip2.PRESETS[preset].language
     sizes = {}
     if opt is not None:
-        sizes = dict(hidden_size=opt.width, num_hidden_layers=opt.layers, num_attention_heads=opt.heads, ffn_dim=opt.mlp_width)
+        sizes = dict(
+            hidden_size=opt.width, num_hidden_layers=opt.layers, num_attention_heads=opt.heads, ffn_dim=opt.mlp_width
+        )
     whole = transformers.Blip2Config(
         qformer_config=dict(vocab_size=config.qformer.vocab_size, use_qformer_text_input=config.qformer.text),
         text_config=transformers.OPTConfig(**sizes).to_dict(),
@@ -2414,7 +2601,11 @@ def test_blip2_padding_on_either_side_gives_the_unpadded_answer(oracles):
     """Of the decoder, and of the Q-Former in each of its three modes."""
     model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
     ids, pixels = row_with_queries(20)[None], torch.randn(1, 3, 32, 32)
-    pad, off, on = torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.bool), torch.ones(1, 26, dtype=torch.bool)
+    pad, off, on = (
+        torch.zeros(1, 5, dtype=torch.long),
+        torch.zeros(1, 5, dtype=torch.bool),
+        torch.ones(1, 26, dtype=torch.bool),
+    )
     expected, words = model(pixels, ids), model.generate(ids, pixels, max_new_tokens=9)
     left, left_mask = torch.cat([pad, ids], 1), torch.cat([off, on], 1)
     right, right_mask = torch.cat([ids, pad], 1), torch.cat([on, off], 1)
@@ -2485,7 +2676,8 @@ def pick_column(line, attends):
 
 @torch.no_grad()
 def test_blip2_itc_queries_and_words_do_not_meet_and_itg_words_see_no_later_word(oracles):
-    """Leaks are looked for in the outputs: what may not be seen leaves every bit as it was, what may be seen does not."""
+    """Leaks are looked for in the outputs: what may not be seen leaves every bit as it was, what may be seen does
+    not."""
     model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
     pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(3, 80, (2, 8))
     image, queries = model.encode_image(pixels), model.query_tokens.expand(2, -1, -1)
@@ -2495,8 +2687,16 @@ def test_blip2_itc_queries_and_words_do_not_meet_and_itg_words_see_no_later_word
     def outputs(attends, image, ids):
         return model.qformer(queries, image, ids, attends=attends)
 
-    for attends, query_sees_text, text_sees_image in (("contrastive", False, False), ("matching", True, True), ("generation", False, True)):
-        before, later, elsewhere = outputs(attends, image, ids), outputs(attends, image, changed), outputs(attends, other, ids)
+    for attends, query_sees_text, text_sees_image in (
+        ("contrastive", False, False),
+        ("matching", True, True),
+        ("generation", False, True),
+    ):
+        before, later, elsewhere = (
+            outputs(attends, image, ids),
+            outputs(attends, image, changed),
+            outputs(attends, other, ids),
+        )
         assert torch.equal(before[0], later[0]) != query_sees_text, attends
         assert torch.equal(before[1], elsewhere[1]) != text_sees_image, attends
         assert torch.equal(before[1][:, :5], later[1][:, :5]) == (attends == "generation"), attends
@@ -2518,7 +2718,9 @@ def test_blip2_a_later_word_or_another_image_changes_only_what_follows(oracles):
     assert torch.equal(model(pixels, changed)[:, :25], before[:, :25])
     after = model(pixels + 1, ids)
     assert torch.equal(after[:, :4], before[:, :4]) and not torch.equal(after[:, 4:], before[:, 4:])
-    assert torch.equal(model(None, ids[:, 10:]), model.language(ids[:, 10:]))  # without an image it is its language model
+    assert torch.equal(
+        model(None, ids[:, 10:]), model.language(ids[:, 10:])
+    )  # without an image it is its language model
 
 
 @torch.no_grad()
@@ -2529,8 +2731,13 @@ def test_blip2_the_decoder_gets_as_many_vectors_as_there_are_queries(oracles):
         x = model.embed(ids, pixels)
         assert blip2.num_image_tokens(*size, model.config) == 6
         assert torch.equal(x[:, 2:8], model.language_projection(model.query(model.encode_image(pixels))))
-        for wrong, found in ((ids.masked_fill(torch.arange(11) == 3, 5), 10), (ids.masked_fill(torch.arange(11) == 9, 98), 14)):
-            with pytest.raises(ValueError, match=rf"{found} image tokens.*2 image\(s\) need 12: 6 queries each.*{size[0]} x {size[1]}"):
+        for wrong, found in (
+            (ids.masked_fill(torch.arange(11) == 3, 5), 10),
+            (ids.masked_fill(torch.arange(11) == 9, 98), 14),
+        ):
+            with pytest.raises(
+                ValueError, match=rf"{found} image tokens.*2 image\(s\) need 12: 6 queries each.*{size[0]} x {size[1]}"
+            ):
                 model(pixels, wrong)
     with pytest.raises(ValueError, match="6 image tokens in the ids, but no image"):
         model(None, ids[:1])
@@ -2556,9 +2763,13 @@ def test_blip2_training_moves_what_freeze_says_and_not_one_bit_else(stage):
     model = blip2.BLIP2(blip2.PRESETS["tiny"])
     pixels, ids = toy_pairs(4)
     both = ("query_tokens", "vision.ln_post.", "qformer.")
-    trained = both + (("vision_projection.", "text_projection.", "itm_head.") if stage == 1 else ("language_projection.",))
+    trained = both + (
+        ("vision_projection.", "text_projection.", "itm_head.") if stage == 1 else ("language_projection.",)
+    )
     text_side = r"qformer\.(word|position)_embeddings|_text\."
-    moves = {n for n, _ in model.named_parameters() if n.startswith(trained) and (stage == 1 or not re.search(text_side, n))}
+    moves = {
+        n for n, _ in model.named_parameters() if n.startswith(trained) and (stage == 1 or not re.search(text_side, n))
+    }
     parameters = blip2.freeze(model, stage)
     assert len(parameters) == len(moves)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -2567,7 +2778,9 @@ def test_blip2_training_moves_what_freeze_says_and_not_one_bit_else(stage):
         if stage == 1:
             loss = model.stage1_loss(pixels, ids, generator=torch.Generator().manual_seed(step))[0]
         else:
-            loss = blip2.language_loss(model(pixels, with_placeholders(ids, model.config)), with_placeholders(ids, model.config))[0]
+            loss = blip2.language_loss(
+                model(pixels, with_placeholders(ids, model.config)), with_placeholders(ids, model.config)
+            )[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -2623,7 +2836,9 @@ def test_blip2_losses_start_where_nothing_is_known():
     pixels, ids = toy_pairs(8)
     assert model.itg_loss(pixels, ids)[0].item() == pytest.approx(math.log(512), abs=0.2)
     model.requires_grad_(False)
-    loss = blip2.language_loss(model(pixels, with_placeholders(ids, model.config)), with_placeholders(ids, model.config))[0]
+    loss = blip2.language_loss(
+        model(pixels, with_placeholders(ids, model.config)), with_placeholders(ids, model.config)
+    )[0]
     assert loss.item() == pytest.approx(math.log(512), abs=0.2)
 
 
@@ -2645,7 +2860,9 @@ def test_blip2_itc_loss_equals_a_loop_and_the_best_query_speaks_for_its_image():
 def test_hard_negatives_are_drawn_in_proportion_to_similarity_and_never_the_same_text():
     cosines = torch.tensor([[0.9, 0.1, 0.2, 0.2], [0.3, 0.9, 0.3, 0.9], [0.0, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]])
     ids = torch.tensor([[1, 5, 6, 9], [1, 7, 9, 9], [1, 8, 9, 9], [1, 7, 9, 0]])  # 1 and 3 are equal, but for padding
-    same = blip2.same_text(ids, torch.tensor([[True] * 4, [True, True, True, False], [True] * 4, [True, True, True, False]]))
+    same = blip2.same_text(
+        ids, torch.tensor([[True] * 4, [True, True, True, False], [True] * 4, [True, True, True, False]])
+    )
     assert same.int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
     generator, counts = torch.Generator().manual_seed(0), torch.zeros(4, 4)
     for _ in range(4000):
@@ -2666,18 +2883,22 @@ def test_blip2_every_loss_works_for_a_batch_of_one_and_for_equal_captions():
     loss, metrics = model.stage1_loss(pixels, ids)
     loss.backward()
     assert loss.isfinite() and metrics["itc"] == 0  # nothing to tell apart, and no negative: ITM has its positive alone
-    assert metrics["itm"].item() == pytest.approx(F.cross_entropy(model.itm(pixels, ids), torch.ones(1).long()).item(), abs=1e-5)
+    assert metrics["itm"].item() == pytest.approx(
+        F.cross_entropy(model.itm(pixels, ids), torch.ones(1).long()).item(), abs=1e-5
+    )
     pixels, ids = torch.randn(4, 3, 32, 32), ids.expand(4, -1)
     loss, metrics = model.stage1_loss(pixels, ids)
     assert loss.isfinite() and metrics["itc"] >= math.log(4) - 1e-4
-    assert metrics["itm"].item() == pytest.approx(F.cross_entropy(model.itm(pixels, ids), torch.ones(4).long()).item(), abs=1e-5)
+    assert metrics["itm"].item() == pytest.approx(
+        F.cross_entropy(model.itm(pixels, ids), torch.ones(4).long()).item(), abs=1e-5
+    )
     for p in model.parameters():
         assert p.grad is None or p.grad.isfinite().all()
 
 
 def test_blip2_stage_1_judges_every_pair_and_its_hard_negatives(monkeypatch):
-    """3B rows: the pairs, each image with a wrong text, each text with a wrong image. Texts 0 and 3 say the same, so neither
-    is wrong beside the other's image."""
+    """3B rows: the pairs, each image with a wrong text, each text with a wrong image. Texts 0 and 3 say the same, so
+    neither is wrong beside the other's image."""
     torch.manual_seed(0)
     model = blip2.BLIP2(blip2.PRESETS["tiny"])
     pixels, ids = toy_pairs(5)
@@ -2791,12 +3012,17 @@ def test_blip2_cross_attention_maps_are_of_the_layers_that_look_at_the_image():
         model.itm(pixels, ids)
     crosses = [x for name, x in t.rows if name == "cross-attention weights"]
     selves = [x for name, x in t.rows if name == "self-attention weights"]
-    assert [list(x.shape) for x in crosses] == [[2, 2, 16, 17]] * 2 and [list(x.shape) for x in selves] == [[2, 2, 23, 23]] * 4
+    assert [list(x.shape) for x in crosses] == [[2, 2, 16, 17]] * 2 and [list(x.shape) for x in selves] == [
+        [2, 2, 23, 23]
+    ] * 4
     assert all(torch.allclose(x.sum(-1), torch.ones(()), atol=1e-5) for x in crosses + selves)
 
 
 BROKEN_BLIP2 = {
-    "tensor is missing": (lambda t: {k: v for k, v in t.items() if k != "query_tokens"}, "1 tensors are missing.*query_tokens"),
+    "tensor is missing": (
+        lambda t: {k: v for k, v in t.items() if k != "query_tokens"},
+        "1 tensors are missing.*query_tokens",
+    ),
     "fused matrix is missing": (
         lambda t: {k: v for k, v in t.items() if k != "vision_model.encoder.layers.1.self_attn.qkv.weight"},
         "3 tensors are missing.*vision.blocks.1.attn.k_proj.weight",
@@ -2832,14 +3058,21 @@ def test_blip2_reads_old_files_and_refuses_other_language_models(oracles, tmp_pa
 
     def old(tensors):
         table = tensors["language_model.model.decoder.embed_tokens.weight"]
-        return tensors | {"language_model.lm_head.weight": table.clone(), "embeddings.position_ids": torch.arange(20)[None]}
+        return tensors | {
+            "language_model.lm_head.weight": table.clone(),
+            "embeddings.position_ids": torch.arange(20)[None],
+        }
 
     oracle.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     for loaded in (resave(folder, tmp_path / "old", old), tmp_path / "shards"):
         for name, parameter in blip2.BLIP2.from_pretrained(loaded).named_parameters():
             assert torch.equal(parameter, expected[name]), name
-    wrong = resave(folder, tmp_path / "untied", lambda tensors: {n: t + (n.endswith("lm_head.weight")) for n, t in old(tensors).items()})
+    wrong = resave(
+        folder,
+        tmp_path / "untied",
+        lambda tensors: {n: t + (n.endswith("lm_head.weight")) for n, t in old(tensors).items()},
+    )
     with pytest.raises(ValueError, match="should equal the tensor it is tied to"):
         blip2.BLIP2.from_pretrained(wrong)
     raw = json.loads((folder / "config.json").read_text())
@@ -2858,7 +3091,13 @@ def test_blip2_reads_old_files_and_refuses_other_language_models(oracles, tmp_pa
 def test_the_short_published_blip2_configs_mean_the_presets(tmp_path):
     text = dict(model_type="opt", hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32)
     text |= dict(word_embed_proj_dim=2560, eos_token_id=50118)
-    raw = {"model_type": "blip-2", "vision_config": {}, "qformer_config": {}, "text_config": text, "image_token_index": 50265}
+    raw = {
+        "model_type": "blip-2",
+        "vision_config": {},
+        "qformer_config": {},
+        "text_config": text,
+        "image_token_index": 50265,
+    }
     ours = blip2.config_from_published(raw, tmp_path)
     assert replace(ours, qformer=blip2.QUERIES_ONLY) == blip2.PRESETS["blip2-opt-2.7b"]
     assert not ours.qformer.text and ours.qformer.queries == 32
@@ -2871,8 +3110,8 @@ def test_the_short_published_blip2_configs_mean_the_presets(tmp_path):
 
 
 def rows_with_media(seed=1):
-    """Three rows of 18 tokens and the media_mask: text before the first of two images; two images in a row at the start;
-    one image, at the end. 97 is <image>. The third row's second medium is padding."""
+    """Three rows of 18 tokens and the media_mask: text before the first of two images; two images in a row at the
+    start; one image, at the end. 97 is <image>. The third row's second medium is padding."""
     ids = torch.randint(3, 90, (3, 18), generator=torch.Generator().manual_seed(seed))
     for row, places in enumerate(((4, 11), (0, 1), (15,))):
         ids[row, list(places)] = 97
@@ -2902,7 +3141,8 @@ FLAMINGO_ORACLES = ["flamingo", "flamingo with vectors", "flamingo without qk no
 @pytest.mark.parametrize("kind", FLAMINGO_ORACLES)
 @torch.no_grad()
 def test_flamingo_logits_equal_the_published_model(oracles, kind):
-    """One image and several, text before the first, media that are padding; padded text on the left and on the right."""
+    """One image and several, text before the first, media that are padding; padded text on the left and on the
+    right."""
     oracle, folder = oracles(kind)
     ours = flamingo.Flamingo.from_pretrained(folder)
     ids, media_mask = rows_with_media()
@@ -2936,12 +3176,16 @@ def test_flamingo_generates_the_same_greedy_tokens_as_the_published_model(oracle
     media, mask = media_of(ids, media_mask), torch.ones_like(ids, dtype=torch.bool)
     mask[0, :3] = False
     options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=mask.int())
-    theirs = oracle.generate(input_ids=ids, pixel_values=media, image_attention_mask=published_image_mask(ids, 2), **options)
+    theirs = oracle.generate(
+        input_ids=ids, pixel_values=media, image_attention_mask=published_image_mask(ids, 2), **options
+    )
     for _ in range(2):  # twice: nothing is remembered
         assert torch.equal(ours.generate(ids, media, mask, media_mask, max_new_tokens=20), theirs[:, 18:])
     nobody = torch.zeros(3, 18, 1, dtype=torch.long)
     text = ids.masked_fill(ids == 97, 5)
-    theirs = oracle.generate(input_ids=text, pixel_values=torch.zeros(3, 1, 3, 32, 32), image_attention_mask=nobody, **options)
+    theirs = oracle.generate(
+        input_ids=text, pixel_values=torch.zeros(3, 1, 3, 32, 32), image_attention_mask=nobody, **options
+    )
     assert torch.equal(ours.generate(text, mask=mask, max_new_tokens=20), theirs[:, 18:])
 
 
@@ -2963,12 +3207,21 @@ def test_flamingo_loads_shards_folds_the_new_rows_and_keeps_ties(oracles, tmp_pa
 
 @pytest.mark.parametrize("preset", ["idefics-9b", "idefics-80b"])
 def test_flamingo_presets_have_the_shapes_of_the_published_class(preset):
-    """Parameter by parameter: the class of transformers at the sizes of the published config.json, on the meta device."""
+    """Parameter by parameter: the class of transformers at the sizes of the published config.json, on the meta
+    device."""
     transformers = quiet_transformers()
     config = flamingo.PRESETS[preset]
     c = config.language
-    raw = dict(hidden_size=c.width, intermediate_size=c.mlp_width, num_hidden_layers=c.layers, num_attention_heads=c.heads)
-    raw |= dict(additional_vocab_size=2, cross_layer_interval=4, qk_layer_norms=True, use_resampler=True, rms_norm_eps=c.norm_eps)
+    raw = dict(
+        hidden_size=c.width, intermediate_size=c.mlp_width, num_hidden_layers=c.layers, num_attention_heads=c.heads
+    )
+    raw |= dict(
+        additional_vocab_size=2,
+        cross_layer_interval=4,
+        qk_layer_norms=True,
+        use_resampler=True,
+        rms_norm_eps=c.norm_eps,
+    )
     raw |= dict(perceiver_config={"qk_layer_norms_perceiver": True}, vision_config={"embed_dim": 1280})
     with torch.device("meta"):
         theirs = transformers.IdeficsForVisionText2Text(transformers.IdeficsConfig(**raw))
@@ -3021,11 +3274,14 @@ def test_flamingo_reads_old_flat_configs_and_refuses_what_it_cannot(oracles, tmp
 
 def open_flamingo_helpers():
     """The modules of open_flamingo. The package asks for torch 2.0.1 and nothing else, so it cannot stand in
-    requirements-dev.txt beside ours; its one file with the modules needs einops alone. CI installs it so, see .ci/run. Without
-    it the same two modules are still held against loops and formulas: the tests "in double precision" and "by hand"."""
+    requirements-dev.txt beside ours; its one file with the modules needs einops alone. CI installs it so, see .ci/run.
+    Without it the same two modules are still held against loops and formulas: the tests "in double precision" and "by
+    hand"."""
     found = importlib.util.find_spec("open_flamingo")
     if found is None or importlib.util.find_spec("einops_exts") is None:
-        pytest.skip("open_flamingo asks for torch 2.0.1; to run this: pip install --no-deps open_flamingo==2.0.1 einops einops_exts")
+        pytest.skip(
+            "open_flamingo asks for torch 2.0.1; to run this: pip install --no-deps open_flamingo==2.0.1 einops einops_exts"
+        )
     spec = importlib.util.spec_from_file_location("open_flamingo_helpers", Path(found.origin).parent / "src/helpers.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -3048,7 +3304,9 @@ def fill(ours, theirs, names):
 def test_resampler_and_gated_block_equal_open_flamingos():
     helpers = open_flamingo_helpers()
     torch.manual_seed(0)
-    theirs = randomise(helpers.PerceiverResampler(dim=24, depth=2, dim_head=6, heads=3, num_latents=5, max_num_frames=4))
+    theirs = randomise(
+        helpers.PerceiverResampler(dim=24, depth=2, dim_head=6, heads=3, num_latents=5, max_num_frames=4)
+    )
     ours = flamingo.PerceiverResampler(24, flamingo.ResamplerConfig(5, 2, 3, 6, 96, "gelu", qk_norm=False, frames=4))
     inside = dict(norm="norm", to_q="attn.q_proj", to_kv="attn.to_kv", to_out="attn.o_proj")
     inside = [(rf"(layers\.\d)\.0\.{a}", rf"\1.{b}") for a, b in inside.items()]
@@ -3078,8 +3336,13 @@ def test_resampler_and_gated_block_equal_open_flamingos():
 def test_resampler_equals_loops_in_double_precision():
     """Time embeddings, frames that are padding, norms on queries and keys: every latent asked one by one."""
     torch.manual_seed(1)
-    ours = randomise(flamingo.PerceiverResampler(12, flamingo.ResamplerConfig(3, 2, 2, 4, 20, "relu", qk_norm=True, frames=4))).double()
-    x, frame_mask = torch.randn(2, 4, 5, 12).double(), torch.tensor([[True, True, True, True], [True, False, True, False]])
+    ours = randomise(
+        flamingo.PerceiverResampler(12, flamingo.ResamplerConfig(3, 2, 2, 4, 20, "relu", qk_norm=True, frames=4))
+    ).double()
+    x, frame_mask = (
+        torch.randn(2, 4, 5, 12).double(),
+        torch.tensor([[True, True, True, True], [True, False, True, False]]),
+    )
 
     def norm(layer, v):
         return (v - v.mean()) / (v.var(correction=0) + 1e-5).sqrt() * layer.weight + layer.bias
@@ -3127,7 +3390,8 @@ def test_flamingo_with_closed_gates_is_its_language_model_to_the_bit(oracles):
 @torch.no_grad()
 def test_flamingo_a_word_depends_on_the_images_it_should_and_on_no_other(oracles):
     """Change image 2: every layer's state of the words before <image> 2 stays, bit for bit; those after it move. Change
-    image 1: the inserted blocks between move only the words that look at it; the others follow by self-attention alone."""
+    image 1: the inserted blocks between move only the words that look at it; the others follow by self-attention
+    alone."""
     model = flamingo.Flamingo.from_pretrained(oracles("flamingo")[1])
     ids, media_mask = rows_with_media()
     ids, media = ids[:1], media_of(ids, media_mask)[:1]  # images at 4 and 11 of 18 tokens
@@ -3148,7 +3412,9 @@ def test_flamingo_a_word_depends_on_the_images_it_should_and_on_no_other(oracles
     other[0, 0] += 1
     first = dict(before)["gated_blocks.0"] != dict(states(other))["gated_blocks.0"]
     assert first.any(-1)[0].tolist() == [4 <= t < 11 for t in range(18)]
-    assert torch.equal(dict(before)["gated_blocks.0"][:, :4], dict(states(media * 7))["gated_blocks.0"][:, :4])  # sees none
+    assert torch.equal(
+        dict(before)["gated_blocks.0"][:, :4], dict(states(media * 7))["gated_blocks.0"][:, :4]
+    )  # sees none
 
 
 @torch.no_grad()
@@ -3177,7 +3443,11 @@ def test_flamingo_padding_of_words_and_media_changes_nothing(oracles):
     ids, media_mask = rows_with_media()
     ids, media = ids[:1], media_of(ids, media_mask)[:1]
     expected, words = model(ids, media), model.generate(ids, media, max_new_tokens=9)
-    pad, off, on = torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.bool), torch.ones(1, 18, dtype=torch.bool)
+    pad, off, on = (
+        torch.zeros(1, 5, dtype=torch.long),
+        torch.zeros(1, 5, dtype=torch.bool),
+        torch.ones(1, 18, dtype=torch.bool),
+    )
     for row, mask, real in ((torch.cat([pad, ids], 1), torch.cat([off, on], 1), slice(5, None)),
                             (torch.cat([ids, pad], 1), torch.cat([on, off], 1), slice(0, 18))):  # fmt: skip
         close(model(row, media, mask)[:, real], expected)
@@ -3199,14 +3469,17 @@ def test_flamingo_cached_logits_equal_uncached_ones(oracles):
     cache = flamingo.Cache(decoder.config, 3, 18, like=media)
     pieces = []
     for start, end in ((0, 16), (16, 17), (17, 18)):
-        pieces.append(decoder.lm_head(decoder.hidden(decoder.embed_tokens(ids[:, start:end]), mask[:, start:end], cache)))
+        pieces.append(
+            decoder.lm_head(decoder.hidden(decoder.embed_tokens(ids[:, start:end]), mask[:, start:end], cache))
+        )
     close(torch.cat(pieces, 1)[mask], whole[mask])
 
 
 @torch.no_grad()
 def test_a_video_of_any_length_becomes_as_many_latents():
     """One frame and a thousand: the same number of latents, and the memory of the thousand is that of its features. The
-    order of the frames matters, through the time embeddings; more than were trained are interpolated between the ends."""
+    order of the frames matters, through the time embeddings; more than were trained are interpolated between the
+    ends."""
     torch.manual_seed(0)
     config = flamingo.PRESETS["tiny"]
     model, ids = flamingo.Flamingo(config).eval(), torch.tensor([[5, config.image_token_id, 7]])
@@ -3266,7 +3539,12 @@ def test_flamingo_media_that_do_not_fit_the_ids_are_an_error_with_both_counts(or
         model(ids, media, media_mask=torch.tensor([[True, True], [False, False], [True, False]]))
     with pytest.raises(ValueError, match="5 <image> in the ids, but no image was given"):
         model(ids)
-    for wrong in (dict(ids=ids[0]), dict(ids=ids[:, :0]), dict(ids=ids, mask=torch.ones(3, 18)), dict(ids=ids, mask=torch.ones(3, 5, dtype=torch.bool))):
+    for wrong in (
+        dict(ids=ids[0]),
+        dict(ids=ids[:, :0]),
+        dict(ids=ids, mask=torch.ones(3, 18)),
+        dict(ids=ids, mask=torch.ones(3, 5, dtype=torch.bool)),
+    ):
         with pytest.raises(ValueError, match=r"(ids|mask) must be"):
             model(media=media, media_mask=media_mask, **wrong)
     with pytest.raises(ValueError, match="no image was given"):
@@ -3317,7 +3595,9 @@ def test_flamingo_trains_what_is_inserted_and_the_new_rows_and_not_one_bit_else(
         logits = model.language(text)
         for name, p in model.language.named_parameters():
             p.copy_(before[f"language.{name}"])
-        assert torch.equal(logits[..., old], model.language(text)[..., old])  # what the frozen model says of its own words
+        assert torch.equal(
+            logits[..., old], model.language(text)[..., old]
+        )  # what the frozen model says of its own words
 
 
 def test_flamingo_labels_count_text_only():
@@ -3376,12 +3656,19 @@ def test_the_gated_block_of_the_paper_by_hand():
     x, latents = torch.randn(1, 1, 8), torch.randn(1, 3, 12)
     k, v = block.cross_attn.keys_values(latents)
     ours = block(x, torch.tensor([[0]]), (k, v, torch.tensor([[0, 0, 0]])))
-    state, norm = block.state_dict(), lambda y, name: F.layer_norm(y, (8,), block.state_dict()[f"{name}.weight"], block.state_dict()[f"{name}.bias"])
+    state, norm = (
+        block.state_dict(),
+        lambda y, name: F.layer_norm(y, (8,), block.state_dict()[f"{name}.weight"], block.state_dict()[f"{name}.bias"]),
+    )
     q = norm(x, "input_layernorm")[0, 0] @ state["cross_attn.q_proj.weight"].T
     seen = []
     for h in (slice(0, 4), slice(4, 8)):
-        weights = torch.softmax(torch.stack([q[h] @ (state["cross_attn.k_proj.weight"] @ z)[h] for z in latents[0]]) / 2, 0)
-        seen.append(sum(w * (state["cross_attn.v_proj.weight"] @ z)[h] for w, z in zip(weights, latents[0], strict=True)))
+        weights = torch.softmax(
+            torch.stack([q[h] @ (state["cross_attn.k_proj.weight"] @ z)[h] for z in latents[0]]) / 2, 0
+        )
+        seen.append(
+            sum(w * (state["cross_attn.v_proj.weight"] @ z)[h] for w, z in zip(weights, latents[0], strict=True))
+        )
     y = x + state["attn_gate"].tanh() * (torch.cat(seen) @ state["cross_attn.o_proj.weight"].T)
     inner = F.gelu(norm(y, "post_attention_layernorm") @ state["mlp.0.weight"].T)
     close(ours, y + state["ffw_gate"].tanh() * (inner @ state["mlp.2.weight"].T))
@@ -3420,10 +3707,23 @@ def test_flamingo_can_learn_one_batch_by_heart():
 
 
 def cogvlm_fields(second=False):
-    """The published config.json at toy size; second: CogVLM2. No number is a default of ours: what is not read is noticed."""
-    vision = dict(hidden_size=16, num_hidden_layers=3, num_heads=2, intermediate_size=24, patch_size=8, in_channels=3, dropout_prob=0.0)
-    vision |= dict(image_size=32 if second else 24, num_positions=17 if second else 10, hidden_act="gelu", layer_norm_eps=0.02)
-    fields = dict(architectures=["CogVLMForCausalLM"], vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+    """The published config.json at toy size; second: CogVLM2. No number is a default of ours: what is not read is
+    noticed."""
+    vision = dict(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_heads=2,
+        intermediate_size=24,
+        patch_size=8,
+        in_channels=3,
+        dropout_prob=0.0,
+    )
+    vision |= dict(
+        image_size=32 if second else 24, num_positions=17 if second else 10, hidden_act="gelu", layer_norm_eps=0.02
+    )
+    fields = dict(
+        architectures=["CogVLMForCausalLM"], vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=2
+    )
     fields |= dict(num_attention_heads=4, max_position_embeddings=64, rms_norm_eps=0.05, bos_token_id=4, eos_token_id=5)
     return fields | dict(vision_config=vision) | (dict(num_multi_query_heads=2) if second else {})
 
@@ -3438,7 +3738,10 @@ def cogvlm_tensors(raw, seed=0):
         at = f"model.layers.{i}."
         shapes |= {f"{at}input_layernorm.weight": (D,), f"{at}post_attention_layernorm.weight": (D,)}
         for kind in ("vision", "language"):
-            shapes |= {f"{at}self_attn.{kind}_expert_query_key_value.weight": (qkv, D), f"{at}self_attn.{kind}_expert_dense.weight": (D, D)}
+            shapes |= {
+                f"{at}self_attn.{kind}_expert_query_key_value.weight": (qkv, D),
+                f"{at}self_attn.{kind}_expert_dense.weight": (D, D),
+            }
             shapes |= {f"{at}mlp.{kind}_mlp.{name}_proj.weight": (M, D) for name in ("gate", "up")}
             shapes |= {f"{at}mlp.{kind}_mlp.down_proj.weight": (D, M)}
         if second:
@@ -3448,12 +3751,22 @@ def cogvlm_tensors(raw, seed=0):
     shapes |= {at + "position_embedding.weight": (v["num_positions"], Dv)}
     for i in range(v["num_hidden_layers"]):
         at = f"model.vision.transformer.layers.{i}."
-        for name, rows, columns in (("attention.query_key_value", 3 * Dv, Dv), ("attention.dense", Dv, Dv), ("mlp.fc1", Mv, Dv), ("mlp.fc2", Dv, Mv)):
+        for name, rows, columns in (
+            ("attention.query_key_value", 3 * Dv, Dv),
+            ("attention.dense", Dv, Dv),
+            ("mlp.fc1", Mv, Dv),
+            ("mlp.fc2", Dv, Mv),
+        ):
             shapes |= {f"{at}{name}.weight": (rows, columns), f"{at}{name}.bias": (rows,)}
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes |= {f"{at}{name}.weight": (Dv,), f"{at}{name}.bias": (Dv,)}
     at = "model.vision.linear_proj."
-    shapes |= {at + "linear_proj.weight": (D, Dv), at + "norm1.weight": (D,), at + "norm1.bias": (D,), at + "dense_4h_to_h.weight": (D, M)}
+    shapes |= {
+        at + "linear_proj.weight": (D, Dv),
+        at + "norm1.weight": (D,),
+        at + "norm1.bias": (D,),
+        at + "dense_4h_to_h.weight": (D, M),
+    }
     shapes |= {at + "dense_h_to_4h.weight": (M, D), at + "gate_proj.weight": (M, D)}
     shapes |= {"model.vision.boi": (1, 1, D), "model.vision.eoi": (1, 1, D)}
     if second:
@@ -3463,9 +3776,9 @@ def cogvlm_tensors(raw, seed=0):
 
 
 def naive_cogvlm(tensors, raw, row, images):
-    """CogVLM and CogVLM2 once more, from the paper and the published layout, as slow and plain as possible: one token, one
-    head, one number at a time, in float64, nothing shared with the repo. row: ids, None where an image token stands;
-    images: [3,H,W] each -> logits [T,V]."""
+    """CogVLM and CogVLM2 once more, from the paper and the published layout, as slow and plain as possible: one token,
+    one head, one number at a time, in float64, nothing shared with the repo. row: ids, None where an image token
+    stands; images: [3,H,W] each -> logits [T,V]."""
     w = {name: t.double().numpy() for name, t in tensors.items()}
     v, second = raw["vision_config"], "num_multi_query_heads" in raw
 
@@ -3495,7 +3808,9 @@ def naive_cogvlm(tensors, raw, row, images):
         for y in range(0, pixels.shape[1], P):
             for x in range(0, pixels.shape[2], P):
                 patch = pixels[:, y : y + P, x : x + P].double().numpy()
-                tokens.append(np.array([(patch * kernel).sum() for kernel in w[at + "proj.weight"]]) + w[at + "proj.bias"])
+                tokens.append(
+                    np.array([(patch * kernel).sum() for kernel in w[at + "proj.weight"]]) + w[at + "proj.bias"]
+                )
         tokens = [t + p for t, p in zip(tokens, w[at + "position_embedding.weight"], strict=True)]
         for i in range(v["num_hidden_layers"]):
             at, size = f"model.vision.transformer.layers.{i}.", v["hidden_size"] // heads
@@ -3511,14 +3826,17 @@ def naive_cogvlm(tensors, raw, row, images):
         if second:
             side, kernel = int(math.sqrt(len(tokens))), w["model.vision.conv.weight"]
             tokens = [
-                sum(kernel[:, :, dy, dx] @ tokens[(y + dy) * side + x + dx] for dy in (0, 1) for dx in (0, 1)) + w["model.vision.conv.bias"]
+                sum(kernel[:, :, dy, dx] @ tokens[(y + dy) * side + x + dx] for dy in (0, 1) for dx in (0, 1))
+                + w["model.vision.conv.bias"]
                 for y in range(0, side, 2)
                 for x in range(0, side, 2)
             ]
         out, at = [w["model.vision.boi"].reshape(-1)], "model.vision.linear_proj."
         for t in tokens:
             t = gelu(layer_norm(linear(t, at + "linear_proj"), at + "norm1", 1e-5))
-            out.append(linear(silu(linear(t, at + "gate_proj")) * linear(t, at + "dense_h_to_4h"), at + "dense_4h_to_h"))
+            out.append(
+                linear(silu(linear(t, at + "gate_proj")) * linear(t, at + "dense_h_to_4h"), at + "dense_4h_to_h")
+            )
         return out + [w["model.vision.eoi"].reshape(-1)]
 
     features = [vector for image in images for vector in read_image(image)]
@@ -3540,20 +3858,28 @@ def naive_cogvlm(tensors, raw, row, images):
         for i in range(size // 2):
             angle = position / (500000.0 if second else 10000.0) ** (2 * i / size)
             a, b = x[i], x[i + size // 2]
-            x[i], x[i + size // 2] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+            x[i], x[i + size // 2] = (
+                a * math.cos(angle) - b * math.sin(angle),
+                b * math.cos(angle) + a * math.sin(angle),
+            )
         return x
 
     for i in range(raw["num_hidden_layers"]):
         at = f"model.layers.{i}."
         queries, keys, values = [], [], []
         for x, kind, position in zip(hidden, expert, positions, strict=True):
-            parts = linear(rms_norm(x, at + "input_layernorm"), f"{at}self_attn.{kind}_expert_query_key_value").reshape(-1, size)
+            parts = linear(rms_norm(x, at + "input_layernorm"), f"{at}self_attn.{kind}_expert_query_key_value").reshape(
+                -1, size
+            )
             queries.append([turn(q, position) for q in parts[:heads]])
             keys.append([turn(k, position) for k in parts[heads : heads + heads // shared]])
             values.append(parts[heads + heads // shared :])
         for t, kind in enumerate(expert):
             said = [
-                attend(queries[t][h], [k[h // shared] for k in keys[: t + 1]], [v[h // shared] for v in values[: t + 1]]) for h in range(heads)
+                attend(
+                    queries[t][h], [k[h // shared] for k in keys[: t + 1]], [v[h // shared] for v in values[: t + 1]]
+                )
+                for h in range(heads)
             ]
             x = hidden[t] + linear(np.concatenate(said), f"{at}self_attn.{kind}_expert_dense")
             y, mlp = rms_norm(x, at + "post_attention_layernorm"), f"{at}mlp.{kind}_mlp."
@@ -3586,7 +3912,7 @@ def save_cogvlm(folder, raw, tensors, shards=1):
 
 @pytest.fixture(scope="module")
 def published_cogvlm(tmp_path_factory):
-    """"first" or "second" -> (tensors, config.json, folder)."""
+    """ "first" or "second" -> (tensors, config.json, folder)."""
     made = {}
     for kind in ("first", "second"):
         raw = cogvlm_fields(kind == "second")
@@ -3618,14 +3944,22 @@ def each_of(kind):
 @pytest.mark.parametrize("kind", ["first", "second"])
 @torch.no_grad()
 def test_cogvlm_logits_equal_a_naive_second_implementation(published_cogvlm, kind):
-    """Rows with an image early, late, at the very start, with two images, and without: alone and as one padded batch."""
+    """Rows with an image early, late, at the very start, with two images, and without: alone and as one padded
+    batch."""
     tensors, raw, folder = published_cogvlm[kind]
     model, each, side = cogvlm.CogVLM.from_pretrained(folder), each_of(kind), raw["vision_config"]["image_size"]
-    rows = [cogvlm_prompt(7, 1, each, 1), cogvlm_prompt(9, 5, each, 2), cogvlm_prompt(6, 2, each, 3, images=2), cogvlm_prompt(12, 0, 0, 4, 0)]
+    rows = [
+        cogvlm_prompt(7, 1, each, 1),
+        cogvlm_prompt(9, 5, each, 2),
+        cogvlm_prompt(6, 2, each, 3, images=2),
+        cogvlm_prompt(12, 0, 0, 4, 0),
+    ]
     rows.append(cogvlm_prompt(4, 0, each, 5))
     pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(6))
     images = [pixels[:1], pixels[1:2], pixels[2:4], pixels[:0], pixels[4:]]
-    expected = [naive_cogvlm(tensors, raw, naive_row(row), given).float() for row, given in zip(rows, images, strict=True)]
+    expected = [
+        naive_cogvlm(tensors, raw, naive_row(row), given).float() for row, given in zip(rows, images, strict=True)
+    ]
     for row, given, right in zip(rows, images, expected, strict=True):
         close(model(torch.tensor([row]), given if len(given) else None)[0], right)
     for left in (False, True):
@@ -3713,23 +4047,50 @@ def test_cogvlm_refuses_damaged_files_and_other_families(published_cogvlm, oracl
 
 
 def test_the_published_cogvlm_configs_mean_the_presets(tmp_path):
-    vision = dict(dropout_prob=0.0, hidden_act="gelu", in_channels=3, num_hidden_layers=63, hidden_size=1792, patch_size=14, num_heads=16)
+    vision = dict(
+        dropout_prob=0.0,
+        hidden_act="gelu",
+        in_channels=3,
+        num_hidden_layers=63,
+        hidden_size=1792,
+        patch_size=14,
+        num_heads=16,
+    )
     vision |= dict(intermediate_size=15360, layer_norm_eps=1e-06, num_positions=1226, image_size=490)
-    raw = dict(architectures=["CogVLMForCausalLM"], vision_config=vision, hidden_size=4096, intermediate_size=11008, rms_norm_eps=1e-5)
-    raw |= dict(num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=2048, vocab_size=32000, hidden_act="silu")
+    raw = dict(
+        architectures=["CogVLMForCausalLM"],
+        vision_config=vision,
+        hidden_size=4096,
+        intermediate_size=11008,
+        rms_norm_eps=1e-5,
+    )
+    raw |= dict(
+        num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=2048, vocab_size=32000, hidden_act="silu"
+    )
     assert cogvlm.config_from_published(raw, tmp_path) == cogvlm.PRESETS["cogvlm-chat-17b"]
     raw |= dict(num_multi_query_heads=8, intermediate_size=14336, max_position_embeddings=8192, vocab_size=128256)
-    raw |= dict(vision_config=vision | dict(image_size=1344, num_positions=9217), bos_token_id=128000, eos_token_id=128001)
+    raw |= dict(
+        vision_config=vision | dict(image_size=1344, num_positions=9217), bos_token_id=128000, eos_token_id=128001
+    )
     assert cogvlm.config_from_published(raw, tmp_path) == cogvlm.PRESETS["cogvlm2-llama3-19b"]
 
 
 def test_what_a_cogvlm_config_says_is_read_and_silence_means_the_first_models_defaults(tmp_path):
     raw = cogvlm_fields()
     read = lambda raw: cogvlm.config_from_published(raw, tmp_path)
-    silent = read({key: raw[key] for key in raw if key not in ("rms_norm_eps", "bos_token_id", "eos_token_id", "architectures")} | {"model_type": "cogvlm"})
+    silent = read(
+        {key: raw[key] for key in raw if key not in ("rms_norm_eps", "bos_token_id", "eos_token_id", "architectures")}
+        | {"model_type": "cogvlm"}
+    )
     assert (silent.language.norm_eps, silent.bos_token_id, silent.eos_token_id) == (1e-6, 1, 2)
-    said = read(raw | {"tie_word_embeddings": True, "vision_config": raw["vision_config"] | {"hidden_act": "quick_gelu"}})
-    assert said.language.tie_embeddings and not read(raw).language.tie_embeddings and said.vision.activation == "quick_gelu"
+    said = read(
+        raw | {"tie_word_embeddings": True, "vision_config": raw["vision_config"] | {"hidden_act": "quick_gelu"}}
+    )
+    assert (
+        said.language.tie_embeddings
+        and not read(raw).language.tie_embeddings
+        and said.vision.activation == "quick_gelu"
+    )
     assert (said.image_token_id, said.bos_token_id, said.eos_token_id, said.language.context) == (60, 4, 5, 64)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 2]}))
     assert (read(raw).vision.mean, read(raw).vision.std, read(raw).vision.resize) == ((0, 0, 0), (1, 1, 2), "squash")
@@ -3771,7 +4132,10 @@ def test_cogvlm_experts_and_positions_against_tables_by_hand(tokens):
     if len(tokens.split()) > 2:  # padding on either side shifts nothing
         T = is_image.shape[1]
         for left in (2, 0):
-            padded, mask = F.pad(is_image, (left, 2 - left)), F.pad(torch.ones(1, T, dtype=torch.bool), (left, 2 - left))
+            padded, mask = (
+                F.pad(is_image, (left, 2 - left)),
+                F.pad(torch.ones(1, T, dtype=torch.bool), (left, 2 - left)),
+            )
             roles = cogvlm.find_roles(padded, each)
             assert cogvlm.position_ids(roles, mask)[0, left : left + T].tolist() == list(map(int, positions.split()))
             assert ["v" if v else "l" for v in cogvlm.takes_vision_expert(roles)[0, left : left + T]] == experts.split()
@@ -3799,7 +4163,9 @@ def test_cogvlm_a_torn_image_is_an_error_that_says_where():
         model(torch.tensor([[5] + [I] * 19 + [6] + [I] * 17]), pixels)
     with pytest.raises(ValueError, match="row 0, column 11 is torn"):  # half in one row, half in the next
         model(torch.tensor([[5] * 11 + [I] * 9, [I] * 9 + [5] * 11]), pixels[:1])
-    with pytest.raises(ValueError, match="35 image tokens in the ids, but 2 image.* need 36: .* 4 x 4, with boi and eoi 18"):
+    with pytest.raises(
+        ValueError, match="35 image tokens in the ids, but 2 image.* need 36: .* 4 x 4, with boi and eoi 18"
+    ):
         model(torch.tensor([[5] + [I] * 35]), pixels)
     with pytest.raises(ValueError, match="36 image tokens in the ids, but 1 image.* need 18"):
         model(torch.tensor([[5] + [I] * 36]), pixels[:1])
@@ -3847,14 +4213,16 @@ def plain_decoder(model):
 
 @torch.no_grad()
 def test_cogvlm_with_copied_experts_is_its_language_model():
-    """One softmax over all tokens: when both experts hold the same weights, nothing but the positions is special. So they
-    are the patches' shared ones here, given to a plain decoder by way of its attention."""
+    """One softmax over all tokens: when both experts hold the same weights, nothing but the positions is special. So
+    they are the patches' shared ones here, given to a plain decoder by way of its attention."""
     model = untied_experts()
     model.language.copy_experts()
     ids, pixels = tiny_rows()
     x, roles = model.embed(ids, pixels)
     plain = plain_decoder(model)
-    words_only = torch.where(roles == cogvlm.PATCH, cogvlm.BOI, roles)  # the same experts, every token a position of its own
+    words_only = torch.where(
+        roles == cogvlm.PATCH, cogvlm.BOI, roles
+    )  # the same experts, every token a position of its own
     close(model.language.hidden(x, roles=words_only), plain.hidden(x), 2e-6)
     assert (model.language.hidden(x, roles=roles) - plain.hidden(x)).abs().max() > 1e-3  # the positions do matter
     close(model.language.hidden(x, roles=roles), reposition(plain, x, cogvlm.position_ids(roles)), 2e-6)
@@ -3939,12 +4307,18 @@ def test_cogvlm_cached_logits_equal_uncached_ones_and_positions_go_on():
             parts = [(0, cut)] + [(t, t + 1) for t in range(cut, 28)]
             h = []
             for a, b in parts:
-                h.append(model.language.hidden(x[:, a:b], None if m is None else m[:, a:b], cache, roles[:, a:b] if a == 0 else None))
+                h.append(
+                    model.language.hidden(
+                        x[:, a:b], None if m is None else m[:, a:b], cache, roles[:, a:b] if a == 0 else None
+                    )
+                )
             logits = model.language.lm_head(torch.cat(h, 1))
             keep = torch.ones_like(ids, dtype=torch.bool) if m is None else m
             close(logits[keep], full[keep], 1e-5)
             last = cogvlm.position_ids(roles, m)[:, -1:]
-            assert torch.equal(cache.last, last) and cache.length == 28 and last[0] == 28 - 15 - 1  # 16 patches, one position
+            assert (
+                torch.equal(cache.last, last) and cache.length == 28 and last[0] == 28 - 15 - 1
+            )  # 16 patches, one position
 
 
 @torch.no_grad()
@@ -3969,8 +4343,8 @@ def test_cogvlm_a_later_token_or_image_cannot_change_an_earlier_logit():
 
 @torch.no_grad()
 def test_cogvlm_patches_have_no_order_but_the_towers():
-    """Patches share a position: with the first layer's causal mask out of play (one layer, the last token looks at all), their
-    order among each other changes nothing that a word sees."""
+    """Patches share a position: with the first layer's causal mask out of play (one layer, the last token looks at
+    all), their order among each other changes nothing that a word sees."""
     torch.manual_seed(0)
     decoder = randomise(cogvlm.ExpertDecoder(replace(cogvlm.PRESETS["tiny"].language, layers=1)))
     x, roles = torch.randn(1, 12, 96), cogvlm.find_roles(torch.tensor([[False] + [True] * 8 + [False] * 3]), 8)
@@ -4042,11 +4416,14 @@ def test_cogvlm_generate_encodes_the_image_once_and_two_calls_do_not_know_of_eac
 
 
 def test_cogvlm_preprocessing_is_a_bicubic_squash_with_clips_statistics():
-    """What torchvision's Resize((490, 490), BICUBIC), ToTensor and Normalize do to a PIL image; SigLIP's published processor
-    squashes in the same way."""
+    """What torchvision's Resize((490, 490), BICUBIC), ToTensor and Normalize do to a PIL image; SigLIP's published
+    processor squashes in the same way."""
     transformers, config = quiet_transformers(), cogvlm.PRESETS["cogvlm-chat-17b"].vision
     processor = transformers.SiglipImageProcessorPil(
-        size={"height": 490, "width": 490}, resample=Image.Resampling.BICUBIC, image_mean=list(config.mean), image_std=list(config.std)
+        size={"height": 490, "width": 490},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=list(config.mean),
+        image_std=list(config.std),
     )
     for image in pictures():
         theirs = processor(image, return_tensors="pt")["pixel_values"]
@@ -4064,7 +4441,9 @@ def test_cogvlm_prompts_are_the_published_ones():
     config = cogvlm.PRESETS["cogvlm-chat-17b"]
     assert cogvlm.prompt_row([7, 8], config) == [1] + [32000] * 1227 + [7, 8]
     assert cogvlm.prompt_row([7, 8], config, images=0) == [1, 7, 8]
-    ids, labels = cogvlm.conversation_row([("a?", "b"), ("c?", "d")], lambda text: list(text.encode()), cogvlm.PRESETS["tiny"])
+    ids, labels = cogvlm.conversation_row(
+        [("a?", "b"), ("c?", "d")], lambda text: list(text.encode()), cogvlm.PRESETS["tiny"]
+    )
     assert ids[:19] == [497] + [499] * 18 and labels[:19] == [-100] * 19 and len(ids) == len(labels)
     assert [i for i, label in zip(ids, labels, strict=True) if label != -100] == [32, 98, 498, 32, 100, 498]
     with pytest.raises(ValueError, match="2048 tokens, the context holds 2048"):
@@ -4109,7 +4488,8 @@ IMAGE, VIDEO = 98, 97
 
 
 def visual_row(*pieces, length=None, seed=0):
-    """A row of ids: numbers are so many random words, (id, grid) the tokens of an image or a clip, 2 x 2 patches each."""
+    """A row of ids: numbers are so many random words, (id, grid) the tokens of an image or a clip, 2 x 2 patches
+    each."""
     generator, row = torch.Generator().manual_seed(seed), []
     for piece in pieces:
         if isinstance(piece, int):
@@ -4120,7 +4500,8 @@ def visual_row(*pieces, length=None, seed=0):
 
 
 def visuals(*grids, seed=1, width=96):
-    """Random patches and the grid of these images: what preprocess gives. The oracles' are 3 x 2 x 4 x 4 wide, "tiny"'s 384."""
+    """Random patches and the grid of these images: what preprocess gives. The oracles' are 3 x 2 x 4 x 4 wide, "tiny"'s
+    384."""
     grid = torch.tensor(grids)
     return torch.randn(int(grid.prod(1).sum()), width, generator=torch.Generator().manual_seed(seed)), grid
 
@@ -4206,8 +4587,8 @@ def test_qwen_generates_the_same_greedy_tokens_as_the_published_model(oracles, k
 @pytest.mark.parametrize("kind", ["qwen2vl", "qwen2.5vl"])
 @torch.no_grad()
 def test_qwen_generates_after_an_image_as_the_published_model_without_its_cache(oracles, kind):
-    """A prompt may end with an image. The published generate then counts on from the image's last token, on each axis; its
-    own forward, the paper and we from the largest."""
+    """A prompt may end with an image. The published generate then counts on from the image's last token, on each axis;
+    its own forward, the paper and we from the largest."""
     oracle, folder = oracles(kind)
     ours, (ids, images, videos) = qwen2vl.Qwen2VL.from_pretrained(folder), case("image at the end")
     words = ids
@@ -4257,7 +4638,9 @@ def test_rope_index_equals_the_published_one_on_random_mixes(oracles, kind):
         types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
         seconds = None if video_grid is None or kind == "qwen2vl" else [rng.choice((1.0, 0.5, 0.9)) for _ in video_grid]
         more = {} if kind == "qwen2vl" else dict(second_per_grid_ts=seconds)
-        theirs, delta = oracle.model.get_rope_index(ids, types, image_grid_thw=image_grid, video_grid_thw=video_grid, attention_mask=mask.int(), **more)
+        theirs, delta = oracle.model.get_rope_index(
+            ids, types, image_grid_thw=image_grid, video_grid_thw=video_grid, attention_mask=mask.int(), **more
+        )
         ours = qwen2vl.rope_index(ids, config, image_grid, video_grid, mask, seconds)
         assert torch.equal(ours, theirs), (ids, image_grid, video_grid)
         # their delta starts from the real tokens, ours from all columns, which is where the cache counts
@@ -4283,13 +4666,22 @@ def positions_by_a_loop(row, config, grids, seconds=1.0):
 
 @pytest.mark.parametrize("per_second", [0, 2])
 def test_text_goes_on_after_the_largest_position_even_of_a_long_clip(per_second):
-    """Where the class in transformers 5 goes on after rows and columns alone, the paper and the original code do not."""
+    """Where the class in transformers 5 goes on after rows and columns alone, the paper and the original code do
+    not."""
     config = replace(qwen2vl.PRESETS["tiny"], image_token_id=IMAGE, video_token_id=VIDEO, tokens_per_second=per_second)
     long = (9, 2, 4)
-    for pieces, grids in ((((VIDEO, long), 2), [long]), ((1, (IMAGE, A), 1, (VIDEO, long), 3, (VIDEO, CLIP), 1), [A, long, CLIP])):
+    for pieces, grids in (
+        (((VIDEO, long), 2), [long]),
+        ((1, (IMAGE, A), 1, (VIDEO, long), 3, (VIDEO, CLIP), 1), [A, long, CLIP]),
+    ):
         row = visual_row(*pieces)
-        images, videos = ([g for g, p in zip(grids, [p for p in pieces if not isinstance(p, int)]) if p[0] == kind] for kind in (IMAGE, VIDEO))
-        ours = qwen2vl.rope_index(torch.tensor([row]), config, torch.tensor(images) if images else None, torch.tensor(videos))
+        images, videos = (
+            [g for g, p in zip(grids, [p for p in pieces if not isinstance(p, int)]) if p[0] == kind]
+            for kind in (IMAGE, VIDEO)
+        )
+        ours = qwen2vl.rope_index(
+            torch.tensor([row]), config, torch.tensor(images) if images else None, torch.tensor(videos)
+        )
         assert ours[:, 0].T.tolist() == positions_by_a_loop(row, config, grids)
 
 
@@ -4305,7 +4697,10 @@ def test_rope_index_examples_by_hand():
     rows = [[0, 1, 1, 2, 2, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 1, 2, 1, 2, 3]]
     assert index(clip_row, None, [(2, 4, 4)]) == [[0, 1, 1, 1, 1, 2, 2, 2, 2, 3], *rows]
     second = replace(config, tokens_per_second=2)
-    assert index(clip_row, None, [(2, 4, 4)], c=second) == [[0, 1, 1, 1, 1, 3, 3, 3, 3, 4], *(row[:-1] + [4] for row in rows)]
+    assert index(clip_row, None, [(2, 4, 4)], c=second) == [
+        [0, 1, 1, 1, 1, 3, 3, 3, 3, 4],
+        *(row[:-1] + [4] for row in rows),
+    ]
     for mask, expected in (([False, False, True, True], [0, 0, 0, 1]), ([True, True, False, False], [0, 1, 0, 0])):
         assert index([0, 0, 3, 4], mask=torch.tensor([mask])) == [expected] * 3
     one = replace(config, mrope=False)
@@ -4324,7 +4719,9 @@ def test_qwen_packed_images_equal_one_image_at_a_time(oracles):
         model = qwen2vl.Qwen2VL.from_pretrained(oracles(kind)[1])
         each = [model.encode_image(x, g[None]) for x, g in zip(patches.split(grid.prod(1).tolist()), grid)]
         close(model.encode_image(patches, grid), torch.cat(each))
-        frame = model.encode_image(patches[: 32 + 4 + 32], torch.tensor([A, B, (1, 4, 8)]))  # the first step of the clip alone
+        frame = model.encode_image(
+            patches[: 32 + 4 + 32], torch.tensor([A, B, (1, 4, 8)])
+        )  # the first step of the clip alone
         close(frame, model.encode_image(patches, grid)[: len(frame)])
 
 
@@ -4338,7 +4735,9 @@ def test_packing_gives_what_one_call_with_segments_gives():
     for segments in (places[0], qwen2vl.window_segments(places, config)):
         q, k, v = torch.randn(3, places.shape[1], 2, 8)
         packing = qwen2vl.Packing(segments, "cpu")
-        assert sum(m * n for m, n in packing.shapes) == places.shape[1] and len({n for _, n in packing.shapes}) == len(packing.shapes)
+        assert sum(m * n for m, n in packing.shapes) == places.shape[1] and len({n for _, n in packing.shapes}) == len(
+            packing.shapes
+        )
         rule = dict(q_segments=segments[None], k_segments=segments[None])
         whole = attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), **rule)[0].transpose(0, 1).flatten(1)
         close(packing.attend(q, k, v), whole)
@@ -4351,7 +4750,16 @@ def test_packing_gives_what_one_call_with_segments_gives():
 
 def test_patches_stand_in_the_mergers_order_and_windows_are_cut_from_the_corner():
     places = qwen2vl.patch_places(torch.tensor([[1, 2, 4], [2, 2, 2]]), 2)
-    assert places.T.tolist()[:8] == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 2], [0, 0, 3], [0, 1, 2], [0, 1, 3]]
+    assert places.T.tolist()[:8] == [
+        [0, 0, 0],
+        [0, 0, 1],
+        [0, 1, 0],
+        [0, 1, 1],
+        [0, 0, 2],
+        [0, 0, 3],
+        [0, 1, 2],
+        [0, 1, 3],
+    ]
     assert places[0].tolist() == 8 * [0] + 4 * [1] + 4 * [2]
     config = replace(qwen2vl.TOWER_2_5, patch_size=4, window_size=16)
     places = qwen2vl.patch_places(torch.tensor([[1, 6, 6]]), 2)
@@ -4373,13 +4781,18 @@ def test_learned_positions_stand_where_their_patches_do():
     places = qwen2vl.patch_places(grid, 2)
     own, wide, clip_ = tower.learned_positions(places, grid)[:, :2].split([36, 48, 72])
     assert torch.equal(own, places[1:, :36].T.float()) and torch.equal(clip_, own.repeat(2, 1))
-    close(wide[:, 0].view(1, 2, 6, 2, 2).transpose(2, 3).reshape(4, 12)[:, 5], (torch.arange(4) + 0.5) * 6 / 4 - 0.5, 0.1)
-    close(wide[:, 1].view(1, 2, 6, 2, 2).transpose(2, 3).reshape(4, 12)[1], (torch.arange(12) + 0.5) * 6 / 12 - 0.5, 0.1)
+    close(
+        wide[:, 0].view(1, 2, 6, 2, 2).transpose(2, 3).reshape(4, 12)[:, 5], (torch.arange(4) + 0.5) * 6 / 4 - 0.5, 0.1
+    )
+    close(
+        wide[:, 1].view(1, 2, 6, 2, 2).transpose(2, 3).reshape(4, 12)[1], (torch.arange(12) + 0.5) * 6 / 12 - 0.5, 0.1
+    )
 
 
 @torch.no_grad()
 def test_qwen_on_text_alone_is_rope_1d(oracles):
-    """Equal positions on all axes turn as one: the whole model through mrope, its language model alone through rope_1d."""
+    """Equal positions on all axes turn as one: the whole model through mrope, its language model alone through
+    rope_1d."""
     model = qwen2vl.Qwen2VL.from_pretrained(oracles("qwen2vl")[1])
     ids = torch.randint(3, 90, (2, 13))
     before, mask = model(ids), torch.tensor([[False] * 3 + [True] * 10, [True] * 13])
@@ -4414,7 +4827,10 @@ def test_qwen_cached_logits_equal_uncached_ones(oracles):
     whole_mask = torch.cat([mask, torch.ones_like(more, dtype=torch.bool)], 1)
     whole = model(torch.cat([ids, more], 1), **our_inputs(images, videos, whole_mask))
     x, positions = model.embed_and_position(ids, *images, mask, *videos, None, None)
-    language, cache = qwen2vl.PositionedLM(model.language, positions), qwen2vl.Cache(model.config.language, 3, 60, like=x)
+    language, cache = (
+        qwen2vl.PositionedLM(model.language, positions),
+        qwen2vl.Cache(model.config.language, 3, 60, like=x),
+    )
     pieces = [language.hidden(x, mask, cache)]
     for start, end in ((0, 1), (1, 2), (2, 5), (5, 6)):
         pieces.append(language.hidden(language.embed_tokens(more[:, start:end]), None, cache))
@@ -4437,7 +4853,9 @@ def test_qwen_a_later_token_or_image_cannot_change_an_earlier_logit(oracles):
 def test_qwen_generate_runs_the_tower_once(monkeypatch):
     model = qwen2vl.Qwen2VL(qwen2vl.PRESETS["tiny"])
     calls = []
-    monkeypatch.setattr(model.vision, "forward", lambda *args, real=model.vision.forward: calls.append(1) or real(*args))
+    monkeypatch.setattr(
+        model.vision, "forward", lambda *args, real=model.vision.forward: calls.append(1) or real(*args)
+    )
     ids = torch.tensor([visual_row(2, (499, (1, 4, 4)), 1, (500, (2, 4, 4)), 2)])
     images, videos = visuals((1, 4, 4), width=384), visuals((2, 4, 4), width=384)
     new = model.generate(ids, *images, video_patches=videos[0], video_grid_thw=videos[1], max_new_tokens=5)
@@ -4450,7 +4868,10 @@ def ids_and(pieces, patches, *grids, cut=slice(None)):
 
 ONE = (2, (IMAGE, A), 2)  # words, an image of 8 tokens, words
 WRONG_VISUALS = {
-    "a token too few": (ids_and(ONE, (36, 96), A, B, cut=slice(3, None)), r"7 image tokens.*2 image\(s\) need 9: grids of 1 x 8 x 4, 1 x 2 x 2"),
+    "a token too few": (
+        ids_and(ONE, (36, 96), A, B, cut=slice(3, None)),
+        r"7 image tokens.*2 image\(s\) need 9: grids of 1 x 8 x 4, 1 x 2 x 2",
+    ),
     "a token too many": (ids_and((2, (IMAGE, A), (IMAGE, B), 2), (32, 96), A), r"9 image tokens.*1 image\(s\) need 8"),
     "an image in two pieces": (
         ids_and((2, (IMAGE, (1, 4, 4)), 1, (IMAGE, (1, 4, 4)), 2), (32, 96), A),
@@ -4460,7 +4881,10 @@ WRONG_VISUALS = {
     "a patch too few": (ids_and(ONE, (31, 96), A), r"\[31, 96\].*\[\[1, 8, 4\]\] needs 32 patches"),
     "patches of another model": (ids_and(ONE, (32, 1176), A), r"\[32, 1176\].*of 96 numbers \(3 x 2 x 4 x 4\)"),
     "an image in two rows": (  # 7 to 10 and 11 to 14: from the first to the last column as many as an image has tokens
-        ([visual_row(7, (IMAGE, (1, 4, 4)), 4), visual_row(11, (IMAGE, (1, 4, 4)))], (torch.randn(32, 96), torch.tensor([A]))),
+        (
+            [visual_row(7, (IMAGE, (1, 4, 4)), 4), visual_row(11, (IMAGE, (1, 4, 4)))],
+            (torch.randn(32, 96), torch.tensor([A])),
+        ),
         "8 tokens of image 1 do not stand side by side",
     ),
     "an odd number of rows": (ids_and(ONE, (20, 96), (1, 5, 4)), "5 x 4 patches cannot be merged 2 x 2"),
@@ -4539,25 +4963,31 @@ def test_smart_resize_is_the_published_one():
             continue
         assert qwen2vl.smart_resize(height, width, factor, least, most) == theirs, (height, width, factor, least, most)
     assert qwen2vl.smart_resize(20, 4000, 28, 56 * 56, 10**7) == (28, 4004)
-    assert qwen2vl.smart_resize(10, 2000, 28, 56 * 56, 10**7) == (28, 812)  # no row of tokens at first, so it is enlarged
+    assert qwen2vl.smart_resize(10, 2000, 28, 56 * 56, 10**7) == (
+        28,
+        812,
+    )  # no row of tokens at first, so it is enlarged
     with pytest.raises(ValueError, match="10 x 2001 pixels is more than 200 times"):
         qwen2vl.smart_resize(10, 2001, 28, 56 * 56, 10**7)
 
 
 def published_patchify():
-    """How the published video processor cuts a clip. Importing the class takes torchvision, which is not here; this method of it
-    does not."""
+    """How the published video processor cuts a clip. Importing the class takes torchvision, which is not here; this
+    method of it does not."""
     import transformers
 
     file = Path(transformers.__file__).parent / "models/qwen2_vl/video_processing_qwen2_vl.py"
-    nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef) and n.name == "patchify"]
+    nodes = [
+        n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef) and n.name == "patchify"
+    ]
     found = {"torch": torch}
     exec(compile(ast.Module(nodes, []), str(file), "exec"), found)
     return found["patchify"]
 
 
 def test_qwen_clips_are_cut_as_the_published_code_cuts_them():
-    """Frames resized one by one as images are (torchvision would do it there), then the published class's own patchify."""
+    """Frames resized one by one as images are (torchvision would do it there), then the published class's own
+    patchify."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     patchify = published_patchify()
@@ -4593,7 +5023,9 @@ def test_qwen_preprocess_refuses_what_is_no_image_and_no_clip():
     ):
         with pytest.raises(ValueError, match=words):
             qwen2vl.preprocess(images, config)
-    patches, grid = qwen2vl.preprocess([Image.new("RGB", (3, 2))], config)  # smaller than a patch: enlarged, as published
+    patches, grid = qwen2vl.preprocess(
+        [Image.new("RGB", (3, 2))], config
+    )  # smaller than a patch: enlarged, as published
     assert grid.tolist() == [[1, 4, 6]] and len(patches) == 24
 
 
@@ -4603,12 +5035,22 @@ def test_qwen_presets_have_the_shapes_of_the_published_classes(preset, tmp_path)
     transformers = quiet_transformers()
     config = qwen2vl.PRESETS[preset]
     c, second = config.language, config.tokens_per_second > 0
-    raw = dict(hidden_size=c.width, intermediate_size=c.mlp_width, num_hidden_layers=c.layers, num_attention_heads=c.heads)
-    raw |= dict(num_key_value_heads=c.kv_heads, vocab_size=c.vocab_size, max_position_embeddings=c.context, rms_norm_eps=1e-6)
-    raw |= dict(rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}, tie_word_embeddings=c.tie_embeddings)
+    raw = dict(
+        hidden_size=c.width, intermediate_size=c.mlp_width, num_hidden_layers=c.layers, num_attention_heads=c.heads
+    )
+    raw |= dict(
+        num_key_value_heads=c.kv_heads, vocab_size=c.vocab_size, max_position_embeddings=c.context, rms_norm_eps=1e-6
+    )
+    raw |= dict(
+        rope_theta=1e6,
+        rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+        tie_word_embeddings=c.tie_embeddings,
+    )
     vision = dict(depth=32, num_heads=16, patch_size=14, in_chans=3, spatial_merge_size=2)
     if second:
-        vision |= dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=c.width, tokens_per_second=2, window_size=112)
+        vision |= dict(
+            hidden_size=1280, intermediate_size=3420, out_hidden_size=c.width, tokens_per_second=2, window_size=112
+        )
         vision |= dict(fullatt_block_indexes=[7, 15, 23, 31], hidden_act="silu")
     else:
         vision |= dict(embed_dim=1280, mlp_ratio=4, hidden_size=c.width)
@@ -4616,9 +5058,13 @@ def test_qwen_presets_have_the_shapes_of_the_published_classes(preset, tmp_path)
     assert qwen2vl.config_from_published(raw, tmp_path) == config
     version = "Qwen2_5_VL" if second else "Qwen2VL"
     with torch.device("meta"):
-        oracle = getattr(transformers, f"{version}ForConditionalGeneration")(getattr(transformers, f"{version}Config")(**raw))
+        oracle = getattr(transformers, f"{version}ForConditionalGeneration")(
+            getattr(transformers, f"{version}Config")(**raw)
+        )
         ours = {name: p.shape for name, p in qwen2vl.Qwen2VL(config).named_parameters()}
-        theirs = dict(pair for name, p in oracle.named_parameters() for pair in qwen2vl.our_tensors(name, torch.empty(p.shape)))
+        theirs = dict(
+            pair for name, p in oracle.named_parameters() for pair in qwen2vl.our_tensors(name, torch.empty(p.shape))
+        )
     assert ours == {name: x.shape for name, x in theirs.items()}
 
 
@@ -4639,21 +5085,34 @@ def test_what_a_qwen_config_leaves_out_is_what_the_published_class_means_by_sile
     )  # fmt: skip
     assert (ours.image_token_id, ours.video_token_id) == (published.image_token_id, published.video_token_id)
     if version == "Qwen2_5_VL":
-        assert ours.tokens_per_second == tower.tokens_per_second and ours.vision.full_layers == tuple(tower.fullatt_block_indexes)
+        assert ours.tokens_per_second == tower.tokens_per_second and ours.vision.full_layers == tuple(
+            tower.fullatt_block_indexes
+        )
         assert (ours.vision.width, ours.vision.window_size) == (tower.hidden_size, tower.window_size)
-    read = lambda **changes: qwen2vl.config_from_published({"model_type": published.model_type, "vision_config": vision} | changes, tmp_path)
+    read = lambda **changes: qwen2vl.config_from_published(
+        {"model_type": published.model_type, "vision_config": vision} | changes, tmp_path
+    )
     assert read(eos_token_id=[7, 8]).eos_token_id == read(eos_token_id=7).eos_token_id == 7
     assert read(text_config={"eos_token_id": 9}).eos_token_id == 9 and ours.eos_token_id == 151645
     assert read(num_key_value_heads=None).language.kv_heads == c.heads, "null: no groups"
-    assert read(tie_word_embeddings=True).language.tie_embeddings and read(text_config={"tie_word_embeddings": True}).language.tie_embeddings
+    assert (
+        read(tie_word_embeddings=True).language.tie_embeddings
+        and read(text_config={"tie_word_embeddings": True}).language.tie_embeddings
+    )
     assert read(tie_word_embeddings=True, text_config={"vocab_size": 10}).language.tie_embeddings
-    for place in ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 24, 32]}}, {"text_config": {"rope_parameters": {"mrope_section": [8, 24, 32]}}}):
+    for place in (
+        {"rope_scaling": {"type": "mrope", "mrope_section": [8, 24, 32]}},
+        {"text_config": {"rope_parameters": {"mrope_section": [8, 24, 32]}}},
+    ):
         assert read(**place).language.mrope_sections == (8, 24, 32)
-    assert read(text_config={"vocab_size": 10}, rope_scaling={"type": "mrope", "mrope_section": [8, 24, 32]}).language.mrope_sections == (8, 24, 32)
+    assert read(
+        text_config={"vocab_size": 10}, rope_scaling={"type": "mrope", "mrope_section": [8, 24, 32]}
+    ).language.mrope_sections == (8, 24, 32)
 
 
 def test_qwen_loads_every_layout_its_checkpoints_have_had(oracles, tmp_path):
-    """visual, model, lm_head as first on the hub; model.visual, model.language_model later; in shards; with old buffers."""
+    """visual, model, lm_head as first on the hub; model.visual, model.language_model later; in shards; with old
+    buffers."""
     for kind in QWEN_ORACLES:
         oracle, folder = oracles(kind)
         expected = dict(qwen2vl.Qwen2VL.from_pretrained(folder).named_parameters())
@@ -4661,7 +5120,9 @@ def test_qwen_loads_every_layout_its_checkpoints_have_had(oracles, tmp_path):
         assert {name.split(".")[1] for name in tensors if name.startswith("model.")} == {"visual", "language_model"}
 
         def first(_, tensors=tensors):
-            names = {n: n.replace("model.visual.", "visual.").replace("model.language_model.", "model.") for n in tensors}
+            names = {
+                n: n.replace("model.visual.", "visual.").replace("model.language_model.", "model.") for n in tensors
+            }
             return {names[n]: t.clone() for n, t in tensors.items() if n != "lm_head.weight" or "tied" not in kind} | {
                 "visual.rotary_pos_emb.inv_freq": torch.ones(4)
             }
@@ -4694,21 +5155,40 @@ def test_a_qwen_checkpoint_is_refused_with_the_reason(oracles, tmp_path):
         ({"model_type": "llava"}, "holds a 'llava' checkpoint; qwen2vl.py reads 'qwen2_vl' and 'qwen2_5_vl'"),
         ({"text_config": raw["text_config"] | {"use_sliding_window": True}}, "sliding window"),
         ({"text_config": raw["text_config"] | {"rope_parameters": {"rope_type": "yarn"}}}, "rotary positions"),
-        ({"text_config": raw["text_config"] | {"rope_parameters": None, "rope_scaling": {"type": "yarn"}}}, "rotary positions"),
-        ({"vision_config": raw["vision_config"] | {"out_hidden_size": 32}}, "ends in 32 numbers, the language model has 64"),
+        (
+            {"text_config": raw["text_config"] | {"rope_parameters": None, "rope_scaling": {"type": "yarn"}}},
+            "rotary positions",
+        ),
+        (
+            {"vision_config": raw["vision_config"] | {"out_hidden_size": 32}},
+            "ends in 32 numbers, the language model has 64",
+        ),
         ({"vision_config": raw["vision_config"] | {"hidden_act": "gelu"}}, "'gelu'; qwen2vl.py knows 'silu'"),
     ):
         with pytest.raises(ValueError, match=words):
             qwen2vl.config_from_published(raw | change, tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"min_pixels": 784, "max_pixels": 7840, "image_mean": [0, 0, 0], "image_std": [1, 1, 2], "merge_size": 2, "patch_size": 4})
+        json.dumps(
+            {
+                "min_pixels": 784,
+                "max_pixels": 7840,
+                "image_mean": [0, 0, 0],
+                "image_std": [1, 1, 2],
+                "merge_size": 2,
+                "patch_size": 4,
+            }
+        )
     )
     vision = qwen2vl.config_from_published(raw, tmp_path).vision
     assert (vision.min_pixels, vision.max_pixels, vision.mean, vision.std) == (784, 7840, (0, 0, 0), (1, 1, 2))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"min_pixels": 98, "max_pixels": 998}, "patch_size": 4}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"min_pixels": 98, "max_pixels": 998}, "patch_size": 4})
+    )
     vision = qwen2vl.config_from_published(raw, tmp_path).vision
     assert (vision.min_pixels, vision.max_pixels) == (98, 998)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 99, "longest_edge": 999}, "patch_size": 14}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"shortest_edge": 99, "longest_edge": 999}, "patch_size": 14})
+    )
     with pytest.raises(ValueError, match="patch_size 14, config.json 4"):
         qwen2vl.config_from_published(raw, tmp_path)
 
@@ -4767,7 +5247,10 @@ def test_qwen_prompts_are_the_published_template():
             qwen2vl.build_prompt(question, images, videos)
     config, grid = qwen2vl.PRESETS["qwen2-vl-2b"], torch.tensor([(1, 4, 6), (1, 2, 2)])
     long = qwen2vl.expand_visuals(prompt, config, grid, torch.tensor([(2, 4, 4)]))
-    first, second, third = (f"<|vision_start|>{n * pad}<|vision_end|>" for n, pad in ((6, "<|image_pad|>"), (1, "<|image_pad|>"), (8, "<|video_pad|>")))
+    first, second, third = (
+        f"<|vision_start|>{n * pad}<|vision_end|>"
+        for n, pad in ((6, "<|image_pad|>"), (1, "<|image_pad|>"), (8, "<|video_pad|>"))
+    )
     assert long == turn.format(first + second + third + "What?")
     with pytest.raises(ValueError, match=r"1 <\|video_pad\|> for 0 grid"):
         qwen2vl.expand_visuals(prompt, config, grid)
@@ -4780,7 +5263,9 @@ def test_qwen_answers_end_with_their_turn_and_fit_the_context(monkeypatch):
     said = torch.tensor([[*world.encode(" a dog"), world.EOS_ID, world.EOS_ID]])
     monkeypatch.setattr(model, "generate", lambda ids, **given: asked.append((ids, given)) or said)
     picture = Image.new("RGB", (64, 48))
-    ask = lambda question: qwen2vl.answer(model, [picture], [([picture] * 3, 0.2)], question, world.encode, world.decode)
+    ask = lambda question: qwen2vl.answer(
+        model, [picture], [([picture] * 3, 0.2)], question, world.encode, world.decode
+    )
     assert ask("red") == "a dog"
     ids, given = asked[0]
     assert given["max_new_tokens"] == 32 and given["eos_id"] == world.EOS_ID
@@ -4804,7 +5289,11 @@ def test_videos_are_read_from_folders_and_gifs(tmp_path):
         assert [frame.getpixel((0, 0))[0] for frame in read] == [0, 80, 160] and between == pytest.approx(seconds), name
     frames[0].save(tmp_path / "uneven.gif", save_all=True, append_images=frames[1:], duration=[100, 300, 500])
     frames[0].save(tmp_path / "hasty.gif", save_all=True, append_images=frames[1:], duration=0)
-    for name, seconds in (("uneven.gif", 0.3), ("hasty.gif", 0.1), ("folder/0.png", 0.1)):  # a time of 0, or none, is a tenth
+    for name, seconds in (
+        ("uneven.gif", 0.3),
+        ("hasty.gif", 0.1),
+        ("folder/0.png", 0.1),
+    ):  # a time of 0, or none, is a tenth
         assert qwen2vl.load_video(tmp_path / name)[1] == pytest.approx(seconds), name
     (tmp_path / "folder" / ".hidden").write_text("what file managers leave behind")
     assert len(qwen2vl.load_video(tmp_path / "folder")[0]) == 3
@@ -4869,13 +5358,19 @@ def test_clip_ignores_the_position_ids_of_old_files(oracles, tmp_path):
 
 
 BROKEN = {
-    "tensor is missing": (lambda t: {k: v for k, v in t.items() if "visual_projection" not in k}, "1 tensors are missing.*visual_projection"),
+    "tensor is missing": (
+        lambda t: {k: v for k, v in t.items() if "visual_projection" not in k},
+        "1 tensors are missing.*visual_projection",
+    ),
     "tensor is unknown": (lambda t: t | {"vision_model.gate": torch.ones(2)}, "unknown tensor 'vision_model.gate'"),
     "tensor of an unknown layer": (
         lambda t: t | {"vision_model.encoder.layers.7.mlp.fc1.bias": torch.ones(64)},
         "unknown tensor 'vision_model.encoder.layers.7.mlp.fc1.bias'",
     ),
-    "shape is wrong": (lambda t: t | {"visual_projection.weight": torch.ones(24, 31)}, r"has shape \[24, 31\].*\[24, 32\]"),
+    "shape is wrong": (
+        lambda t: t | {"visual_projection.weight": torch.ones(24, 31)},
+        r"has shape \[24, 31\].*\[24, 32\]",
+    ),
 }
 
 
@@ -4915,8 +5410,18 @@ def test_the_short_published_configs_mean_the_presets(tmp_path):
     raw = {
         "model_type": "llava",
         "image_token_index": 32000,
-        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32064},
-        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14}
+        "text_config": {
+            "model_type": "llama",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-05,
+            "vocab_size": 32064,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "patch_size": 14,
+        }
         | {"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336},
     }
     assert llava.config_from_published(raw, tmp_path) == llava.PRESETS["llava-1.5-7b"]
@@ -4985,7 +5490,9 @@ def fails_in_one_line(call, capsys, *words):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_mask_and_anatomy_print_something_true(family, capsys):
     module = MODULES[family]
-    tokens = {"vilt": "[2, 24, 96]", "qwen2vl": "[112, 96]"}.get(family, "[2, 16, 96]")  # ViLT: 7 words too; Qwen: one packed row
+    tokens = {"vilt": "[2, 24, 96]", "qwen2vl": "[112, 96]"}.get(
+        family, "[2, 16, 96]"
+    )  # ViLT: 7 words too; Qwen: one packed row
     blocks = {"blip2": "blocks x 3"}.get(family, "blocks x 4")  # of the tiny vision tower
     for option, words in (("--trace", [tokens]), ("--show-mask", ["# #", "# ."]), ("--anatomy", [blocks])):
         module.main([option])
@@ -5010,7 +5517,9 @@ def test_wrong_use_of_the_command_line_costs_one_line_and_status_2(family, capsy
     fails_in_one_line(lambda: main(["--anatomy", "gpt-5"]), capsys, "unknown preset 'gpt-5'", "tiny")
     fails_in_one_line(lambda: main(["--demo", "--device", "abacus"]), capsys, "abacus", "cpu")
     fails_in_one_line(lambda: main(["--demo", "--image", "no.png"]), capsys, "no such image: no.png")
-    fails_in_one_line(lambda: main(["--weights", "/no/where", "--image", "x", "--prompt", "y"]), capsys, "no such image")
+    fails_in_one_line(
+        lambda: main(["--weights", "/no/where", "--image", "x", "--prompt", "y"]), capsys, "no such image"
+    )
 
 
 @pytest.fixture
@@ -5052,9 +5561,18 @@ def test_odd_images_and_prompts_cost_one_line_or_work(family, untaught, tmp_path
         assert capsys.readouterr().out, name
     for name in ("text.png", "empty.png", "folder.png"):
         for mode in (["--demo"], ["--weights", "no/where"]):  # found before a checkpoint is looked for
-            fails_in_one_line(lambda: main([*mode, "--image", name, "--prompt", prompt]), capsys, name, "is not an image")
+            fails_in_one_line(
+                lambda: main([*mode, "--image", name, "--prompt", prompt]), capsys, name, "is not an image"
+            )
     special = " ".join(token for token in world.SPECIAL if token not in ("<image>", "<video>"))
-    for text in ("<image>", "<video>", special, "<image><image> what?", "<|image_pad|> [MASK] {} {0} %s \\1 \0 \u00e9 \U0001f600", " "):
+    for text in (
+        "<image>",
+        "<video>",
+        special,
+        "<image><image> what?",
+        "<|image_pad|> [MASK] {} {0} %s \\1 \0 \u00e9 \U0001f600",
+        " ",
+    ):
         try:
             main(["--demo", "--image", "one.png", "--prompt", text])
         except SystemExit as ended:
@@ -5070,12 +5588,16 @@ def test_odd_videos_cost_one_line_that_names_them(untaught, tmp_path, capsys, mo
     for folder, files in (("nothing", ()), ("folders", ("a.png",)), ("texts", ("0.png",))):
         (tmp_path / folder).mkdir()
         for name in files:
-            (tmp_path / folder / name).mkdir() if folder == "folders" else (tmp_path / folder / name).write_text("no frame")
+            (tmp_path / folder / name).mkdir() if folder == "folders" else (tmp_path / folder / name).write_text(
+                "no frame"
+            )
     ask = lambda name: lambda: qwen2vl.main(["--demo", "--video", name, "--prompt", "what moves?"])
     for name in ("nothing", "folders", "texts", "text.png", "empty.png", "cut.gif", "cut.png", "none.gif"):
         fails_in_one_line(ask(name), capsys, name)
     whole = (tmp_path / "moving.gif").read_bytes()
-    for cut in range(len(whole) // 3 + 20, len(whole) - 20, len(whole) // 9):  # Pillow raises an IndexError for some of them
+    for cut in range(
+        len(whole) // 3 + 20, len(whole) - 20, len(whole) // 9
+    ):  # Pillow raises an IndexError for some of them
         (tmp_path / "cut.gif").write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="cut.gif is broken behind frame [12]"):
             qwen2vl.load_video(tmp_path / "cut.gif")
@@ -5093,7 +5615,11 @@ def test_vilts_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(
 def test_llavas_demo_counts_the_image_in_a_prompt_before_it_trains(runs, capsys):
     words = 256 - 16 - len(world.encode(llava.build_prompt("red"))) + 1  # with one token for <image> that would fit
     assert len(world.encode(llava.build_prompt("red" + " red" * (words - 1)))) + 16 == 256
-    fails_in_one_line(lambda: llava.main(["--demo", "--prompt", "red" + " red" * (words - 1)]), capsys, "255 tokens, the context holds 256")
+    fails_in_one_line(
+        lambda: llava.main(["--demo", "--prompt", "red" + " red" * (words - 1)]),
+        capsys,
+        "255 tokens, the context holds 256",
+    )
     assert not list(runs.iterdir())
 
 
@@ -5191,7 +5717,9 @@ def test_llava_weights_from_the_command_line_say_what_the_published_model_says(o
     def wrong(*options):
         return lambda: llava.main(["--weights", str(tmp_path), *options])
 
-    fails_in_one_line(wrong("--image", image, "--prompt", "<image> <image> what ?"), capsys, "2 <image> placeholder(s) for 1")
+    fails_in_one_line(
+        wrong("--image", image, "--prompt", "<image> <image> what ?"), capsys, "2 <image> placeholder(s) for 1"
+    )
     fails_in_one_line(wrong("--prompt", "<image> what ?"), capsys, "1 <image> placeholder(s) for 0")
     fails_in_one_line(wrong("--image", image, "--prompt", "  "), capsys, "empty")
     fails_in_one_line(wrong("--image", image, "--prompt", "what " * 300), capsys, "tokens, the context holds 256")
@@ -5216,7 +5744,10 @@ def test_flamingo_weights_from_the_command_line_say_what_the_published_model_say
         picture.save(files[-1])
     fake = "<fake_token_around_image>"
     ids = torch.tensor([tokenizer.encode(f"a blue circle {fake}<image>{fake} what is {fake}<image>{fake} this ?").ids])
-    inputs = dict(pixel_values=processor([pictures], return_tensors="pt").view(1, 2, 3, 32, 32), image_attention_mask=published_image_mask(ids, 2))
+    inputs = dict(
+        pixel_values=processor([pictures], return_tensors="pt").view(1, 2, 3, 32, 32),
+        image_attention_mask=published_image_mask(ids, 2),
+    )
     new = oracle.generate(input_ids=ids, **inputs, max_new_tokens=32, do_sample=False, eos_token_id=2)
     expected = tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip()
     prompt = "a blue circle <image> what is <image> this ?"
@@ -5232,32 +5763,53 @@ def test_flamingo_weights_from_the_command_line_say_what_the_published_model_say
     fails_in_one_line(wrong(*files[:2], "--prompt", " "), capsys, "empty")
     fails_in_one_line(wrong(*files[:2], "--prompt", "what " * 80), capsys, "tokens, the context holds 64")
     fails_in_one_line(wrong(*files), capsys, "--prompt")
-    fails_in_one_line(lambda: flamingo.main(["--weights", str(oracles("llava")[1]), "--prompt", "x"]), capsys, "holds a 'llava'", "reads 'idefics'")
+    fails_in_one_line(
+        lambda: flamingo.main(["--weights", str(oracles("llava")[1]), "--prompt", "x"]),
+        capsys,
+        "holds a 'llava'",
+        "reads 'idefics'",
+    )
 
 
 def test_qwen_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
-    """End to end: shards, tokenizer.json, preprocessor_config.json, two image files, a video, the published chat template."""
+    """End to end: shards, tokenizer.json, preprocessor_config.json, two image files, a video, the published chat
+    template."""
     oracle = oracles("qwen2.5vl")[0]
     oracle.save_pretrained(tmp_path, max_shard_size="100KB")
-    special = {"<|im_end|>": 2, "<|im_start|>": 1, "<|vision_end|>": 95, "<|vision_start|>": 96, "<|video_pad|>": 97, "<|image_pad|>": 98}
+    special = {
+        "<|im_end|>": 2,
+        "<|im_start|>": 1,
+        "<|vision_end|>": 95,
+        "<|vision_start|>": 96,
+        "<|video_pad|>": 97,
+        "<|image_pad|>": 98,
+    }
     tokenizer = save_tokenizer(tmp_path, word_list(special), "$A")
     processor = quiet_transformers().Qwen2VLImageProcessorPil(
         size={"shortest_edge": 64, "longest_edge": 400}, patch_size=4, image_mean=[0.4, 0.5, 0.6]
     )
     processor.save_pretrained(tmp_path)
-    pictures, files = [Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB") for size in ((70, 50), (20, 90))], []
+    pictures, files = (
+        [Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB") for size in ((70, 50), (20, 90))],
+        [],
+    )
     for n, picture in enumerate(pictures):
         files += ["--image", str(tmp_path / f"{n}.png")]
         picture.save(files[-1])
     inputs = processor(pictures, return_tensors="pt")
-    see = ["<|vision_start|>" + "<|image_pad|>" * (int(grid.prod()) // 4) + "<|vision_end|>" for grid in inputs["image_grid_thw"]]
+    see = [
+        "<|vision_start|>" + "<|image_pad|>" * (int(grid.prod()) // 4) + "<|vision_end|>"
+        for grid in inputs["image_grid_thw"]
+    ]
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
     def published(text, **given):
         ids = torch.tensor([tokenizer.encode(text).ids])
         types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-        new = oracle.generate(input_ids=ids, mm_token_type_ids=types, **given, max_new_tokens=32, do_sample=False, eos_token_id=2)
+        new = oracle.generate(
+            input_ids=ids, mm_token_type_ids=types, **given, max_new_tokens=32, do_sample=False, eos_token_id=2
+        )
         return tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip()
 
     images = dict(pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
@@ -5287,21 +5839,36 @@ def test_qwen_weights_from_the_command_line_say_what_the_published_model_says(or
         return lambda: qwen2vl.main(["--weights", str(tmp_path), *options])
 
     Image.new("RGB", (2, 500)).save(tmp_path / "thin.png")
-    fails_in_one_line(wrong("--image", str(tmp_path / "thin.png"), "--prompt", "what ?"), capsys, "500 x 2 pixels is more than 200 times")
+    fails_in_one_line(
+        wrong("--image", str(tmp_path / "thin.png"), "--prompt", "what ?"),
+        capsys,
+        "500 x 2 pixels is more than 200 times",
+    )
     fails_in_one_line(wrong(*files, "--prompt", "<image> what ?"), capsys, "1 <image> placeholder(s) for 2 image(s)")
     fails_in_one_line(wrong("--prompt", "<video> what ?"), capsys, "1 <video> placeholder(s) for 0 video(s)")
     fails_in_one_line(wrong("--video", str(tmp_path / "no"), "--prompt", "what ?"), capsys, "no such image")
     fails_in_one_line(wrong(*files, "--prompt", "  "), capsys, "empty")
     fails_in_one_line(wrong(*files, "--prompt", "what " * 300), capsys, "tokens, the context holds 256")
     fails_in_one_line(wrong(*files), capsys, "--prompt")
-    fails_in_one_line(lambda: qwen2vl.main(["--weights", str(oracles("llava")[1]), "--prompt", "x"]), capsys, "holds a 'llava'", "reads 'qwen2_vl'")
+    fails_in_one_line(
+        lambda: qwen2vl.main(["--weights", str(oracles("llava")[1]), "--prompt", "x"]),
+        capsys,
+        "holds a 'llava'",
+        "reads 'qwen2_vl'",
+    )
 
 
 def test_qwen_anatomy_says_what_trains_and_what_an_image_costs(capsys):
     qwen2vl.main(["--anatomy", "qwen2-vl-2b"])
     out = capsys.readouterr().out
-    assert "stage 1: 665,271,296 trained" in out and "stage 3: 1,543,714,304 trained" in out and "28,672 bytes a token" in out
-    rows = {tuple(map(int, found[:2])): found for found in re.findall(r"(\d+) x (\d+) +([\d,]+) +([\d,]+) +([\d,]+)", out)}
+    assert (
+        "stage 1: 665,271,296 trained" in out
+        and "stage 3: 1,543,714,304 trained" in out
+        and "28,672 bytes a token" in out
+    )
+    rows = {
+        tuple(map(int, found[:2])): found for found in re.findall(r"(\d+) x (\d+) +([\d,]+) +([\d,]+) +([\d,]+)", out)
+    }
     assert rows[224, 224][2] == "64" and rows[476, 1288][2] == "782"
     flops = [int(rows[size][3].replace(",", "")) for size in ((224, 224), (224, 448))]
     assert flops[1] > 2 * flops[0], "attention over the whole frame grows with the square"
@@ -5314,7 +5881,9 @@ def test_qwen_flops_and_tokens_follow_the_area_with_windows():
     with torch.device("meta"):
         model, mixed = qwen2vl.Qwen2VL(config), qwen2vl.Qwen2VL(full)
     cost = lambda *grids, model=model: qwen2vl.count_flops(
-        lambda: model.encode_image(torch.empty(sum(math.prod(g) for g in grids), 384, device="meta"), torch.tensor(grids, device="cpu"))
+        lambda: model.encode_image(
+            torch.empty(sum(math.prod(g) for g in grids), 384, device="meta"), torch.tensor(grids, device="cpu")
+        )
     )
     assert cost((1, 8, 16)) == 2 * cost((1, 8, 8)) == cost((1, 8, 8), (1, 8, 8)) == cost((2, 8, 8))
     assert cost((1, 8, 16), model=mixed) > 2 * cost((1, 8, 8), model=mixed) == cost((2, 8, 8), model=mixed)
@@ -5347,7 +5916,9 @@ def test_flamingos_demo_refuses_a_prompt_that_does_not_fit_before_it_trains(runs
     image = str(tmp_path / "a.png")
     world.draw(many_scenes(1)[0]).save(image)
     demo = lambda *options: lambda: flamingo.main(["--demo", *options])
-    fails_in_one_line(demo("--image", image, "--prompt", "<image> dax <image>"), capsys, "2 <image> placeholder(s) for 1")
+    fails_in_one_line(
+        demo("--image", image, "--prompt", "<image> dax <image>"), capsys, "2 <image> placeholder(s) for 1"
+    )
     fails_in_one_line(demo("--prompt", "<image>"), capsys, "1 <image> placeholder(s) for 0")
     fails_in_one_line(demo("--image", image, "--prompt", "dax " * 200), capsys, "tokens, the context holds 256")
     assert not (runs / "chinchilla").exists()
@@ -5367,12 +5938,16 @@ def test_blip2_weights_from_the_command_line_say_what_the_published_model_says(o
     expected = []
     for prompt in ("", "Question: what is this? Answer:", "a red circle in"):
         ids = torch.tensor([[98] * 6 + tokenizer.encode(prompt).ids])
-        new = oracle.generate(pixel_values=pixels, input_ids=ids, max_new_tokens=32, do_sample=False, eos_token_id=2, pad_token_id=0)
+        new = oracle.generate(
+            pixel_values=pixels, input_ids=ids, max_new_tokens=32, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
         expected.append(tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip())
     assert len(set(expected)) > 1 and min(map(len, expected)) > 20
     blip2.main(["--weights", str(tmp_path), "--image", image])
     assert capsys.readouterr().out == expected[0] + "\n"
-    blip2.main(["--weights", str(tmp_path), "--image", image, "--prompt", "what is this?", "--prompt", "a red circle in"])
+    blip2.main(
+        ["--weights", str(tmp_path), "--image", image, "--prompt", "what is this?", "--prompt", "a red circle in"]
+    )
     asked = [f"{image}: {prompt} -> " for prompt in ("Question: what is this? Answer:", "a red circle in")]
     assert capsys.readouterr().out == "".join(f"{a}{e}\n" for a, e in zip(asked, expected[1:], strict=True))
 
@@ -5415,14 +5990,18 @@ def test_blip2_retrieval_weights_from_the_command_line_judge_as_the_published_mo
 def test_blip2_anatomy_says_what_trains_and_what_an_image_costs(capsys):
     blip2.main(["--anatomy", "blip2-opt-2.7b"])
     out = capsys.readouterr().out
-    assert "stage 2: 107,133,696 trained (2.9 %)" in out and "257 features -> 32 queries" in out and "stage 1" not in out
+    assert (
+        "stage 2: 107,133,696 trained (2.9 %)" in out and "257 features -> 32 queries" in out and "stage 1" not in out
+    )
     assert "327,680 bytes a token" in out
     blip2.main(["--anatomy", "blip2-itm-vit-g"])
     out = capsys.readouterr().out
     assert "stage 1: 186,082,818 trained (15.9 %)" in out and "stage 2" not in out
 
 
-def test_cogvlm_weights_from_the_command_line_say_what_the_naive_implementation_says(published_cogvlm, tmp_path, capsys, monkeypatch):
+def test_cogvlm_weights_from_the_command_line_say_what_the_naive_implementation_says(
+    published_cogvlm, tmp_path, capsys, monkeypatch
+):
     """End to end: config.json, shards, tokenizer.json, an image file and a question; a box in the answer is drawn."""
     tensors, raw, _ = published_cogvlm["first"]
     save_cogvlm(tmp_path, raw, tensors, shards=3)
@@ -5451,14 +6030,18 @@ def test_cogvlm_weights_from_the_command_line_say_what_the_naive_implementation_
     fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "tokens, the context holds 64")
     fails_in_one_line(wrong("--image", image), capsys, "--prompt")
     (tmp_path / "tokenizer.json").unlink()
-    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing", "lmsys/vicuna-7b-v1.5")
+    fails_in_one_line(
+        wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing", "lmsys/vicuna-7b-v1.5"
+    )
 
 
 def test_cogvlm_anatomy_says_how_its_count_comes_about(capsys):
     cogvlm.main(["--anatomy", "cogvlm-chat-17b"])
     out = capsys.readouterr().out
     assert "trained: 6,618,628,096 (37.5 %)" in out and "1227 tokens" in out and "524,288 bytes a token" in out
-    parts = re.search(r"tower ([\d,]+) \+ adapter ([\d,]+) \+ vision experts ([\d,]+) \+ language model ([\d,]+)", out).groups()
+    parts = re.search(
+        r"tower ([\d,]+) \+ adapter ([\d,]+) \+ vision experts ([\d,]+) \+ language model ([\d,]+)", out
+    ).groups()
     parts = [int(part.replace(",", "")) for part in parts]
     assert sum(parts) == 17_639_685_376 and parts[3] == 6_738_415_616  # Vicuna-7B, as published
 
@@ -5471,7 +6054,9 @@ def test_cogvlm_shows_which_expert_and_position_each_token_takes(capsys):
 
 
 def test_cogvlms_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(runs, capsys):
-    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", "red " * 240]), capsys, "tokens, the context holds 256")
+    fails_in_one_line(
+        lambda: cogvlm.main(["--demo", "--prompt", "red " * 240]), capsys, "tokens, the context holds 256"
+    )
     fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", " "]), capsys, "empty")
     fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", "<image> where?"]), capsys, "leave <image> out")
     assert not list(runs.iterdir())
@@ -5484,7 +6069,9 @@ def test_vilt_weights_from_the_command_line_say_what_the_published_model_says(or
     oracle.config.id2label = {i: f"answer number {i}" for i in range(7)}
     oracle.save_pretrained(tmp_path)
     tokenizer = save_tokenizer(tmp_path, word_list({"<cls>": 101, "<sep>": 102, "[MASK]": 103}, 110), "<cls> $A <sep>")
-    processor = quiet_transformers().ViltImageProcessorPil(size={"shortest_edge": 32}, size_divisor=8, image_mean=[0.4, 0.5, 0.6])
+    processor = quiet_transformers().ViltImageProcessorPil(
+        size={"shortest_edge": 32}, size_divisor=8, image_mean=[0.4, 0.5, 0.6]
+    )
     processor.save_pretrained(tmp_path)
     picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
     picture.save(tmp_path / "photo.png")
@@ -5494,7 +6081,9 @@ def test_vilt_weights_from_the_command_line_say_what_the_published_model_says(or
     for prompt in prompts:
         ids = torch.tensor([tokenizer.encode(prompt).ids])
         with torch.no_grad():
-            logits.append(oracle(input_ids=ids, pixel_values=inputs["pixel_values"], pixel_mask=inputs["pixel_mask"]).logits[0])
+            logits.append(
+                oracle(input_ids=ids, pixel_values=inputs["pixel_values"], pixel_mask=inputs["pixel_mask"]).logits[0]
+            )
     if kind == "vilt mlm":
         expected = []
         for prompt, row in zip(prompts, logits, strict=True):
@@ -5502,9 +6091,15 @@ def test_vilt_weights_from_the_command_line_say_what_the_published_model_says(or
             ids[ids.index(103)] = int(row[ids.index(103)].argmax())
             expected.append(tokenizer.decode(ids, skip_special_tokens=True))
     elif kind == "vilt vqa":
-        expected = [f"{p} -> answer number {int(row.argmax())} ({row.max().sigmoid():.0%})" for p, row in zip(prompts, logits, strict=True)]
+        expected = [
+            f"{p} -> answer number {int(row.argmax())} ({row.max().sigmoid():.0%})"
+            for p, row in zip(prompts, logits, strict=True)
+        ]
     else:
-        expected = [f"{score:7.2f}  {p}" for score, p in sorted(((row.item(), p) for p, row in zip(prompts, logits, strict=True)), reverse=True)]
+        expected = [
+            f"{score:7.2f}  {p}"
+            for score, p in sorted(((row.item(), p) for p, row in zip(prompts, logits, strict=True)), reverse=True)
+        ]
     image = str(tmp_path / "photo.png")
     vilt.main(["--weights", str(tmp_path), "--image", image, "--prompt", prompts[0], "--prompt", prompts[1]])
     lines = capsys.readouterr().out.splitlines()
@@ -5526,7 +6121,9 @@ def test_clip_weights_from_the_command_line_rank_as_the_published_model(oracles,
     oracle = oracles(kind)[0]
     oracle.save_pretrained(tmp_path)
     end = {"<end>": 99} if kind == "clip" else {"<end>": 1}
-    tokenizer = save_tokenizer(tmp_path, word_list({"<start>": 97} | end), "<start> $A <end>" if kind == "clip" else "$A <end>")
+    tokenizer = save_tokenizer(
+        tmp_path, word_list({"<start>": 97} | end), "<start> $A <end>" if kind == "clip" else "$A <end>"
+    )
     processor = save_processor(tmp_path, "CLIPImageProcessorPil")
     picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 50).convert("RGB")
     picture.save(tmp_path / "photo.png")
@@ -5742,10 +6339,24 @@ def test_tokenizer_round_trip_and_special_tokens():
     assert tokenizer.n_vocab == world.VOCAB_SIZE == 512
     for text in [world.text_line(rng) for _ in range(200)] + ["Grüße, 你好 🙂\t\n  two  spaces", "", "<image"]:
         assert tokenizer.decode(world.encode(text)) == text
-    ids = (world.PAD_ID, world.BOS_ID, world.EOS_ID, world.IMAGE_ID, world.VIDEO_ID, world.BOI_ID, world.EOI_ID,
-           world.MASK_ID, world.CLS_ID, world.SEP_ID, world.DEC_ID, world.CHUNK_ID)
+    ids = (
+        world.PAD_ID,
+        world.BOS_ID,
+        world.EOS_ID,
+        world.IMAGE_ID,
+        world.VIDEO_ID,
+        world.BOI_ID,
+        world.EOI_ID,
+        world.MASK_ID,
+        world.CLS_ID,
+        world.SEP_ID,
+        world.DEC_ID,
+        world.CHUNK_ID,
+    )
     assert world.encode("".join(world.SPECIAL[:12])) == list(ids) == list(range(496, 508))
-    assert world.text_rows(["<eos> is text here"])[0].count(world.EOS_ID) == 1, "own data cannot smuggle special tokens in"
+    assert world.text_rows(["<eos> is text here"])[0].count(world.EOS_ID) == 1, (
+        "own data cannot smuggle special tokens in"
+    )
     assert world.decode(world.encode("a ring<eos>never read")) == "a ring"
 
 
@@ -5788,6 +6399,7 @@ def line_loss(model, poison=None, interrupt=None):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
         loss = (x @ model.weight - x).square().mean()
         return (loss * float("nan") if step == poison else loss), {"twice": 2 * loss.detach()}
+
     return loss_of
 
 
@@ -5823,7 +6435,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(runs, capsys):
     assert "stopped after step 25 of 60" in err[-1] and "again" in err[-1]
     assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C is given back"
     halves = Line()
-    torch.nn.init.zeros_(halves.weight)             # whatever it was, it comes from the checkpoint
+    torch.nn.init.zeros_(halves.weight)  # whatever it was, it comes from the checkpoint
     world.fit(plan("halves"), halves, line_loss(halves))
     assert torch.equal(whole.weight, halves.weight)
     assert log_of(runs / "halves") == log_of(runs / "whole"), "no line twice, none lost"
@@ -5831,6 +6443,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(runs, capsys):
 
 class Hidden(torch.nn.Module):
     """An embedding, a matrix between, a norm and an output: what Muon takes is the matrix between."""
+
     config = "hidden"
 
     def __init__(self):
@@ -5874,7 +6487,7 @@ def test_a_kill_between_checkpoints_repeats_no_line(runs):
     model = Line()
     with pytest.raises(SystemExit):
         world.fit(plan("killed"), model, line_loss(model, interrupt=24))
-    with (runs / "killed/log.jsonl").open("a") as log:      # steps that ran after the last save, then the plug was pulled
+    with (runs / "killed/log.jsonl").open("a") as log:  # steps that ran after the last save, then the plug was pulled
         log.write('{"step": 31, "loss": 0.5, "lr": 0.01}\n')
     model = Line()
     world.fit(plan("killed"), model, line_loss(model))
@@ -5953,18 +6566,24 @@ def run_cli(*arguments, cwd, **environment):
 
 
 def test_ctrl_c_in_a_real_process(tmp_path):
-    script = ("import sys, time; sys.path.insert(0, sys.argv[1]); import train_tiny as w, torch\n"
-              "class M(torch.nn.Linear):\n    config = 'm'\n"
-              "torch.manual_seed(0); m = M(4, 4)\n"
-              "def loss_of(step):\n"
-              "    time.sleep(0.05 * (sys.argv[2] == 'slow'))\n"
-              "    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))\n"
-              "    return (m(x) - x).square().mean(), {}\n"
-              "print('ready', flush=True)\n"
-              "w.fit(w.Plan(sys.argv[3], 100, 8, 0.05), m, loss_of)\n")
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); import train_tiny as w, torch\n"
+        "class M(torch.nn.Linear):\n    config = 'm'\n"
+        "torch.manual_seed(0); m = M(4, 4)\n"
+        "def loss_of(step):\n"
+        "    time.sleep(0.05 * (sys.argv[2] == 'slow'))\n"
+        "    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))\n"
+        "    return (m(x) - x).square().mean(), {}\n"
+        "print('ready', flush=True)\n"
+        "w.fit(w.Plan(sys.argv[3], 100, 8, 0.05), m, loss_of)\n"
+    )
+
     def command(*arguments):
         return [sys.executable, "-c", script, str(TRAIN_TINY.parent), *arguments]
-    process = subprocess.Popen(command("slow", "halves"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    process = subprocess.Popen(
+        command("slow", "halves"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "ready\n"
     log = tmp_path / "runs/halves/log.jsonl"
     while not log.exists():
@@ -5978,7 +6597,9 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     assert 0 < saved["step"] < 100
     for name in ("halves", "whole"):
         subprocess.run(command("fast", name), cwd=tmp_path, check=True, timeout=60, capture_output=True)
-    halves, whole = (torch.load(tmp_path / f"runs/{name}/checkpoint.pt", weights_only=True) for name in ("halves", "whole"))
+    halves, whole = (
+        torch.load(tmp_path / f"runs/{name}/checkpoint.pt", weights_only=True) for name in ("halves", "whole")
+    )
     assert all(torch.equal(halves["model"][k], whole["model"][k]) for k in whole["model"])
 
 
@@ -5995,7 +6616,9 @@ TRAININGS = {  # family -> its training, from the same weights each time, under 
     "cogvlm": lambda name: world.train_cogvlm(fresh("cogvlm"), name, 5),
     "blip2": lambda name: world.blip2_stage(fresh("blip2"), 1, name, 5),  # hard negatives are drawn: by the step alone
     "llava": lambda name: world.llava_stage(fresh("llava"), 2, name, 5),
-    "qwen2vl": lambda name: world.train_qwen(fresh("qwen2vl"), name, 5, 0, ("scene", "number", "movie"), lock=3),  # to the middle
+    "qwen2vl": lambda name: world.train_qwen(
+        fresh("qwen2vl"), name, 5, 0, ("scene", "number", "movie"), lock=3
+    ),  # to the middle
 }
 
 
@@ -6066,10 +6689,13 @@ def test_blip2_stage_2_learns_to_write_the_caption_behind_the_prompt(monkeypatch
 
 
 def test_reranking_lets_matching_choose_among_what_contrast_finds(monkeypatch):
-    """With a model that has nine scenes by heart, an image or a text being its number. Contrast puts a wrong text above the
-    right one of images 1, 3, 5 and 7, and finds every text likelier than that of image 0; matching errs for image 8 only."""
+    """With a model that has nine scenes by heart, an image or a text being its number. Contrast puts a wrong text above
+    the right one of images 1, 3, 5 and 7, and finds every text likelier than that of image 0; matching errs for image 8
+    only."""
     texts, captions, draw = [], [], world.draw
-    monkeypatch.setattr(world, "qformer_rows", lambda rows: (texts.extend(rows) or torch.arange(len(rows)), torch.ones(len(rows))))
+    monkeypatch.setattr(
+        world, "qformer_rows", lambda rows: (texts.extend(rows) or torch.arange(len(rows)), torch.ones(len(rows)))
+    )
     monkeypatch.setattr(world, "draw", lambda scene: captions.append(world.caption(scene)) or draw(scene))
 
     def similarities(*_):
@@ -6104,11 +6730,15 @@ def fresh_cogvlm(*_, **options):
 def test_cogvlm_repeats_itself_to_the_bit_and_forgets_nothing(runs):
     before = fresh_cogvlm()
     once, again = (world.train_cogvlm(fresh_cogvlm(), name, 3) for name in ("once", "again"))
-    for (name, a), (_, b), (_, c) in zip(once.named_parameters(), again.named_parameters(), before.named_parameters(), strict=True):
+    for (name, a), (_, b), (_, c) in zip(
+        once.named_parameters(), again.named_parameters(), before.named_parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
         if not name.startswith("adapter.") and ".vision_expert." not in name:
             assert torch.equal(a, c), name
-    assert torch.equal(world.text_logits(once), world.text_logits(before)) and world.text_loss(once) == world.text_loss(before)
+    assert torch.equal(world.text_logits(once), world.text_logits(before)) and world.text_loss(once) == world.text_loss(
+        before
+    )
     asked = world.box_questions(random.Random(0), 2)
     pixels = cogvlm.preprocess([world.draw(scene) for scene, _, _ in asked], once.config.vision)
     ids = torch.tensor([cogvlm.prompt_row([], once.config)] * 2)
@@ -6123,7 +6753,9 @@ def test_what_the_toy_vicuna_and_cogvlm_are_taught_is_true():
         question, box = world.ask_box(scene, rng)
         name = question.removeprefix("where is the ").removesuffix("?")
         fitting = [t for t in scene.things if name in (t.name, t.shape, f"{t.colour} thing")]
-        assert [f"{t.name} {t.place} {world.box_text(t, 32, 32)}" for t in fitting] == ([] if box == "nothing" else [box]), (question, box)
+        assert [f"{t.name} {t.place} {world.box_text(t, 32, 32)}" for t in fitting] == (
+            [] if box == "nothing" else [box]
+        ), (question, box)
         absent += box == "nothing"
         turns = world.cogvlm_turns(scene, rng)
         assert (world.DESCRIBE, world.caption(scene)) in turns
@@ -6140,11 +6772,16 @@ def test_what_the_toy_vicuna_and_cogvlm_are_taught_is_true():
         counted = labels != cogvlm.IGNORE_INDEX
         assert torch.equal(ids[counted], labels[counted]) and len(ids) <= cogvlm.PRESETS["tiny"].language.context
         assert world.tokenizer().decode(labels[counted].tolist()) == "".join(f" {answer}<eos>" for _, answer in turns)
-        begins, things = world.tokenizer().decode(ids.tolist()).removeprefix("<bos>"), {f"{t.place} a {t.full_name}" for t in scene.things}
+        begins, things = (
+            world.tokenizer().decode(ids.tolist()).removeprefix("<bos>"),
+            {f"{t.place} a {t.full_name}" for t in scene.things},
+        )
         assert any(begins.strip().startswith(", ".join(order)) for order in itertools.permutations(things)), begins
         for first, second in (("shape", "colour"), ("colour", "shape")):
             listed = dict(turns).get(f"which {first} has which {second}?")
-            assert listed is None or {f"{getattr(t, first)} {getattr(t, second)} {t.size} {t.place}" for t in scene.things} == {*listed.split(", ")}
+            assert listed is None or {
+                f"{getattr(t, first)} {getattr(t, second)} {t.size} {t.place}" for t in scene.things
+            } == {*listed.split(", ")}
 
 
 def test_grounding_and_its_guess_count_what_they_say(monkeypatch):
@@ -6175,7 +6812,12 @@ def test_cogvlms_towers_are_what_it_starts_from_and_what_the_cache_asks_for(runs
     world.demo_cogvlm()[1]()
     assert seen == [("cpu", steps) for steps in world.DEMO_TOWERS] * 2
     capsys.readouterr()
-    for name, changed in (("towers", dict(towers=(3, 6))), ("data", dict(data="other")), ("EVA_STEPS", {}), ("VICUNA_STEPS", {})):
+    for name, changed in (
+        ("towers", dict(towers=(3, 6))),
+        ("data", dict(data="other")),
+        ("EVA_STEPS", {}),
+        ("VICUNA_STEPS", {}),
+    ):
         if name.isupper():
             monkeypatch.setattr(world, name, "another number of")
         world.train_cogvlm(fresh_cogvlm(), "keyed", 1, **changed)
@@ -6192,7 +6834,9 @@ def test_the_toy_vicuna_learns_its_parts_in_turn_and_its_experts_begin_as_copies
 
     def fit(plan, model, loss_of, expected, data):
         loss_of(0)[0].backward()
-        assert all((p.grad is None) == (".vision_expert." in name) for name, p in model.named_parameters() if p.requires_grad)
+        assert all(
+            (p.grad is None) == (".vision_expert." in name) for name, p in model.named_parameters() if p.requires_grad
+        )
         assert not any(p.requires_grad for layer in model.layers for p in layer.vision_expert.parameters())
         plans.append((plan.name, plan.steps, data))
         with torch.no_grad():
@@ -6200,7 +6844,9 @@ def test_the_toy_vicuna_learns_its_parts_in_turn_and_its_experts_begin_as_copies
 
     monkeypatch.setattr(world, "fit", fit)
     model = world.toy_vicuna()
-    assert parts == [1, 2, 3] and [plan[:2] for plan in plans] == [*zip(("vicuna-part1", "vicuna-part2", "vicuna"), world.VICUNA_STEPS)]
+    assert parts == [1, 2, 3] and [plan[:2] for plan in plans] == [
+        *zip(("vicuna-part1", "vicuna-part2", "vicuna"), world.VICUNA_STEPS)
+    ]
     assert len({data for _, _, data in plans}) == 3, "the cache knows the parts apart"
     for layer in model.layers:
         for a, b in zip(layer.vision_expert.parameters(), layer.language_expert.parameters(), strict=True):
@@ -6216,7 +6862,9 @@ def test_the_toy_vicuna_learns_its_parts_in_turn_and_its_experts_begin_as_copies
 def test_a_step_of_cogvlm_asks_each_picture_about_itself(monkeypatch):
     batches = []
     monkeypatch.setattr(world, "draw", lambda scene: scene)
-    monkeypatch.setattr(world, "cogvlm_loss", lambda model, images, turns: batches.extend(zip(images, turns, strict=True)))
+    monkeypatch.setattr(
+        world, "cogvlm_loss", lambda model, images, turns: batches.extend(zip(images, turns, strict=True))
+    )
     monkeypatch.setattr(world, "fit", lambda plan, model, loss_of, **_: [loss_of(step) for step in range(3)])
     world.train_cogvlm(fresh_cogvlm(), "", 3)
     assert len(batches) == 3 * world.COGVLM_BATCH and not any(scene.is_test for scene, _ in batches)
@@ -6225,7 +6873,8 @@ def test_a_step_of_cogvlm_asks_each_picture_about_itself(monkeypatch):
 
 @pytest.mark.parametrize("family", ["cogvlm", "qwen2vl"])
 def test_answers_come_in_the_order_of_the_questions(family, monkeypatch):
-    """More questions than go into one batch, of different lengths: each prompt ends its row, and each answer keeps its place."""
+    """More questions than go into one batch, of different lengths: each prompt ends its row, and each answer keeps its
+    place."""
     model = fresh(family).eval()
 
     def echo(self, ids, *_, **__):
@@ -6256,19 +6905,28 @@ def test_cogvlms_claims_and_recipe_measure_what_they_say(monkeypatch, tmp_path):
     monkeypatch.setattr(world, "guess", lambda asked: 0.3)
     monkeypatch.setattr(world, "guess_box", lambda asked: 0.2)
     claims = world.cogvlm_recipe(argparse.Namespace(device="cpu", seed=0, steps=None))
-    assert [(c.chance, c.measured, c.holds) for c in claims] == [(0.0, 0.75, False), (0.2, 0.6, False), (0.3, 0.7, False)]
+    assert [(c.chance, c.measured, c.holds) for c in claims] == [
+        (0.0, 0.75, False),
+        (0.2, 0.6, False),
+        (0.3, 0.7, False),
+    ]
     assert claims[0].target == 1.0, "to the bit"
 
 
 def test_cogvlms_ablations_train_what_they_say_and_compare_the_right_way_round(monkeypatch, capsys):
-    trained, score = [], {"visual-experts": (0.9, 0.8, 1.5), "adapter-alone": (0.5, 0.4, 1.5), "all-trained": (0.6, 0.5, 1.9)}
+    trained, score = (
+        [],
+        {"visual-experts": (0.9, 0.8, 1.5), "adapter-alone": (0.5, 0.4, 1.5), "all-trained": (0.6, 0.5, 1.9)},
+    )
     monkeypatch.setattr(world, "untrained_cogvlm", lambda device, seed=0: fresh_cogvlm())
 
     def train(model, name, steps, seed, bar, freeze=None):
         variant = name.split("/")[1].split("-seed")[0]
         (freeze or cogvlm.freeze)(model)
         layer = model.language.layers[0]
-        trains = {part: next(getattr(layer, part).parameters()).requires_grad for part in ("language_expert", "vision_expert")}
+        trains = {
+            part: next(getattr(layer, part).parameters()).requires_grad for part in ("language_expert", "vision_expert")
+        }
         trained.append((variant, layer.vision_expert is layer.language_expert, *trains.values(), name))
         model.score = score[variant]
 
@@ -6280,7 +6938,9 @@ def test_cogvlms_ablations_train_what_they_say_and_compare_the_right_way_round(m
     assert {what[:4] for what in trained} == {("visual-experts", False, False, True), ("adapter-alone", True, False, False),
                                               ("all-trained", True, True, True)}  # fmt: skip
     assert len({name for *_, name in trained}) == len(trained) == 9
-    assert [(c.chance, c.measured, c.target) for c in claims] == [pytest.approx(x) for x in ((0.5, 0.9, 0.5), (0.4, 0.8, 0.4), (0, 0.4, 0.01))]
+    assert [(c.chance, c.measured, c.target) for c in claims] == [
+        pytest.approx(x) for x in ((0.5, 0.9, 0.5), (0.4, 0.8, 0.4), (0, 0.4, 0.01))
+    ]
     assert "text loss before: 1.500" in capsys.readouterr().out
 
 
@@ -6348,17 +7008,20 @@ def test_two_processes_train_like_one(tmp_path, loss):
 # Command line and own data
 
 
-@pytest.mark.parametrize("arguments, says", [
-    ((), "WHAT"),
-    (("clup",), "clip"),
-    (("clip", "--steps", "0"), "number of steps"),
-    (("clip", "--steps", "many"), "number of steps"),
-    (("clip", "--seed", "x"), "int"),
-    (("clip", "--device", "toaster"), "cpu always is"),
-    (("clip", "--loss", "hinge"), "sigmoid"),
-    (("all", "--data", "."), "one family"),
-    (("clip", "--data", "no/such/folder"), "metadata.jsonl"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ((), "WHAT"),
+        (("clup",), "clip"),
+        (("clip", "--steps", "0"), "number of steps"),
+        (("clip", "--steps", "many"), "number of steps"),
+        (("clip", "--seed", "x"), "int"),
+        (("clip", "--device", "toaster"), "cpu always is"),
+        (("clip", "--loss", "hinge"), "sigmoid"),
+        (("all", "--data", "."), "one family"),
+        (("clip", "--data", "no/such/folder"), "metadata.jsonl"),
+    ],
+)
 def test_bad_input_costs_one_line(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -6378,8 +7041,14 @@ def make_folder(folder, rows, images):
 
 def test_own_data_names_bad_rows_and_trains_on_the_rest(runs, tmp_path, capsys):
     good = [json.dumps({"file_name": "a.png", "text": f"text {i}"}) for i in range(24)]
-    bad = ['{"file_name": "a.png"}', '{"file_name": "missing.png", "text": "x"}', "not json", '["a"]',
-           '{"file_name": "broken.png", "text": "x"}', '{"file_name": "a.png", "text": "  "}']
+    bad = [
+        '{"file_name": "a.png"}',
+        '{"file_name": "missing.png", "text": "x"}',
+        "not json",
+        '["a"]',
+        '{"file_name": "broken.png", "text": "x"}',
+        '{"file_name": "a.png", "text": "  "}',
+    ]
     long = json.dumps({"file_name": "a.png", "text": "word " * 60})
     folder = make_folder(tmp_path / "own", [*good, *bad, long], ["a.png"])
     (folder / "broken.png").write_bytes(b"\x89PNG nothing")
@@ -6403,22 +7072,38 @@ def test_a_metadata_file_that_is_no_utf8_or_no_file_is_named_and_a_byte_order_ma
     folder = make_folder(tmp_path / "own", [], ["a.png"])
     row = json.dumps({"file_name": "a.png", "text": "Gr\u00fc\u00dfe"}, ensure_ascii=False)
     (folder / "metadata.jsonl").write_bytes(row.encode("latin-1"))
-    fails_in_one_line(lambda: world.main(["clip", "--data", str(folder)]), capsys, "metadata.jsonl", "UnicodeDecodeError")
+    fails_in_one_line(
+        lambda: world.main(["clip", "--data", str(folder)]), capsys, "metadata.jsonl", "UnicodeDecodeError"
+    )
     (folder / "metadata.jsonl").write_text(row, encoding="utf-8-sig")  # as some editors save it
     assert world.read_folder(folder, ("text",))[0][1]["text"] == "Gr\u00fc\u00dfe"
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.jsonl").mkdir()
     capsys.readouterr()
-    fails_in_one_line(lambda: world.main(["clip", "--data", str(folder)]), capsys, "metadata.jsonl", "IsADirectoryError")
+    fails_in_one_line(
+        lambda: world.main(["clip", "--data", str(folder)]), capsys, "metadata.jsonl", "IsADirectoryError"
+    )
 
 
 @pytest.mark.parametrize("family, toy", [("llava", "toy_llava"), ("cogvlm", "toy_cogvlm"), ("qwen2vl", "toy_qwen")])
-def test_own_questions_train_whatever_they_say_and_wherever_they_put_the_picture(family, toy, runs, tmp_path, monkeypatch, capsys):
+def test_own_questions_train_whatever_they_say_and_wherever_they_put_the_picture(
+    family, toy, runs, tmp_path, monkeypatch, capsys
+):
     """Other data sets write <image> and <video> into their texts, once, twice, or nothing else."""
     monkeypatch.setattr(world, toy, lambda *_, **__: fresh(family))
     told, language_loss = set(), MODULES[family].language_loss
-    texts = ("what?", "<image> what?", "what?<image><image>", "<video>what?", "<image>", "<ima<image>ge>what?", "{} what?")
-    rows = [dict(question=text, answer=f"{text} it") for text in texts] + [dict(question="<eos> <pad>", answer="<spare1>")]
+    texts = (
+        "what?",
+        "<image> what?",
+        "what?<image><image>",
+        "<video>what?",
+        "<image>",
+        "<ima<image>ge>what?",
+        "{} what?",
+    )
+    rows = [dict(question=text, answer=f"{text} it") for text in texts] + [
+        dict(question="<eos> <pad>", answer="<spare1>")
+    ]
     rows += [dict(question="what?", answer="<image>"), dict(question="what?")]  # no answer
     rows += [dict(question="what?", answer="word " * 500), dict(question="word " * 500, answer="it")]  # too long
 
@@ -6432,7 +7117,9 @@ def test_own_questions_train_whatever_they_say_and_wherever_they_put_the_picture
     assert world.main([family, "--data", str(folder), "--steps", "9"]) == 0
     out = capsys.readouterr().out
     assert "10 rows, 2 left out" in out and out.count("no answer") == 2 and "2 rows do not fit the context of" in out
-    assert told == {f" {text}<eos>" for text in ("what? it", "it", "{} what? it", "<spare1>")}, "and each is learned as words"
+    assert told == {f" {text}<eos>" for text in ("what? it", "it", "{} what? it", "<spare1>")}, (
+        "and each is learned as words"
+    )
     folder = make_folder(tmp_path / "other", [json.dumps({"file_name": "a.png"} | row) for row in rows[:3]], ["a.png"])
     assert world.main([family, "--data", str(folder), "--steps", "9"]) == 0
     assert "other settings" in capsys.readouterr().out, "other rows, another model"
@@ -6465,14 +7152,19 @@ def test_qwen_starts_from_the_toy_towers_and_sees_a_still_picture_as_clip_did(mo
     theirs = tower.vision.patch_embedding(clip.preprocess([image], clip.PRESETS["tiny"].vision))[0]
     ours, theirs = model.vision.patch_embedding(patches), theirs[:, places[1], places[2]].T
     theirs = theirs * tower.vision.ln_pre.weight
-    close(ours, theirs * (ours.norm() / theirs.norm()))  # but for the scale, which is that of CLIP's norm before the first block
+    close(
+        ours, theirs * (ours.norm() / theirs.norm())
+    )  # but for the scale, which is that of CLIP's norm before the first block
     assert 0.6 < (ours / tower.vision.ln_pre.weight).std(dim=1).mean() < 1.4
     for name, parameter in language.named_parameters():
         assert torch.equal(model.language.get_parameter(name), parameter), name
     for name, parameter in tower.vision.blocks.named_parameters():
         assert torch.equal(model.vision.blocks.get_parameter(name), parameter), name
     assert not model.language.layers[0].self_attn.q_proj.bias.any()
-    assert not world.untrained_qwen(mrope=False).config.mrope and world.untrained_qwen(learned_grid=6).config.vision.learned_grid == 6
+    assert (
+        not world.untrained_qwen(mrope=False).config.mrope
+        and world.untrained_qwen(learned_grid=6).config.vision.learned_grid == 6
+    )
 
 
 def test_what_a_step_of_qwen_sees_is_true():
@@ -6487,10 +7179,14 @@ def test_what_a_step_of_qwen_sees_is_true():
             assert 1 <= qwen2vl.num_image_tokens(image.height, image.width, config) <= tokens
     assert image.size == world.NUMBER_SIZE, "with all its tokens a number is as it was drawn"
     shapes = lambda sizes: {w / h for w, h in sizes}
-    assert not shapes(world.CANVASES) & shapes(world.NEW_CANVASES) and not set(world.LARGE_CANVASES) & set(world.CANVASES)
+    assert not shapes(world.CANVASES) & shapes(world.NEW_CANVASES) and not set(world.LARGE_CANVASES) & set(
+        world.CANVASES
+    )
     assert max(map(max, world.NEW_CANVASES)) == max(map(max, world.CANVASES)) < min(map(max, world.LARGE_CANVASES))
     questions = [world.size_questions(30, sizes) for sizes in (world.CANVASES, world.NEW_CANVASES)]
-    assert [turns for _, turns in questions[0]] == [turns for _, turns in questions[1]], "the same scenes and questions in both"
+    assert [turns for _, turns in questions[0]] == [turns for _, turns in questions[1]], (
+        "the same scenes and questions in both"
+    )
     assert {image.size for image, _ in questions[1]} == set(world.NEW_CANVASES)
     assert [t for _, t in world.qwen_numbers(9, 1)] == [t for _, t in world.qwen_numbers(9, 12)]
     assert world.shrink(Image.new("RGB", (96, 48)), 2).size == (32, 16)
@@ -6507,7 +7203,10 @@ def test_pictures_and_words_of_qwens_samples_go_together(monkeypatch):
         assert world.qwen_movie(random.Random(i), 4, 48) == ([(scene, 48, 48) for scene in scenes], [(question, way)])
         frames, turns = world.QWEN_SAMPLES["large movie"](random.Random(i))
         thing = frames[0][0].things[0]
-        assert {size for _, *size in frames for size in size} == {48} and {("what colour is it?", thing.colour), ("what shape is it?", thing.shape)} < {*turns}
+        assert {size for _, *size in frames for size in size} == {48} and {
+            ("what colour is it?", thing.colour),
+            ("what shape is it?", thing.shape),
+        } < {*turns}
     assert {size for frames, _ in world.qwen_movies(3, 2, 48) for _, *size in frames for size in size} == {48}
 
 
@@ -6525,18 +7224,26 @@ def test_qwen_rows_put_the_answers_where_they_belong():
 
 def test_qwen_accuracy_and_claims_count_what_they_say(monkeypatch, capsys):
     samples = [(None, [("q", str(i)), ("and", "more")]) for i in range(4)]
-    monkeypatch.setattr(world, "qwen_answers", lambda model, samples: [turns[0][1] if i else "no" for i, (_, turns) in enumerate(samples)])
+    monkeypatch.setattr(
+        world,
+        "qwen_answers",
+        lambda model, samples: [turns[0][1] if i else "no" for i, (_, turns) in enumerate(samples)],
+    )
     assert world.qwen_accuracy(None, samples) == 0.75
     shares = {"seen": 0.9, "new": 0.7, "large": 0.5, "number": iter((0.1, 0.3, 0.25)), "movie": 0.8}
     names = {world.CANVASES: "seen", world.NEW_CANVASES: "new", world.LARGE_CANVASES: "large"}
     monkeypatch.setattr(world, "size_questions", lambda count, sizes: [(names[sizes], [("what is it?", "x")])])
     monkeypatch.setattr(world, "qwen_numbers", lambda count, tokens: [("number", None)])
     monkeypatch.setattr(world, "qwen_movies", lambda count, frames: [("movie", None)])
-    monkeypatch.setattr(world, "qwen_accuracy", lambda model, s: next(x) if hasattr(x := shares[s[0][0]], "__next__") else x)
+    monkeypatch.setattr(
+        world, "qwen_accuracy", lambda model, s: next(x) if hasattr(x := shares[s[0][0]], "__next__") else x
+    )
     monkeypatch.setattr(world, "guess", lambda asked: {((None, "what is it?", "x"),): 0.4}[tuple(asked)])
     claims = world.qwen_claims(None)
     assert [round(c.measured, 3) for c in claims][:5] == [0.9, -0.2, 0.8, 0.25, -0.05] and claims[5].measured > 0.98
-    assert [c.chance for c in claims] == pytest.approx([0.4, -0.5, 0.25, 0.01, 0, 0]) and [c.holds for c in claims] == [True] + [False] * 4 + [True]
+    assert [c.chance for c in claims] == pytest.approx([0.4, -0.5, 0.25, 0.01, 0, 0]) and [c.holds for c in claims] == [
+        True
+    ] + [False] * 4 + [True]
     assert "9: 0.250 tokens" in (out := capsys.readouterr().out) and "0.500 in larger ones" in out
 
 
@@ -6555,13 +7262,19 @@ def test_qwens_parts_show_what_they_say_and_the_cache_knows_what_came_before(run
     small_towers(monkeypatch)
     monkeypatch.setattr(world, "QWEN_PART1_STEPS", 20)
     seen, qwen_inputs = [], world.qwen_inputs
-    monkeypatch.setattr(world, "qwen_inputs", lambda samples, *rest: (seen.append([item for item, _ in samples]), qwen_inputs(samples, *rest))[1])
+    monkeypatch.setattr(
+        world,
+        "qwen_inputs",
+        lambda samples, *rest: (seen.append([item for item, _ in samples]), qwen_inputs(samples, *rest))[1],
+    )
     world.toy_qwen(steps=12)
     sizes = [step[0].size for step in seen]
     assert [len(step) for step in seen] == [2] * 20 + [3] * 12 and sizes[:3] == [(32, 32)] * 3
     assert set(sizes[3:20]) - {(32, 32)} and set(sizes[:20]) <= set(world.SMALL_CANVASES)
     assert set(sizes[20:]) & set(world.LARGER_CANVASES) and set(sizes[20:]) <= set(world.CANVASES)
-    assert not {step[0].tobytes() for step in seen[:20]} & {step[0].tobytes() for step in seen[20:]}, "part 2 has samples of its own"
+    assert not {step[0].tobytes() for step in seen[:20]} & {step[0].tobytes() for step in seen[20:]}, (
+        "part 2 has samples of its own"
+    )
     seen.clear()
     world.toy_qwen(steps=12)
     assert not seen and "training again" not in capsys.readouterr().out, "both parts come from the cache"
@@ -6574,43 +7287,78 @@ def test_qwens_parts_show_what_they_say_and_the_cache_knows_what_came_before(run
 def test_a_step_of_qwen_is_what_its_arguments_say_and_the_cache_knows_all_of_them(monkeypatch):
     asked = []
     for kind in ("scene", "thing"):
-        monkeypatch.setitem(world.QWEN_SAMPLES, kind, lambda rng, sizes, make=world.QWEN_SAMPLES[kind]: asked.append(sizes) or make(rng, sizes))
+        monkeypatch.setitem(
+            world.QWEN_SAMPLES,
+            kind,
+            lambda rng, sizes, make=world.QWEN_SAMPLES[kind]: asked.append(sizes) or make(rng, sizes),
+        )
     monkeypatch.setattr(world, "fit", lambda plan, model, loss_of, data, bar: (plan, data, loss_of))
-    train = lambda mix=("scene", "scene", "thing", "movie"), **options: world.train_qwen(fresh("qwen2vl"), "x", 5, 0, mix, **options)
+    train = lambda mix=("scene", "scene", "thing", "movie"), **options: world.train_qwen(
+        fresh("qwen2vl"), "x", 5, 0, mix, **options
+    )
     usual, sizes = dict(sizes=((32, 32), (48, 32)), first=2, lock=3), ((32, 32), (48, 32))
     plan, data, loss_of = train(**usual)
     for step in range(4):
         asked.clear()
         loss_of(step)
         assert asked == [sizes[: 1 if step < 2 else 2]] * 3
-    changes = dict(sizes=((32, 32),)), dict(first=1), dict(lock=2), dict(lock=None), dict(mix=("scene", "thing", "movie")), dict(data="other")
+    changes = (
+        dict(sizes=((32, 32),)),
+        dict(first=1),
+        dict(lock=2),
+        dict(lock=None),
+        dict(mix=("scene", "thing", "movie")),
+        dict(data="other"),
+    )
     assert len({data, *(train(**usual | change)[1] for change in changes)}) == 7
     half = train(rate=0.5)[0]
     assert (half.lr, half.muon) == (plan.lr / 2, plan.muon / 2)
     losses = iter((1.0, 2.0, 5.0))
     monkeypatch.setattr(qwen2vl, "language_loss", lambda logits, labels: (torch.tensor(next(losses)), {}))
     total, each = loss_of(0)
-    assert float(total) == (2 * 1.0 + 2.0 + 5.0) / 4 and {k: float(v) for k, v in each.items()} == {"scene": 1.0, "thing": 2.0, "movie": 5.0}
+    assert float(total) == (2 * 1.0 + 2.0 + 5.0) / 4 and {k: float(v) for k, v in each.items()} == {
+        "scene": 1.0,
+        "thing": 2.0,
+        "movie": 5.0,
+    }
 
 
 def test_qwens_two_parts_and_its_demo_are_trained_as_they_say(runs, monkeypatch):
     trained = []
     monkeypatch.setattr(world, "untrained_qwen", lambda *_: None)
-    monkeypatch.setattr(world, "train_qwen", lambda model, name, steps, seed, mix, **options: trained.append((name, steps, mix, options)))
+    monkeypatch.setattr(
+        world,
+        "train_qwen",
+        lambda model, name, steps, seed, mix, **options: trained.append((name, steps, mix, options)),
+    )
     world.toy_qwen()
     (name, steps, mix, part1), (last, more, all_of_it, part2) = trained
-    assert (name, steps, mix, last, more, all_of_it) == ("qwen2vl-part1", world.QWEN_PART1_STEPS, world.PART1_MIX, "qwen2vl", world.QWEN_STEPS, world.QWEN_MIX)
+    assert (name, steps, mix, last, more, all_of_it) == (
+        "qwen2vl-part1",
+        world.QWEN_PART1_STEPS,
+        world.PART1_MIX,
+        "qwen2vl",
+        world.QWEN_STEPS,
+        world.QWEN_MIX,
+    )
     assert 0 < part1["first"] < part1["lock"] < steps and "lock" not in part2, "in part 2 everything trains once more"
     assert part2["rate"] < part1.get("rate", 1.0), "so that what was learned is not lost"
     assert all(part2["sizes"].count(size) == 1 + (size in world.LARGER_CANVASES) for size in world.CANVASES)
     world.demo_qwen()
     (name, steps, *_), (last, more, *_) = trained[2:]
-    assert (steps, more) == world.DEMO_QWEN_STEPS and name != "qwen2vl-part1" and last != "qwen2vl", "not in the recipe's place"
+    assert (steps, more) == world.DEMO_QWEN_STEPS and name != "qwen2vl-part1" and last != "qwen2vl", (
+        "not in the recipe's place"
+    )
 
 
 def test_qwens_ablations_train_what_they_say_and_compare_the_right_way_round(monkeypatch, capsys):
     made = []
-    shares = {"any-size": (0.9, 0.8), "one-size-learned-positions": (0.95, 0.6), "M-RoPE": (0.9, 0.7), "RoPE-1D": (0.9, 0.4)}
+    shares = {
+        "any-size": (0.9, 0.8),
+        "one-size-learned-positions": (0.95, 0.6),
+        "M-RoPE": (0.9, 0.7),
+        "RoPE-1D": (0.9, 0.4),
+    }
 
     def train(model, name, steps, seed, mix, bar, sizes):
         made.append((name.split("/")[1].split("-seed")[0], model, {*mix}, sizes))
@@ -6622,7 +7370,9 @@ def test_qwens_ablations_train_what_they_say_and_compare_the_right_way_round(mon
     claims = world.qwen_ablations(argparse.Namespace(device="cpu", steps=2))
     assert made[::3] == [("any-size", {}, {"thing"}, world.CANVASES), ("one-size-learned-positions", dict(learned_grid=6), {"thing"}, ((48, 48),)),
                          ("M-RoPE", {}, {"large movie"}, world.CANVASES), ("RoPE-1D", dict(mrope=False), {"large movie"}, world.CANVASES)]  # fmt: skip
-    assert [c.measured for c in claims] == pytest.approx([-0.1, 0.7]) and [c.target for c in claims] == pytest.approx([-0.35, 0.4])
+    assert [c.measured for c in claims] == pytest.approx([-0.1, 0.7]) and [c.target for c in claims] == pytest.approx(
+        [-0.35, 0.4]
+    )
 
 
 def test_qwen_locks_its_tower_when_told(runs, monkeypatch):
@@ -6646,8 +7396,14 @@ def test_qwen_locks_its_tower_when_told(runs, monkeypatch):
 
 def test_qwen_trains_on_own_data_of_any_shape(runs, tmp_path, monkeypatch, capsys):
     small_towers(monkeypatch)
-    rows = [json.dumps({"file_name": name, "question": "what is it?", "answer": "a dog"}) for name in ("a.png", "b.png", "thin.png")]
-    rows += ['{"file_name": "a.png", "question": "x"}', json.dumps({"file_name": "a.png", "question": "x " * 300, "answer": "y"})]
+    rows = [
+        json.dumps({"file_name": name, "question": "what is it?", "answer": "a dog"})
+        for name in ("a.png", "b.png", "thin.png")
+    ]
+    rows += [
+        '{"file_name": "a.png", "question": "x"}',
+        json.dumps({"file_name": "a.png", "question": "x " * 300, "answer": "y"}),
+    ]
     folder = make_folder(tmp_path / "own", rows, ["a.png"])
     Image.new("RGB", (300, 20), "red").save(folder / "b.png")
     Image.new("RGB", (1000, 2), "red").save(folder / "thin.png")
@@ -6665,7 +7421,9 @@ def test_qwens_demo_shows_its_pictures_and_refuses_a_prompt_that_does_not_fit(ru
     image = str(tmp_path / "a.png")
     world.draw(many_scenes(1)[0], 60, 40).save(image)
     demo = lambda *options: lambda: qwen2vl.main(["--demo", *options])
-    fails_in_one_line(demo("--image", image, "--prompt", "<image> what <image>"), capsys, "2 <image> placeholder(s) for 1")
+    fails_in_one_line(
+        demo("--image", image, "--prompt", "<image> what <image>"), capsys, "2 <image> placeholder(s) for 1"
+    )
     fails_in_one_line(demo("--prompt", "<video> what?"), capsys, "1 <video> placeholder(s) for 0")
     fails_in_one_line(demo("--image", image, "--prompt", "dax " * 600), capsys, "tokens, the context holds 512")
     assert [path.name for path in runs.iterdir()] == ["a.png"]
@@ -6722,7 +7480,9 @@ def test_flamingo_rows_are_interleaved_and_only_text_counts():
     assert (ids == world.IMAGE_ID).sum(1).tolist() == [9, 9, 9, 9, 2]
     pieces = world.tokenizer().decode(ids[1][mask[1]].tolist())
     assert pieces == "".join(f"<image>{text}<|endofchunk|>" for _, text in rows[1])
-    assert all(text.strip() in world.SHAPES for _, text in rows[1]) and not any(text.strip() in world.SHAPES for _, text in rows[2])
+    assert all(text.strip() in world.SHAPES for _, text in rows[1]) and not any(
+        text.strip() in world.SHAPES for _, text in rows[2]
+    )
     assert torch.equal(labels == flamingo.IGNORE_INDEX, ~mask | (ids == world.IMAGE_ID))
     assert torch.equal(media[2, 3, 0], flamingo.preprocess([rows[2][3][0]], config.vision)[0])
 
@@ -6735,7 +7495,10 @@ def test_few_shot_counts_names_and_asks_about_the_last_picture_only(monkeypatch)
         def generate(self, ids, media, mask, media_mask, max_new_tokens, eos_id):
             texts = [world.tokenizer().decode(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
             heard.extend(texts)
-            said = [text.split("<image>")[-2].split("<|endofchunk|>")[0] if text.count("<image>") > 1 else " nothing" for text in texts]
+            said = [
+                text.split("<image>")[-2].split("<|endofchunk|>")[0] if text.count("<image>") > 1 else " nothing"
+                for text in texts
+            ]
             rows = [world.tokenizer().encode(word)[:5] + [eos_id] for word in said]
             return flamingo.pad_rows(rows, eos_id)[0]
 
@@ -6766,7 +7529,9 @@ def test_swapped_names_change_every_answer_and_only_who_reads_the_examples_follo
 
 def test_flamingo_training_moves_no_old_row_and_own_captions_train_it(runs, tmp_path, monkeypatch, capsys):
     once = world.train_flamingo(fresh("flamingo"), "once", 3).state_dict()
-    assert {"attn_gate 0", "ffw_gate 2"} < set(log_of(runs / "once")[-1]) and log_of(runs / "once")[-1]["attn_gate 2"] != 0
+    assert {"attn_gate 0", "ffw_gate 2"} < set(log_of(runs / "once")[-1]) and log_of(runs / "once")[-1][
+        "attn_gate 2"
+    ] != 0
     monkeypatch.setattr(world, "toy_chinchilla", lambda *_: fresh("flamingo").language)
     trained = flamingo.Flamingo(flamingo.PRESETS["tiny"])
     trained.load_state_dict(once)
@@ -6835,7 +7600,8 @@ def test_what_a_step_of_vilt_sees_is_true():
 
 
 def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
-    """Nor a near miss that is one: of the scenes that differ from a training scene in one word, an eighth are test scenes."""
+    """Nor a near miss that is one: of the scenes that differ from a training scene in one word, an eighth are test
+    scenes."""
     shown, draw = [], world.draw
     monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
     monkeypatch.setattr(world, "blip2_loss", lambda *_: None)  # the scenes only, no model
@@ -6863,6 +7629,7 @@ def test_the_loss_of_vilt_is_the_sum_of_three_that_get_what_they_should(monkeypa
             given[name], result = args, loss(*args)
             losses[name] = result[0].item()
             return result
+
         return listening
 
     for name in ("mlm_loss", "itm_loss", "wpa_loss"):
@@ -6895,8 +7662,12 @@ def test_possible_words_are_those_that_leave_a_scene_of_the_world():
     assert world.possible_words(scene, a, "colour") == len(circles)
     assert world.possible_words(scene, a, "place") == 3, "top-left, top-right, bottom-left all come before bottom-right"
     assert world.possible_words(scene, b, "place") == 3
-    full = world.Scene(tuple(world.Thing(c, "square", "small", x, y) for c, x, y in
-                             (("red", 0.1, 0.1), ("green", 0.9, 0.1), ("blue", 0.1, 0.9), ("white", 0.9, 0.9))))
+    full = world.Scene(
+        tuple(
+            world.Thing(c, "square", "small", x, y)
+            for c, x, y in (("red", 0.1, 0.1), ("green", 0.9, 0.1), ("blue", 0.1, 0.9), ("white", 0.9, 0.9))
+        )
+    )
     assert world.possible_words(full, full.things[1], "place") == 1, "four things have no choice"
     squares = {c for c, s in world.SEEN_PAIRS if s == "square"}
     assert world.possible_words(full, full.things[0], "colour") == len(squares - {"green", "blue", "white"})
@@ -6907,7 +7678,11 @@ def test_possible_words_are_those_that_leave_a_scene_of_the_world():
 def test_words_landing_counts_what_it_says(monkeypatch):
     """With a plan written by hand: all words on patch 5, which the thing at the top left touches, but for "circle" and
     "blue", which fit two things each and lie on patch 12, where nothing is."""
-    things = ("red", "circle", "small", 0.2, 0.2), ("blue", "circle", "large", 0.9, 0.2), ("blue", "ring", "small", 0.9, 0.9)
+    things = (
+        ("red", "circle", "small", 0.2, 0.2),
+        ("blue", "circle", "large", 0.9, 0.2),
+        ("blue", "ring", "small", 0.9, 0.9),
+    )
     scene = world.Scene(tuple(world.Thing(*thing) for thing in things))
     words = "a red circle and a blue circle and a blue ring".split()
     plan = torch.zeros(len(words), 16)
@@ -6923,7 +7698,9 @@ def test_a_recipe_is_done_when_its_last_step_is_not_when_a_file_is_there(runs):
     model = Line()
     with pytest.raises(SystemExit):
         world.fit(plan("vilt"), model, line_loss(model, interrupt=24))
-    assert (runs / "vilt/checkpoint.pt").exists() and not world.recipe_is_done("vilt", 60), "half of it is not all of it"
+    assert (runs / "vilt/checkpoint.pt").exists() and not world.recipe_is_done("vilt", 60), (
+        "half of it is not all of it"
+    )
     model = Line()
     world.fit(plan("vilt"), model, line_loss(model))
     assert world.recipe_is_done("vilt", 60) and not world.recipe_is_done("vilt", 61)
@@ -6933,7 +7710,8 @@ def test_a_recipe_is_done_when_its_last_step_is_not_when_a_file_is_there(runs):
 
 
 class Oracle:
-    """A ViLT that knows everything but for the first pair, where it believes the opposite; "hidden" is what it was shown."""
+    """A ViLT that knows everything but for the first pair, where it believes the opposite; "hidden" is what it was
+    shown."""
 
     def __init__(self, right):
         self.right = right  # (image bytes, text) -> does it belong together?
@@ -6952,8 +7730,12 @@ def test_matching_and_preference_count_what_they_say(monkeypatch):
     right, wrong = world.match_scores(model, items)
     assert [r > w for r, w in zip(right, wrong, strict=True)] == [False] + [True] * 19
 
-    def features(model, images, texts):  # the dot product is 1 for the right text, but for the first image, and 0 for the wrong
-        fits = torch.tensor([((image.tobytes(), text) in truth) != (i == 0) for i, (image, text) in enumerate(zip(images, texts))])
+    def features(
+        model, images, texts
+    ):  # the dot product is 1 for the right text, but for the first image, and 0 for the wrong
+        fits = torch.tensor(
+            [((image.tobytes(), text) in truth) != (i == 0) for i, (image, text) in enumerate(zip(images, texts))]
+        )
         return torch.ones(len(images), 1), fits.float()[:, None]
 
     monkeypatch.setattr(world, "clip_features", features)
@@ -6979,14 +7761,24 @@ def test_recovered_counts_words_and_shows_the_wrong_image_when_asked(monkeypatch
 
 def test_vilt_trains_on_own_data_of_any_shape(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(world, "untrained_vilt", lambda device, seed: fresh("vilt"))
-    rows = [json.dumps({"file_name": name, "text": f"text {i} {'long ' * (60 * (i == 3))}"}) for i, name in enumerate(["a.png", "b.png"] * 11)]
+    rows = [
+        json.dumps({"file_name": name, "text": f"text {i} {'long ' * (60 * (i == 3))}"})
+        for i, name in enumerate(["a.png", "b.png"] * 11)
+    ]
     folder = make_folder(tmp_path / "own", rows, ["a.png"])
     world.draw(many_scenes(1)[0], 20, 50).save(folder / "b.png")
     assert world.main(["vilt", "--data", str(folder), "--steps", "2"]) == 0
     out = capsys.readouterr().out
-    assert "22 rows" in out and "1 texts are longer than 40 tokens" in out and "3 texts kept back" in out and "to an image of another text" in out
+    assert (
+        "22 rows" in out
+        and "1 texts are longer than 40 tokens" in out
+        and "3 texts kept back" in out
+        and "to an image of another text" in out
+    )
     one = make_folder(tmp_path / "one", rows[:1], ["a.png"])
-    assert world.main(["vilt", "--data", str(one), "--steps", "1"]) == 0, "one pair: nothing to mismatch, words to guess"
+    assert world.main(["vilt", "--data", str(one), "--steps", "1"]) == 0, (
+        "one pair: nothing to mismatch, words to guess"
+    )
 
 
 def test_the_world_sheet_is_drawn(runs):
@@ -7018,17 +7810,23 @@ def test_demos_train_answer_and_draw(tmp_path):
         done = run(str(ROOT / f"{family}.py"), "--demo", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / family / "demo.png").exists() and re.search("after (training|stage 2)", done.stdout)
-        share = re.search(r"of 200 more questions (\d+)%|after training, (?:for )?(\d+)%|after stage 2, .* (\d+)% of the things", done.stdout)
+        share = re.search(
+            r"of 200 more questions (\d+)%|after training, (?:for )?(\d+)%|after stage 2, .* (\d+)% of the things",
+            done.stdout,
+        )
         # blip2, cogvlm: their towers take most of the time that a demo has
         least = {"clip": 90, "vilt": 60, "flamingo": 60, "cogvlm": 44, "blip2": 30, "llava": 75, "qwen2vl": 45}[family]
         assert max(map(int, filter(None, share.groups()))) >= least, done.stdout
-    done = run(str(ROOT / "train_tiny.py"), "clip", cwd=tmp_path)   # trained already: only the claims are measured
+    done = run(str(ROOT / "train_tiny.py"), "clip", cwd=tmp_path)  # trained already: only the claims are measured
     assert done.returncode == 0 and done.stdout.count("| holds |") == 3, done.stdout
 
 
 def test_the_toy_presets_have_the_tokenizers_special_tokens():
     assert world.VOCAB_SIZE == clip.PRESETS["tiny"].text.vocab_size == llava.PRESETS["tiny"].language.vocab_size
-    assert (world.PAD_ID, world.EOS_ID) == (clip.PRESETS["tiny"].text.pad_token_id, clip.PRESETS["tiny"].text.eos_token_id)
+    assert (world.PAD_ID, world.EOS_ID) == (
+        clip.PRESETS["tiny"].text.pad_token_id,
+        clip.PRESETS["tiny"].text.eos_token_id,
+    )
     tiny = vilt.PRESETS["tiny"]
     assert world.VOCAB_SIZE == tiny.vocab_size
     ids = (tiny.pad_token_id, tiny.cls_token_id, tiny.sep_token_id, tiny.mask_token_id)
@@ -7047,7 +7845,11 @@ def test_the_toy_presets_have_the_tokenizers_special_tokens():
     assert (world.IMAGE_ID, world.EOS_ID) == (llava.PRESETS["tiny"].image_token_id, llava.PRESETS["tiny"].eos_token_id)
     tiny = qwen2vl.PRESETS["tiny"]
     assert world.VOCAB_SIZE == tiny.language.vocab_size
-    assert (world.IMAGE_ID, world.VIDEO_ID, world.EOS_ID) == (tiny.image_token_id, tiny.video_token_id, tiny.eos_token_id)
+    assert (world.IMAGE_ID, world.VIDEO_ID, world.EOS_ID) == (
+        tiny.image_token_id,
+        tiny.video_token_id,
+        tiny.eos_token_id,
+    )
     assert all(world.encode(mark) == [i] for mark, i in (("<image>", world.IMAGE_ID), ("<video>", world.VIDEO_ID)))
 
 
@@ -7061,9 +7863,14 @@ def test_the_readme_shows_only_commands_that_exist():
 
 
 def test_the_readmes_claims_have_the_names_that_the_code_prints():
-    names = {node.args[0].value for node in ast.walk(ast.parse(TRAIN_TINY.read_text()))
-             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Claim"}
-    rows = re.findall(rf"^\| ((?:{'|'.join(FAMILIES)})[\w.-]*: [^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    names = {
+        node.args[0].value
+        for node in ast.walk(ast.parse(TRAIN_TINY.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Claim"
+    }
+    rows = re.findall(
+        rf"^\| ((?:{'|'.join(FAMILIES)})[\w.-]*: [^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     assert len(rows) > 30
     for row in rows:  # behind a name may stand how it was measured: ", 700 steps"
         assert any(row == name or row.startswith(f"{name}, ") for name in names), row
