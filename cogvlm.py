@@ -533,18 +533,19 @@ class ExpertDecoder(nn.Module):
         if mask is not None and not mask[:, -1].all():
             raise ValueError("prompts are padded on the left: the new tokens stand behind the last column")
         cache = Cache(self.config, B, T + max_new_tokens, like=x)
-        new, done = [], torch.zeros(B, dtype=torch.bool, device=x.device)
-        while len(new) < max_new_tokens and not done.all():
+        new = torch.empty(B, 0, dtype=torch.long, device=x.device)
+        done = torch.zeros(B, dtype=torch.bool, device=x.device)
+        while new.shape[1] < max_new_tokens and not done.all():
             h = self.hidden(x, mask, cache, roles)[:, -1]  # [B,D]
             next_ids = sample(self.lm_head(h), temperature, top_k, generator)  # [B]
             if eos_id is not None:
                 next_ids = next_ids.masked_fill(done, eos_id)
                 done |= next_ids == eos_id
-            new.append(next_ids)
+            new = torch.cat([new, next_ids[:, None]], dim=1)
             x = self.embed_tokens(next_ids[:, None])  # [B,1,D]
             mask = None if mask is None else F.pad(mask, (0, 1), value=True)
             roles = None if roles is None else F.pad(roles, (0, 1), value=TEXT)
-        return torch.stack(new, dim=1)
+        return new
 
 
 def sample(logits, temperature, top_k, generator=None):
