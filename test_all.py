@@ -5330,86 +5330,98 @@ def test_clip_ignores_the_position_ids_of_old_files(oracles, tmp_path):
     clip.CLIP.from_pretrained(resave(oracles("clip")[1], tmp_path / "old", old))
 
 
-BROKEN = {
+BROKEN = {  # -> the name that the error must contain
     "tensor is missing": (
         lambda t: {k: v for k, v in t.items() if "visual_projection" not in k},
-        "1 tensors are missing.*visual_projection",
+        ["visual_projection.weight"],
     ),
-    "tensor is unknown": (lambda t: t | {"vision_model.gate": torch.ones(2)}, "unknown tensor 'vision_model.gate'"),
+    "tensor is unknown": (lambda t: t | {"vision_model.gate": torch.ones(2)}, ["gate"]),
     "tensor of an unknown layer": (
         lambda t: t | {"vision_model.encoder.layers.7.mlp.fc1.bias": torch.ones(64)},
-        "unknown tensor 'vision_model.encoder.layers.7.mlp.fc1.bias'",
+        ["blocks.7.mlp.fc1.bias"],
     ),
     "shape is wrong": (
         lambda t: t | {"visual_projection.weight": torch.ones(24, 31)},
-        r"has shape \[24, 31\].*\[24, 32\]",
+        ["visual_projection.weight", "[24, 31]", "[24, 32]"],
     ),
 }
 
 
+def names(error, words):
+    """Does the message of an error contain all of these?"""
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, (missing, str(error.value))
+
+
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_checkpoint_is_refused_when_a(what, oracles, tmp_path):
-    change, message = BROKEN[what]
-    with pytest.raises(ValueError, match=message):
+    change, words = BROKEN[what]
+    with pytest.raises(RuntimeError) as error:
         clip.CLIP.from_pretrained(resave(oracles("clip")[1], tmp_path / "broken", change))
+    names(error, words)
 
 
-def test_a_damaged_or_foreign_checkpoint_folder_is_refused_with_the_reason(oracles, tmp_path):
+def test_a_damaged_or_foreign_checkpoint_folder_is_refused_with_the_reason(oracles, tmp_path, capsys):
     folder = resave(oracles("clip")[1], tmp_path / "cut", lambda t: None)
+    save_tokenizer(folder, word_list({"<s>": 1, "</s>": 2}), "<s> $A </s>")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    ask = ["--weights", str(folder), "--image", str(tmp_path / "a.png"), "--prompt", "a circle"]
     data = (folder / "model.safetensors").read_bytes()
     for keep in (len(data) // 2, 100, 4, 0):
         (folder / "model.safetensors").write_bytes(data[:keep])
-        with pytest.raises(ValueError, match="no complete safetensors file"):
-            clip.CLIP.from_pretrained(folder)
+        fails_in_one_line(lambda: world.workbench("clip", ask), capsys, str(folder))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
         clip.CLIP.from_pretrained(folder)
+    fails_in_one_line(lambda: world.workbench("clip", ask), capsys, "model.safetensors")
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+    with pytest.raises(ValueError):
         clip.CLIP.from_pretrained(folder)
+    fails_in_one_line(lambda: world.workbench("clip", ask), capsys, str(folder))
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="config.json is missing"):
+    with pytest.raises(FileNotFoundError, match="config.json"):
         clip.CLIP.from_pretrained(folder)
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="nowhere"):
         clip.CLIP.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds a 'llava' checkpoint; clip.py reads 'clip' and 'siglip'"):
+    with pytest.raises(ValueError, match="'llava'.*'clip'"):
         clip.CLIP.from_pretrained(oracles("llava")[1])
-    with pytest.raises(ValueError, match=r"holds a 'siglip' checkpoint; llava.py reads 'llava'"):
+    with pytest.raises(ValueError, match="'siglip'.*'llava'"):
         llava.LLaVA.from_pretrained(oracles("siglip")[1])
+
+
+def write_config(folder, raw):
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
 
 
 def test_the_short_published_configs_mean_the_presets(tmp_path):
     """Published config.json files leave out what equals the classes' defaults."""
+    vision = dict(hidden_size=1024, intermediate_size=4096, patch_size=14, num_hidden_layers=24, num_attention_heads=16)
+    text = dict(model_type="llama", max_position_embeddings=4096, rms_norm_eps=1e-05, vocab_size=32064)
     raw = {
         "model_type": "llava",
         "image_token_index": 32000,
-        "text_config": {
-            "model_type": "llama",
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-05,
-            "vocab_size": 32064,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "patch_size": 14,
-        }
-        | {"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336},
+        "text_config": text,
+        "vision_config": vision | {"model_type": "clip_vision_model", "image_size": 336},
     }
-    assert llava.config_from_published(raw, tmp_path) == llava.PRESETS["llava-1.5-7b"]
-    raw["text_config"]["rope_scaling"] = {"type": "linear", "factor": 2.0}
-    with pytest.raises(ValueError, match="rotary positions"):
-        llava.config_from_published(raw, tmp_path)
-    assert clip.config_from_published({"model_type": "siglip"}, tmp_path) == clip.PRESETS["siglip-base-patch16-224"]
-    base = clip.PRESETS["clip-vit-base-patch32"]
-    assert clip.config_from_published({"model_type": "clip"}, tmp_path) == base
+    assert llava.config_from_published(write_config(tmp_path, raw)) == llava.PRESETS["llava-1.5-7b"]
+    for refused in (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+    ):
+        wrong = raw | {"text_config": text | refused}
+        with pytest.raises(ValueError, match="rotary|" + next(iter(refused))):
+            llava.config_from_published(write_config(tmp_path, wrong))
+    with pytest.raises(ValueError, match="projector_hidden_act"):
+        llava.config_from_published(write_config(tmp_path, raw | {"projector_hidden_act": "relu"}))
+    presets = {"siglip": "siglip-base-patch16-224", "clip": "clip-vit-base-patch32"}
+    for model_type, preset in presets.items():
+        assert clip.config_from_published(write_config(tmp_path, {"model_type": model_type})) == clip.PRESETS[preset]
 
 
-def test_loading_streams_tensor_by_tensor(oracles, tmp_path, monkeypatch):
-    """At no time more than one tensor of the file is alive beside the model's own weights."""
-    import weakref
-
+def test_loading_streams_tensor_by_tensor(oracles, monkeypatch):
+    """At no time more than one tensor of the file is alive beside the model's own weights, which have another dtype."""
     import safetensors
 
     alive, most = [], 0
@@ -5437,7 +5449,7 @@ def test_loading_streams_tensor_by_tensor(oracles, tmp_path, monkeypatch):
             return tensor
 
     monkeypatch.setattr(safetensors, "safe_open", Reader)
-    clip.CLIP.from_pretrained(oracles("clip")[1])
+    clip.CLIP.from_pretrained(oracles("clip")[1], dtype=torch.bfloat16)
     assert len(alive) == 94 and most <= 2  # the one being read, and the one before it
 
 
@@ -5462,51 +5474,60 @@ def fails_in_one_line(call, capsys, *words):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_mask_and_anatomy_print_something_true(family, capsys):
-    module = MODULES[family]
-    tokens = {"vilt": "[2, 24, 96]", "qwen2vl": "[112, 96]"}.get(
-        family, "[2, 16, 96]"
-    )  # ViLT: 7 words too; Qwen: one packed row
+    # ViLT: words and patches in one row; Qwen2-VL: the patches of all images in one row
+    tokens = {"vilt": ", 96]", "qwen2vl": ", 96]"}.get(family, "[2, 16, 96]")
     blocks = {"blip2": "blocks x 3"}.get(family, "blocks x 4")  # of the tiny vision tower
     for option, words in (("--trace", [tokens]), ("--show-mask", ["# #", "# ."]), ("--anatomy", [blocks])):
-        module.main([option])
+        world.workbench(family, [option])
         out = capsys.readouterr().out
         assert all(word in out for word in words), out
-    largest = list(module.PRESETS)[-1]
-    module.main(["--anatomy", largest])
+    largest = list(MODULES[family].PRESETS)[-1]
+    world.workbench(family, ["--anatomy", largest])
     assert f"{PUBLISHED_COUNTS[family, largest]:,}" in capsys.readouterr().out
 
 
+def test_the_trace_shows_real_words_which_ids_are_image_tokens_and_the_projector(capsys):
+    world.workbench("llava", ["--trace"])
+    out = capsys.readouterr().out
+    image_token = llava.PRESETS["tiny"].image_token_id
+    assert re.search(rf"3 to 18\s+{image_token}\s+'<image>'", out) and "' ASSISTANT'" in out
+    assert re.search(r"^mm_projector\s+\[2, 16, 96\]", out, re.MULTILINE)
+
+
 def test_llava_anatomy_says_what_trains_and_what_an_image_costs(capsys):
-    llava.main(["--anatomy", "llava-1.5-7b"])
+    world.workbench("llava", ["--anatomy", "llava-1.5-7b"])
     out = capsys.readouterr().out
     assert "stage 1: 20,979,712 trained" in out and "576 tokens" in out and "524,288 bytes a token" in out
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_wrong_use_of_the_command_line_costs_one_line_and_status_2(family, capsys):
-    main = MODULES[family].main
+def test_wrong_use_of_the_command_line_costs_one_line_and_status_2(family, capsys, runs):
+    main = lambda options: world.workbench(family, options)
     fails_in_one_line(lambda: main([]), capsys, "nothing to do", "--demo")
     fails_in_one_line(lambda: main(["--nonsense"]), capsys, "--nonsense", "--help")
-    fails_in_one_line(lambda: main(["--anatomy", "gpt-5"]), capsys, "unknown preset 'gpt-5'", "tiny")
+    fails_in_one_line(lambda: main(["--anatomy", "gpt-5"]), capsys, "gpt-5", "tiny")
     fails_in_one_line(lambda: main(["--demo", "--device", "abacus"]), capsys, "abacus", "cpu")
     fails_in_one_line(lambda: main(["--demo", "--image", "no.png"]), capsys, "no such image: no.png")
+    fails_in_one_line(lambda: main(["--image", "no.png"]), capsys, "no such image: no.png")
     fails_in_one_line(
         lambda: main(["--weights", "/no/where", "--image", "x", "--prompt", "y"]), capsys, "no such image"
     )
+    assert not list(runs.iterdir()), "nothing is trained"
+
+
+def fit_nothing(name, plan, model, loss_of, code, data="world", *_, **__):
+    """In the place of train_tiny.fit: all that it does but training."""
+    key = world.key_of(plan, model.config, data, getattr(model, "lineage", None), code)
+    for module in model.modules():
+        module.lineage = zlib.crc32(json.dumps(key).encode())
+    model.folder = world.RUNS / name
+    return model.eval()
 
 
 @pytest.fixture
 def untaught(monkeypatch, runs):
     """The demos with toys that nobody has trained."""
-    models = {family: fresh(family).eval() for family in FAMILIES}
-    both = (models["cogvlm"], lambda: models["cogvlm"])
-    for name, made in {
-        "toy_clip": models["clip"], "demo_vilt": models["vilt"], "untrained_llava": models["llava"], "demo_llava": models["llava"],
-        "untrained_flamingo": models["flamingo"], "demo_flamingo": (models["flamingo"], []), "demo_cogvlm": both,
-        "untrained_blip2": models["blip2"], "demo_blip2": (models["blip2"], models["blip2"]), "untrained_qwen": models["qwen2vl"],
-        "demo_qwen": models["qwen2vl"], "retrieval": 0.5, "naming": 0.5, "recovered": 0.5,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(world, name, lambda *_, made=made, **__: made)
+    monkeypatch.setattr(world, "fit", fit_nothing)
 
 
 def odd_files(folder):
@@ -5527,7 +5548,7 @@ def odd_files(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_odd_images_and_prompts_cost_one_line_or_work(family, untaught, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    readable, main = odd_files(tmp_path), MODULES[family].main
+    readable, main = odd_files(tmp_path), lambda options: world.workbench(family, options)
     prompt = {"flamingo": "<image> it is", "vilt": "a <mask> circle"}.get(family, "what is it?")
     for name in readable:
         main(["--demo", "--image", name, "--prompt", prompt])
@@ -5586,14 +5607,18 @@ def test_vilts_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(
 
 
 def test_llavas_demo_counts_the_image_in_a_prompt_before_it_trains(runs, capsys):
+    ask = lambda words: lambda: world.workbench("llava", ["--prompt", "red" + " red" * (words - 1)])
     words = 256 - 16 - len(world.encode(llava.build_prompt("red"))) + 1  # with one token for <image> that would fit
-    assert len(world.encode(llava.build_prompt("red" + " red" * (words - 1)))) + 16 == 256
-    fails_in_one_line(
-        lambda: llava.main(["--demo", "--prompt", "red" + " red" * (words - 1)]),
-        capsys,
-        "255 tokens, the context holds 256",
-    )
+    fails_in_one_line(ask(words), capsys, "255 tokens", str(256 - 16))
     assert not list(runs.iterdir())
+
+
+def test_own_questions_to_the_toy_are_answered_and_nothing_else_is_printed(untaught, tmp_path, capsys):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
+    options = ["--image", str(tmp_path / "a.png"), "--prompt", "what is it?", "--prompt", "how many things are there?"]
+    world.workbench("llava", options)
+    out = capsys.readouterr().out
+    assert out.startswith("what is it? -> ") and "\nhow many things are there? -> " in out and "In goes" not in out
 
 
 def test_a_mistake_in_a_real_shell_leaves_no_traceback(tmp_path):
@@ -5609,9 +5634,9 @@ def test_images_that_cannot_be_read_are_refused_by_name(tmp_path):
     cut.write_bytes(cut.read_bytes()[:600])
     for path in (text, cut, tmp_path):
         with pytest.raises(ValueError, match="is not an image that Pillow can read"):
-            llava.load_image(path)
+            world.load_image(path)
     with pytest.raises(ValueError, match="no such image"):
-        llava.load_image(tmp_path / "none.png")
+        world.load_image(tmp_path / "none.png")
 
 
 def test_images_of_every_kind_are_read(tmp_path):
@@ -5632,11 +5657,11 @@ def test_images_of_every_kind_are_read(tmp_path):
     }
     for name, (image, options) in files.items():
         image.save(tmp_path / name, **options)
-        loaded = clip.load_image(tmp_path / name)
+        loaded = world.load_image(tmp_path / name)
         assert loaded.mode == "RGB"
         assert clip.preprocess([loaded], clip.PRESETS["tiny"].vision).isfinite().all(), name
-    assert clip.load_image(tmp_path / "turned.jpg").size == (20, 40)
-    grey = np.asarray(clip.load_image(tmp_path / "deep.png"))[..., 0].reshape(-1)
+    assert world.load_image(tmp_path / "turned.jpg").size == (20, 40)
+    grey = np.asarray(world.load_image(tmp_path / "deep.png"))[..., 0].reshape(-1)
     assert grey[0] == 0 and grey[-1] == 255 and abs(int(grey[400]) - 127) < 3
 
 
@@ -5684,23 +5709,21 @@ def test_llava_weights_from_the_command_line_say_what_the_published_model_says(o
     new = oracle.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=32, do_sample=False, eos_token_id=2)
     expected = tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip()
     image = str(tmp_path / "photo.png")
-    llava.main(["--weights", str(tmp_path), "--image", image, "--prompt", "what is in the image ?"])
+    world.workbench("llava", ["--weights", str(tmp_path), "--image", image, "--prompt", "what is in the image ?"])
     assert capsys.readouterr().out == expected + "\n" and len(expected) > 20
 
     def wrong(*options):
-        return lambda: llava.main(["--weights", str(tmp_path), *options])
+        return lambda: world.workbench("llava", ["--weights", str(tmp_path), *options])
 
-    fails_in_one_line(
-        wrong("--image", image, "--prompt", "<image> <image> what ?"), capsys, "2 <image> placeholder(s) for 1"
-    )
-    fails_in_one_line(wrong("--prompt", "<image> what ?"), capsys, "1 <image> placeholder(s) for 0")
+    fails_in_one_line(wrong("--image", image, "--prompt", "<image> <image> what ?"), capsys, "2 <image>", "1 image")
+    fails_in_one_line(wrong("--prompt", "<image> what ?"), capsys, "1 <image>", "0 image")
     fails_in_one_line(wrong("--image", image, "--prompt", "  "), capsys, "empty")
     fails_in_one_line(wrong("--image", image, "--prompt", "what " * 300), capsys, "tokens, the context holds 256")
     fails_in_one_line(wrong("--image", image), capsys, "--prompt")
     (tmp_path / "tokenizer.json").write_text("{")
-    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json cannot be read")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
-    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json")
 
 
 def test_flamingo_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
@@ -6706,21 +6729,11 @@ def test_the_cache_notices_edited_code_but_not_comments_and_docstrings(tmp_path,
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("clip", "vilt")])
-def test_towers_of_other_steps_give_another_model(family, runs, monkeypatch):
+def test_towers_trained_otherwise_give_another_model(family, runs, monkeypatch):
     """Every tower's training stands in the key of what is built on it."""
-    towers = []
-
-    def fit_nothing(name, plan, model, loss_of, code, data="world", *_, **__):
-        key = world.key_of(plan, model.config, data, getattr(model, "lineage", None), code)
-        for module in model.modules():
-            module.lineage = zlib.crc32(json.dumps(key).encode())
-        model.folder = runs / name
-        towers.append((name, plan.steps))
-        return model.eval()
-
     monkeypatch.setattr(world, "fit", fit_nothing)
     before = world.RECIPES[family]().start("cpu", 0).lineage
-    assert before and towers
+    assert before
     plan = world.CLIPRecipe.stages[-1]
     monkeypatch.setattr(world.CLIPRecipe, "stages", (replace(plan, lr=2 * plan.lr),))
     assert world.RECIPES[family]().start("cpu", 0).lineage != before
