@@ -806,7 +806,7 @@ def load_weights(model, folder, dtype, device):
                     weights[name] = nn.Parameter(tensor.to(device, dtype))
     names = dict(model.named_parameters(remove_duplicate=False))  # a tied matrix has two names, a file may use only one
     tied = {id(names[name]): weight for name, weight in weights.items() if name in names}
-    weights |= {name: tied[id(parameter)] for name, parameter in names.items() if id(parameter) in tied}
+    weights = {name: tied[id(parameter)] for name, parameter in names.items() if id(parameter) in tied} | weights
     model.load_state_dict(weights, assign=True)
     return model
 

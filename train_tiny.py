@@ -1636,8 +1636,8 @@ def load_published(recipe, args):
 
         folder = recipe.module.checkpoint_folder(args.weights)
         recipe.module.config_from_published(folder)  # a checkpoint of another family is found before gigabytes are read
-        tokenizer_of = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return recipe.model_class.from_pretrained(folder, getattr(torch, args.dtype), args.device), tokenizer_of
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return recipe.model_class.from_pretrained(folder, getattr(torch, args.dtype), args.device), tokenizer
     except ImportError as error:
         raise ValueError(f"{error}: pip install tokenizers safetensors huggingface_hub") from None
     except Exception as error:  # each of the libraries has exception classes of its own
