@@ -1,45 +1,44 @@
 """
-Flamingo and IDEFICS: a frozen language model learns to look, through doors that start closed.
+Flamingo and IDEFICS: a frozen language model with gated cross-attention blocks inserted; the gates start at zero.
 
-    Flamingo  Alayrac et al. 2022, a Visual Language Model for Few-Shot Learning, arXiv 2204.14198
-    IDEFICS   Laurencon et al. 2023, arXiv 2306.16527: the open reproduction, on LLaMA and CLIP's ViT-H
+    Flamingo  Alayrac et al. 2022, Flamingo: a Visual Language Model for Few-Shot Learning, arXiv 2204.14198
+    IDEFICS   Laurencon et al. 2023, OBELICS, arXiv 2306.16527: the open reproduction, on LLaMA and CLIP's ViT-H
 
-The idea. A large language model learns a new task from a few examples in its context. To give that gift eyes without
-breaking it, leave it frozen, and insert new layers between its layers: in each, words look at an image by
-cross-attention, and what they see is added through a gate, tanh(alpha) with alpha = 0 at first. On the first day of
-training the model is the language model, bit for bit; then the gates open as far as it pays (deep fusion, type A).
+The idea. A large language model learns a new task from a few examples in its context. To add images without losing
+this ability, keep the model frozen and insert new blocks between its layers. In each of them the words attend to an
+image by cross-attention, and the result is added through a gate, tanh(alpha) with alpha = 0 at initialisation. Before
+training the whole model is therefore the language model, bit for bit. Training opens the gates as far as it helps
+(deep fusion, type A).
 
     image or video [F,3,H,W]                      "<image> dax<|endofchunk|><image> wug<|endofchunk|><image>"
-      | vision tower, frozen                        | token ids [B,T], one <image> per image or video
-    [F,N,Dv]                                        | embedding table, frozen but for the new tokens' rows
+      | vision encoder (tower), frozen              | token ids [B,T], one <image> per image or video
+    [F,N,Dv]                                        | embedding table, frozen but for the new tokens
       | + time embedding of each frame            [B,T,D]
-    [F*N,Dv]                                        |
-      | PerceiverResampler: L learned latents       |        +- GATED XATTN-DENSE, new ------------------------+
-      | look at all of it, a few times over         v        |  x = x + tanh(attn_gate) * cross_attn(x, latents)|
-    [L,Dv] --- keys and values of every ------> before every |  x = x + tanh(ffw_gate)  * ffw(x)                |
-               inserted layer                   n-th layer:  +--------------------------------------------------+
-                                                    |  layer of the language model, frozen
+    [F*N,Dv]                                        |        +- GATED XATTN-DENSE, new ------------------------+
+      | PerceiverResampler: L learned latents       v        |  x = x + tanh(attn_gate) * cross_attn(x, latents)|
+      | attend to all of it, in a few layers      before every |  x = x + tanh(ffw_gate)  * ffw(x)                |
+    [L,Dv] --- keys and values of every ------>   n-th layer:+--------------------------------------------------+
+               inserted block                       |  layer of the language model, frozen
                                                   logits [B,T,V] -> " dax"
 
-A word looks at one image only, the last one before it, and knows of the earlier ones through the language model's own
+A word attends to one image only, the last one before it. It knows of earlier images through the language model's own
 self-attention (paper 2.3). So any number of images and videos may stand between the words, more than in training too.
-Words before the first image look at nothing, and cross-attention gives them exactly zero.
+Words before the first image attend to nothing, and cross-attention returns exactly zero for them.
 
-    words            Look  <image>  a  dog  <image>  a  cat        rows are words, columns the latents of image 0 and 1
-    segments           -1        0  0    0        1  1    1        which image a word looks at: cumsum(ids == <image>) - 1
+    words            Look  <image>  a  dog  <image>  a  cat      queries are words, keys the latents of images 0 and 1
+    segments           -1        0  0    0        1  1    1      the image a word attends to: cumsum(ids == <image>) - 1
 
                      . . . .
-                     # # . .        that is the whole mask: the query's segment must equal the key's,
+                     # # . .        that is the whole mask: the segments of query and key must be equal,
                      # # . .        attention(..., q_segments=[-1 0 0 0 1 1 1], k_segments=[0 0 1 1])
                      # # . .
                      . . # #
                      . . # #
                      . . # #
 
-Axis letters, here and in all seven files: B batch, T text length, S joint length, N images or patches, P patch size,
-D width, H heads, K key/value heads, Dh head width, L latents or queries, F frames, V vocabulary, E shared embedding
-width. Two of them, H and W, are also an image's height and width: [B,3,H,W] is always pixels. Here Dv is the vision
-tower's width, and M counts the images and videos of one row.
+Letters. B batch, T text length, M images and videos of one row, F frames, N features of one frame (its patches and the
+class token), P patch size, L latents, Dv and D widths of tower and decoder, H heads, K key/value heads, Dh head width,
+V vocabulary. In [F,3,H,W], H and W are the height and width of the pixels.
 
 Three conventions on which code in this field disagrees
     RoPE    half-split pairing: dimension i turns with dimension i + Dh/2 (as LLaMA checkpoints on the hub are stored).
@@ -47,31 +46,32 @@ Three conventions on which code in this field disagrees
     labels  have the same positions as ids; the shift by one happens in one place, language_loss.
 
 Paper / published code / this file
-    - The language model is Chinchilla in the paper, LLaMA in IDEFICS and here; the tower an NFNet, CLIP's ViT.
-    - What an inserted layer is made of: the paper has LayerNorm and an MLP of 4 D; OpenFlamingo the same, with GELU;
-      IDEFICS its decoder's own parts, RMSNorm and SwiGLU. FlamingoConfig.dense chooses.
-    - IDEFICS normalises queries and keys per head (qk_norm), has one layer in four, and no time embeddings.
-    - Words that see no image. Cross-attention gives them zero, but the inserted ffw runs on every word, here as in all
-      published code. So what model(ids) says of text alone does change in training. The language model inside does not:
-      model.language(ids) skips the inserted layers, and its logits of all words it knew stay, bit for bit. Only the new
-      tokens' rows are new, and whoever asks for probabilities over the whole table sees them take their share.
-    - <image> itself already looks at its image, as in IDEFICS and OpenFlamingo.
-    - Documents. IDEFICS stops looking after an end-of-sequence token, for several documents in a row; here a row is one.
-    - Time embeddings of more frames than in training are interpolated linearly, as the paper does from 8 to 30. IDEFICS has
-      none: to it a video is a bag of frames. The toy is trained on images, so that its own are random but for the first.
-    - A generated <image> opens no picture: the words after it go on looking where the prompt's last word looked.
+    - The language model is Chinchilla in the paper, LLaMA in IDEFICS and here; the tower is an NFNet there, CLIP's ViT
+      here.
+    - Inside an inserted block the paper has LayerNorm and an MLP of 4 D with squared ReLU; OpenFlamingo has the same
+      with GELU; IDEFICS has the parts of its decoder, RMSNorm and SwiGLU. FlamingoConfig.dense chooses.
+    - IDEFICS normalises queries and keys per head (qk_norm), inserts a block before one layer in four, and has no time
+      embeddings: to it a video is a set of frames without order.
+    - Words before the first image. Cross-attention adds zero to them, but the inserted ffw runs on every word, here as
+      in all published code. So model(ids) of text alone changes in training. The language model inside does not:
+      model.language(ids) skips the inserted blocks, and its logits of all old tokens are bit-identical after training.
+      Probabilities change, because the new tokens join the softmax.
+    - The token <image> itself already attends to its image, as in IDEFICS and OpenFlamingo.
+    - Documents. IDEFICS packs several into a row: after an end-of-sequence token no word attends to an earlier image.
+      Here a row is one document.
+    - Time embeddings of more frames than in training are interpolated linearly, as the paper does from 8 to 30. The toy
+      is trained on images, so only its first time embedding is trained.
+    - A generated <image> opens no image: the words after it attend to the image of the prompt's last token.
+    "Published" in a docstring names the class of transformers, models/idefics.
 
-What to try: --demo, and watch the gates open; --show-mask; gate="none" in the tiny preset (what is the first loss then?);
-one latent instead of 4; subtract 1 in media_segments, so that every word looks at the wrong image (what can still be
-learned?); train_tiny.py flamingo --ablations; a toy with videos (train_tiny.movie draws them).
+What to try: --demo, and watch the gates open; --show-mask; gate="none" in the tiny preset (what is the first loss
+then?); one latent instead of 4; subtract 1 in media_segments, so that every word attends to the wrong image (what can
+still be learned?); train_tiny.py flamingo --ablations; a toy with videos (train_tiny.movie draws them).
 """
 
-import argparse
-import itertools
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -79,60 +79,43 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from torch import nn
 
-from kernels import apply_rope, attention, draw_mask, rope_1d
+from kernels import apply_rope, attention, rope_1d
 
 IGNORE_INDEX = -100  # a label that does not count; cross_entropy's own default
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's own data
-
 
 @dataclass(frozen=True)
 class VisionConfig:
     image_size: int = 224
-    patch_size: int = 32
+    patch_size: int = 14
     width: int = 768
-    layers: int = 12
-    heads: int = 12
-    mlp_width: int = 3072
-    activation: str = "quick_gelu"  # see ACTIVATIONS
+    layers: int = 32
+    heads: int = 16
+    mlp_width: int = 5120
+    activation: str = "gelu"  # "quick_gelu" in the toy, as in most of CLIP's own models
     norm_eps: float = 1e-5
-    class_token: bool = True  # one more token, which gathers the image; SigLIP has none
-    ln_pre: bool = True  # CLIP: a LayerNorm before the blocks, and patches without a bias. SigLIP, EVA: the other way
-    resize: str = "crop"  # how an image becomes a square: "crop", "squash" or "pad", see preprocess
-    mean: tuple = CLIP_MEAN
-    std: tuple = CLIP_STD
-
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"vision width {self.width} is not divisible by {self.heads} heads")
-        if self.image_size < self.patch_size:
-            raise ValueError(f"image size {self.image_size} is smaller than a patch of {self.patch_size}")
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of the pixels CLIP was trained on
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
-class LanguageConfig:
-    vocab_size: int = 32064  # Vicuna's 32000, <image>, <pad>, and padding to a multiple of 64
+class LanguageConfig:  # LLaMA-7B
+    vocab_size: int = 32000  # with the new tokens
     width: int = 4096
     layers: int = 32
     heads: int = 32
-    kv_heads: int = 32  # fewer than heads: grouped-query attention (LLaMA-2-70B, not LLaVA-1.5)
+    kv_heads: int = 32  # fewer than heads: grouped-query attention, only in the toy
     mlp_width: int = 11008  # 8/3 of the width: three matrices of SwiGLU cost what two of a 4x MLP do
-    context: int = 4096
-    norm_eps: float = 1e-5
+    context: int = 2048
+    norm_eps: float = 1e-6
     rope_base: float = 10000.0
     tie_embeddings: bool = False
-
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"language width {self.width} is not divisible by {self.heads} heads")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
 
     @property
     def head_width(self):
@@ -141,125 +124,74 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    latents: int = 64  # what an image or a video of any length becomes
+    latents: int = 64  # the number of vectors that an image or a video of any length becomes
     layers: int = 6
     heads: int = 16
     head_width: int = 96
-    mlp_width: int = 5120
-    activation: str = "relu"  # IDEFICS; the paper squares it, OpenFlamingo has GELU
-    norm_eps: float = 1e-5
-    qk_norm: bool = True
-    frames: int = 0  # learned time embeddings; 0: none, as in IDEFICS, which saw no videos
-
-
-VIT_H = VisionConfig(224, 14, width=1280, layers=32, heads=16, mlp_width=5120, activation="gelu", resize="squash")
-# LLaMA's 32000 words, and IDEFICS' two: <fake_token_around_image>, <image>
-LLAMA_7B = LanguageConfig(32002, context=2048, norm_eps=1e-6)
-LLAMA_65B = LanguageConfig(32002, width=8192, layers=80, heads=64, kv_heads=64, mlp_width=22016, context=2048)
+    mlp_width: int = 3072  # 4 times the width of the tower
+    activation: str = "relu"  # IDEFICS; the paper squares it, OpenFlamingo has "gelu"
+    qk_norm: bool = False
+    frames: int = 0  # learned time embeddings; 0: none, as in IDEFICS, which was trained without videos
 
 
 @dataclass(frozen=True)
 class FlamingoConfig:
-    vision: VisionConfig = VIT_H
-    language: LanguageConfig = LLAMA_7B
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
-    connector: str = "resampler"  # "mlp": every patch on its own, as LLaVA does; for comparison
-    cross_every: int = 4  # an inserted layer before layers 0, 4, 8 ...
-    gate: str = "scalar"  # one alpha per layer; "vector": one per channel; "none": ungated, for comparison
-    dense: str = "swiglu"  # with RMSNorm, as in the decoder (IDEFICS); "gelu": LayerNorm and an MLP of 4 D (OpenFlamingo)
-    qk_norm: bool = True
+    connector: str = "resampler"  # "mlp": every patch by itself, as in LLaVA; for comparison
+    cross_every: int = 1  # 4: an inserted block before layers 0, 4, 8 ...
+    gate: str = "scalar"  # one alpha per gate; "vector": one per channel; "none": no gates, for comparison
+    dense: str = "swiglu"  # the parts of the decoder (IDEFICS); "gelu": LayerNorm and an MLP of 4 D (OpenFlamingo)
+    qk_norm: bool = False
     image_token_id: int = 32001
-    new_token_ids: tuple = (32000, 32001)  # tokens the language model did not know: their rows do train
+    new_token_ids: tuple = (32000, 32001)  # tokens that the language model did not know: their embeddings are trained
     eos_token_id: int = 2
 
-    def __post_init__(self):
-        for name, known in (("connector", ("resampler", "mlp")), ("gate", ("scalar", "vector", "none")), ("dense", ("swiglu", "gelu"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        if self.cross_every < 1:
-            raise ValueError(f"cross_every must be 1 or more, not {self.cross_every}")
 
+# CLIP's ViT-H/14; LLaMA's 32000 words and two new ones, <fake_token_around_image> and <image>
+VIT_H = VisionConfig(width=1280)
+RESAMPLER = ResamplerConfig(mlp_width=5120, qk_norm=True)
+LLAMA_7B = LanguageConfig(32002)
+LLAMA_65B = LanguageConfig(32002, width=8192, layers=80, heads=64, kv_heads=64, mlp_width=22016, norm_eps=1e-5)
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of the toy's pixels
 
 PRESETS = {
     # what train_tiny.py trains in front of you, on the toy CLIP's vision tower and a toy language model
     "tiny": FlamingoConfig(
-        VisionConfig(32, 8, width=96, layers=4, heads=4, mlp_width=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        LanguageConfig(512, width=96, layers=3, heads=2, kv_heads=1, mlp_width=256, context=256, tie_embeddings=True),
-        ResamplerConfig(latents=4, layers=1, heads=2, head_width=48, mlp_width=192, frames=8),
-        cross_every=1,
+        VisionConfig(32, 8, 96, layers=4, heads=4, mlp_width=384, activation="quick_gelu", mean=HALF, std=HALF),
+        LanguageConfig(
+            512, 96, layers=3, heads=2, kv_heads=1, mlp_width=256, context=256, norm_eps=1e-5, tie_embeddings=True
+        ),
+        ResamplerConfig(latents=4, layers=1, heads=2, head_width=48, mlp_width=192, qk_norm=True, frames=8),
+        qk_norm=True,
         image_token_id=499,
         new_token_ids=(499, 507),
         eos_token_id=507,
     ),
-    "idefics-9b": FlamingoConfig(),
-    "idefics-80b": FlamingoConfig(language=LLAMA_65B),
+    "idefics-9b": FlamingoConfig(VIT_H, LLAMA_7B, RESAMPLER, cross_every=4, qk_norm=True),
+    "idefics-80b": FlamingoConfig(VIT_H, LLAMA_65B, RESAMPLER, cross_every=4, qk_norm=True),
 }
 
 
-def patch_grid(height, width, config):
-    """(rows, columns) of whole patches in an image of height x width pixels, patch_size taken from config. A border narrower
-    than a patch is dropped, as the convolution does. Raises ValueError when not even one patch fits."""
-    rows, columns = height // config.patch_size, width // config.patch_size
-    if rows < 1 or columns < 1:
-        raise ValueError(f"an image of {height} x {width} pixels is smaller than one patch of {config.patch_size}")
-    return rows, columns
-
-
 def num_image_tokens(height, width, config):
-    """Vectors the decoder can look at for one image of height x width pixels, or one video: the L latents, whatever the
-    size (config: FlamingoConfig). In the row of words it takes up one place. With the "mlp" connector: one per patch,
-    and the class token. The one place where this is computed."""
-    rows, columns = patch_grid(height, width, config.vision)
-    return config.resampler.latents if config.connector == "resampler" else rows * columns + int(config.vision.class_token)
+    """Vectors the decoder attends to for one image, or one video: L latents, whatever its size and length. With the
+    "mlp" connector one per patch of each frame, and the class token. In the row of words an image is one token."""
+    P = config.vision.patch_size
+    if config.connector == "resampler":
+        return config.resampler.latents
+    return (height // P) * (width // P) + 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Small parts
-
-
-class trace:
-    """Look inside a forward pass: `with trace() as t: model(...)`, then `t.rows` holds (name, tensor) of every stage.
-
-    maps=True also records attention weights [B,H,Tq,Tk], which only the reference backend can give.
-    When no trace is open, a stage costs one comparison with None.
-    """
-
-    active = None
-
-    def __init__(self, maps=False):
-        self.maps, self.rows = maps, []
-
-    def __enter__(self):
-        trace.active = self
-        return self
-
-    def __exit__(self, *_):
-        trace.active = None
-
-    def __str__(self):
-        lines = [f"{'stage':<34}{'shape':<24}{'mean':>9}{'std':>9}"]
-        for name, x in self.rows:
-            x32 = x.float()
-            lines.append(f"{name:<34}{str(list(x.shape)):<24}{x32.mean():>9.3f}{x32.std(correction=0):>9.3f}")
-        return "\n".join(lines)
-
-
-def note(name, x):
-    """Record x under name if a trace is open; returns x, so that it can be wrapped around any expression."""
-    if trace.active is not None:
-        trace.active.rows.append((name, x.detach()))
-    return x
+# Vision tower: CLIP's ViT
 
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)  # Hendrycks & Gimpel 2016, the sigmoid approximation of GELU
 
 
-def gelu_tanh(x):
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "relu": F.relu}
 
 
 class MLP(nn.Module):
@@ -273,33 +205,22 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention and block
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention; who may look at whom is said by `causal` and `segments` (see kernels.attention)."""
+    """Multi-head self-attention; every patch attends to every patch."""
 
-    def __init__(self, width, heads):
+    def __init__(self, config):
         super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        D, self.heads = config.width, config.heads
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
 
-    def forward(self, x, causal=False, segments=None):
-        B, T, D = x.shape
-        q, k, v = (  # each [B,H,T,Dh]
-            proj(x).view(B, T, self.heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mask = dict(causal=causal, q_segments=segments, k_segments=segments)
-        if trace.active is not None and trace.active.maps:
-            o, weights = attention(q, k, v, **mask, return_weights=True)
-            note("attention weights", weights)
-        else:
-            o = attention(q, k, v, **mask)
-        return self.out_proj(o.transpose(1, 2).reshape(B, T, D))
+    def forward(self, x):
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,N,Dh]
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -308,82 +229,40 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.attn = Attention(config.width, config.heads)
+        self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config.width, config.mlp_width, config.activation)
 
-    def forward(self, x, causal=False, segments=None):
-        x = x + self.attn(self.ln_1(x), causal, segments)
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
-
-
-def init_blocks(blocks, width):
-    """Initial weights of a stack of blocks, after CLIP's own code: what writes to the residual stream starts smaller,
-    by 1/sqrt(2 * layers), because that many terms are added up in it."""
-    residual_std = width**-0.5 * (2 * len(blocks)) ** -0.5
-    for block in blocks:
-        for linear in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
-            nn.init.normal_(linear.weight, std=width**-0.5)
-        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
-        nn.init.normal_(block.mlp.fc2.weight, std=residual_std)
-        for linear in (*block.attn.children(), *block.mlp.children()):
-            nn.init.zeros_(linear.bias)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Vision tower
 
 
 class VisionTower(nn.Module):
     """ViT (Dosovitskiy et al. 2021, arXiv 2010.11929): an image is a sentence of patches.
 
-    forward(pixels [B,3,H,W], depth=None) -> [B,N(+1),D], the class token first; `depth` blocks are run (None: all).
-    Any H and W that hold at least one patch: the learned positions are interpolated to the image's own grid.
+    forward(pixels [n,3,H,W]) -> [n,N,Dv] after the last block, the class token first. The weights are always CLIP's.
+    Published: IdeficsVisionTransformer.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
         D, P, grid = config.width, config.patch_size, config.image_size // config.patch_size
-        # A convolution whose stride is its kernel is a linear map applied to every patch.
-        self.patch_embedding = nn.Conv2d(3, D, kernel_size=P, stride=P, bias=not config.ln_pre)
-        self.position_embedding = nn.Embedding(grid * grid + int(config.class_token), D)
-        if config.class_token:
-            self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
-        if config.ln_pre:
-            self.ln_pre = nn.LayerNorm(D, eps=config.norm_eps)
+        self.patch_embedding = nn.Conv2d(3, D, kernel_size=P, stride=P, bias=False)  # one linear map for every patch
+        self.position_embedding = nn.Embedding(1 + grid * grid, D)
+        self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
+        self.ln_pre = nn.LayerNorm(D, eps=config.norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.ln_post = nn.LayerNorm(D, eps=config.norm_eps)
+        self.ln_post = nn.LayerNorm(D, eps=config.norm_eps)  # CLIP's own, which IDEFICS does not apply to patches
         nn.init.normal_(self.position_embedding.weight, std=D**-0.5)
-        init_blocks(self.blocks, D)
 
-    def positions(self, rows, columns):
-        """Position embeddings [N(+1),D] for a grid of rows x columns patches; bicubic when it is not the trained one
-        (as CLIP did to go from 224 to 336 pixels)."""
-        table = self.position_embedding.weight
-        grid = self.config.image_size // self.config.patch_size
-        if (rows, columns) == (grid, grid):
-            return table
-        extra = int(self.config.class_token)  # the class token has no place in the grid
-        square = table[extra:].T.reshape(1, -1, grid, grid)
-        resized = F.interpolate(square, size=(rows, columns), mode="bicubic", align_corners=False)
-        return torch.cat([table[:extra], resized.flatten(2)[0].T])
-
-    def forward(self, pixels, depth=None):
-        if pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"pixels must be [B,3,H,W], got {list(pixels.shape)}")
-        rows, columns = patch_grid(*pixels.shape[2:], self.config)
-        x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))  # [B,D,rows,columns]
-        positions = self.positions(rows, columns)
-        x = note("vision.patches", x.flatten(2).transpose(1, 2))  # [B,N,D], patches in reading order
-        if self.config.class_token:
-            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # [B,N+1,D]
-        x = note("vision.patches + positions", x + positions)
-        if self.config.ln_pre:
-            x = self.ln_pre(x)
-        for i, block in enumerate(self.blocks[:depth]):
-            x = note(f"vision.blocks.{i}", block(x))
+    def forward(self, pixels):
+        x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))  # [n,Dv,rows,columns]
+        x = x.flatten(2).transpose(1, 2)  # [n,N-1,Dv], patches in reading order
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # [n,N,Dv]
+        x = self.ln_pre(x + self.position_embedding.weight)
+        for block in self.blocks:
+            x = block(x)
         return x
 
 
@@ -392,65 +271,63 @@ class VisionTower(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from one sequence, keys and values from another; no biases.
+    """Queries from one sequence, keys and values from another; no biases. Published: IdeficsAttention.
 
-    keys_values and forward are apart, so that what many words look at is projected once. qk_norm: None, or a function of
-    the head width that makes a norm for queries and one for keys: dot products then cannot grow with the activations.
+    keys_values and forward are apart, so that what many words attend to is projected once. norm(Dh) makes a norm for
+    the queries of each head and one for the keys: dot products then cannot grow with the activations.
     """
 
-    def __init__(self, width, context_width, heads, head_width, qk_norm=None):
+    def __init__(self, width, context_width, heads, head_width, norm=nn.Identity):
         super().__init__()
         self.heads = heads
         self.q_proj = nn.Linear(width, heads * head_width, bias=False)
         self.k_proj = nn.Linear(context_width, heads * head_width, bias=False)
         self.v_proj = nn.Linear(context_width, heads * head_width, bias=False)
         self.o_proj = nn.Linear(heads * head_width, width, bias=False)
-        self.q_norm, self.k_norm = (qk_norm(head_width), qk_norm(head_width)) if qk_norm else (None, None)
+        self.q_norm = norm(head_width)
+        self.k_norm = norm(head_width)
 
     def keys_values(self, context):
-        """context [B,S,Dc], what is looked at -> k, v [B,H,S,Dh]."""
-        B, S, _ = context.shape
-        k, v = (proj(context).view(B, S, self.heads, -1).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
-        return (k if self.k_norm is None else self.k_norm(k)), v
+        """context [B,S,Dc] -> k, v [B,H,S,Dh]."""
+        k = self.k_proj(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.v_proj(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.k_norm(k), v
 
     def forward(self, x, k, v, q_segments=None, k_segments=None):
-        """x [B,T,D] looks at k, v [B,H,S,Dh] where the segments agree -> [B,T,D]; exactly 0 for who sees nothing."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, -1).transpose(1, 2)
-        q = q if self.q_norm is None else self.q_norm(q)
-        mask = dict(q_segments=q_segments, k_segments=k_segments)
-        if trace.active is not None and trace.active.maps:
-            o, weights = attention(q, k, v, **mask, return_weights=True)
-            note("cross attention weights", weights)
-        else:
-            o = attention(q, k, v, **mask)
-        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
+        """x [B,T,D] attends to k, v [B,H,S,Dh] where the segments [B,T] and [B,S] are equal -> [B,T,D]; exactly 0 for a
+        query that attends to nothing."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,T,Dh]
+        o = attention(self.q_norm(q), k, v, q_segments=q_segments, k_segments=k_segments)
+        return self.o_proj(o.transpose(1, 2).flatten(2))
 
 
 class PerceiverLayer(nn.Module):
-    """The latents look at the features and at themselves, in one attention (paper 2.1), then think; no gates."""
+    """The latents attend to the features and to each other, in one attention (paper 2.1), then to an MLP; no gates.
+    Published: IdeficsPerceiverAttention and IdeficsMLP."""
 
     def __init__(self, width, config):
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=config.norm_eps)
-        self.norm_media, self.norm_latents, self.norm_mlp = norm(width), norm(width), norm(width)
-        self.attn = CrossAttention(width, width, config.heads, config.head_width, norm if config.qk_norm else None)
+        self.norm_media = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.norm_mlp = nn.LayerNorm(width)
+        norm = nn.LayerNorm if config.qk_norm else nn.Identity
+        self.attn = CrossAttention(width, width, config.heads, config.head_width, norm)
         self.fc1 = nn.Linear(width, config.mlp_width, bias=False)
         self.fc2 = nn.Linear(config.mlp_width, width, bias=False)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, latents, x, q_segments=None, k_segments=None):
+    def forward(self, latents, x, k_segments=None):
         q = self.norm_latents(latents)
         k, v = self.attn.keys_values(torch.cat([self.norm_media(x), q], dim=1))
-        latents = latents + self.attn(q, k, v, q_segments, k_segments)
+        latents = latents + self.attn(q, k, v, k_segments=k_segments)
         return latents + self.fc2(self.activation(self.fc1(self.norm_mlp(latents))))
 
 
 class PerceiverResampler(nn.Module):
-    """Features of an image or a video, of any size and length -> always L latents (paper 2.1).
+    """Features of an image or a video, of any length -> always L latents (paper 2.1).
 
     forward(x [n,F,N,Dv], frame_mask [n,F] or None; True = real frame) -> [n,L,Dv]. Cost and memory grow with F * N, not
-    with its square, since only the L latents ask.
+    with its square, since only the L latents are queries. Published: IdeficsPerceiverResampler.
     """
 
     def __init__(self, width, config):
@@ -458,36 +335,37 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(config.latents, width))
         self.time_embeddings = nn.Parameter(torch.randn(config.frames, width)) if config.frames else None
         self.layers = nn.ModuleList(PerceiverLayer(width, config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(width)
 
-    def times(self, frame_mask):
-        """Time embeddings [n,F,Dv] of the real frames in frame_mask [n,F]: the i-th has the i-th. A video of more frames
-        than the table has rows is spread over all of it, linearly interpolated."""
-        table, last = self.time_embeddings, len(self.time_embeddings) - 1
-        count, rank = frame_mask.sum(1, keepdim=True), (frame_mask.cumsum(1) - 1).clamp(min=0)
-        place = torch.where(count > last + 1, rank * last / (count - 1).clamp(min=1), rank.float())
-        low = place.long().clamp(max=last)
-        return torch.lerp(table[low], table[(low + 1).clamp(max=last)], (place - low).unsqueeze(-1).to(table.dtype))
+    def times(self, frames):
+        """Time embeddings [frames,Dv] of one video. If it has more frames than the table, the table is interpolated."""
+        table = self.time_embeddings
+        if frames <= len(table):
+            return table[:frames]
+        return F.interpolate(table.T[None], size=frames, mode="linear", align_corners=True)[0].T
 
     def forward(self, x, frame_mask=None):
         n, frames, N, _ = x.shape
         L = len(self.latents)
-        if self.time_embeddings is not None:
-            real = x.new_ones(n, frames, dtype=torch.bool) if frame_mask is None else frame_mask
-            x = x + self.times(real)[:, :, None]  # all patches of a frame get the frame's time
+        if self.time_embeddings is not None and frame_mask is None:
+            x = x + self.times(frames)[:, None]  # all patches of a frame have the time of the frame
+        elif self.time_embeddings is not None:
+            times = x.new_zeros(n, frames, x.shape[-1])
+            times[frame_mask] = torch.cat([self.times(count) for count in frame_mask.sum(1).tolist()])
+            x = x + times[:, :, None]
         x = x.flatten(1, 2)  # [n,F*N,Dv]: time and space in one row
-        segments = ()
-        if frame_mask is not None:  # nobody looks at a padding frame
-            keys = (frame_mask.int() - 1).repeat_interleave(N, dim=1)
-            segments = (keys.new_zeros(n, L), F.pad(keys, (0, L)))
+        k_segments = None
+        if frame_mask is not None:
+            segments = (frame_mask.int() - 1).repeat_interleave(N, dim=1)  # -1 for padding, to which nothing attends
+            k_segments = F.pad(segments, (0, L))  # [n,F*N+L], the latents themselves are keys too
         latents = self.latents.expand(n, L, -1)
         for layer in self.layers:
-            latents = layer(latents, x, *segments)
+            latents = layer(latents, x, k_segments)
         return self.norm(latents)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Language model
+# Parts of the language model: LLaMA's
 
 
 class RMSNorm(nn.Module):
@@ -519,15 +397,11 @@ class SwiGLU(nn.Module):
 
 
 class Cache:
-    """Keys and values of all layers, so that a new token costs one token's work; made by generate, passed along.
-
-    Room for `capacity` positions is taken once; `length` of them are filled. Padding stays in it, marked in `segments`.
-    """
+    """Keys and values of all layers, so that a new token costs one token's work: `length` of `capacity` are filled."""
 
     def __init__(self, config, B, capacity, like):
         shape = (config.layers, B, config.kv_heads, capacity, config.head_width)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
-        self.segments = None  # [B,length] once a mask was given; None while every token is real
         self.length = 0
 
     def append(self, layer, k, v):
@@ -550,19 +424,15 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(D, config.kv_heads * Dh, bias=False)
         self.o_proj = nn.Linear(config.heads * Dh, D, bias=False)
 
-    def forward(self, x, angles, mask, cache=None, layer=0):
-        B, T, D = x.shape
+    def forward(self, x, rotation, rule, cache=None, layer=0):
+        B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, -1).transpose(1, 2)  # [B,H,T,Dh]
         k = self.k_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)  # [B,K,T,Dh]
         v = self.v_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)
-        q, k = apply_rope(q, k, angles)
+        q, k = apply_rope(q, k, rotation)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        if trace.active is not None and trace.active.maps:
-            o, weights = attention(q, k, v, **mask, return_weights=True)
-            note("decoder attention weights", weights)
-        else:
-            o = attention(q, k, v, **mask)
+        o = attention(q, k, v, **rule)  # [B,H,T,Dh]; rule: which query attends to which key, see kernels.attention
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -574,15 +444,67 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config.width, config.mlp_width)
 
-    def forward(self, x, angles, mask, cache=None, layer=0):
-        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache, layer)
+    def forward(self, x, rotation, rule, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), rotation, rule, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LanguageModel(nn.Module):
-    """LLaMA (Touvron et al. 2023, arXiv 2302.13971), the decoder under Vicuna.
+# ----------------------------------------------------------------------------------------------------------------------
+# Inserted blocks
 
-    forward(ids [B,T], mask [B,T] or None; True = real token) -> logits [B,T,V]. Padding may stand on either side.
+
+class GatedBlock(nn.Module):
+    """GATED XATTN-DENSE (paper 2.2): words attend to latents, then an MLP follows, each behind a gate of its own.
+
+    tanh(0) = 0: a new block adds nothing. The gradient of tanh at 0 is 1, so a gate can open; what is behind a closed
+    gate has no gradient until the gate has begun to open. Published: IdeficsGatedCrossAttentionLayer.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = config.language
+        if config.dense == "swiglu":
+            norm = partial(RMSNorm, eps=c.norm_eps)
+            mlp = SwiGLU(c.width, c.mlp_width)
+        else:
+            norm = partial(nn.LayerNorm, eps=c.norm_eps)
+            up = nn.Linear(c.width, 4 * c.width, bias=False)
+            down = nn.Linear(4 * c.width, c.width, bias=False)
+            mlp = nn.Sequential(up, nn.GELU(), down)
+        head_norm = norm if config.qk_norm else nn.Identity
+        self.input_layernorm = norm(c.width)
+        self.cross_attn = CrossAttention(c.width, config.vision.width, c.heads, c.head_width, head_norm)
+        self.post_attention_layernorm = norm(c.width)
+        self.mlp = mlp
+        size = c.width if config.gate == "vector" else 1
+        self.attn_gate = nn.Parameter(torch.zeros(size)) if config.gate != "none" else None
+        self.ffw_gate = nn.Parameter(torch.zeros(size)) if config.gate != "none" else None
+
+    def forward(self, x, k, v, q_segments, k_segments):
+        """x [B,T,D] attends to k, v [B,H,M*L,Dh], the projected latents, where the segments are equal -> [B,T,D]."""
+        attn_gate = 1.0 if self.attn_gate is None else self.attn_gate.tanh()
+        ffw_gate = 1.0 if self.ffw_gate is None else self.ffw_gate.tanh()
+        x = x + attn_gate * self.cross_attn(self.input_layernorm(x), k, v, q_segments, k_segments)
+        return x + ffw_gate * self.mlp(self.post_attention_layernorm(x))
+
+
+@dataclass
+class Media:
+    """What the inserted blocks attend to: computed once per call, then passed to every layer and for every new word."""
+
+    inserted: dict  # layer -> (the block inserted before it, its keys, its values), keys and values [B,H,M*L,Dh]
+    q_segments: torch.Tensor  # [B,T], the image that each token of the prompt attends to: see media_segments
+    k_segments: torch.Tensor  # [B,M*L], the image that each latent belongs to
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Language model
+
+
+class LanguageModel(nn.Module):
+    """LLaMA (Touvron et al. 2023, arXiv 2302.13971), with a place for the inserted blocks. Published: IdeficsModel.
+
+    forward(ids [B,T], mask [B,T] or None; True = real token) -> logits [B,T,V], without the inserted blocks.
     """
 
     def __init__(self, config):
@@ -595,293 +517,67 @@ class LanguageModel(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:  # what writes to the residual stream starts smaller, as 2 * layers terms add up
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=config.width**-0.5 / (math.sqrt(2 * config.layers) if residual else 1))
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # 2 * layers of these add up in the residual
+                nn.init.normal_(parameter, std=config.width**-0.5 / math.sqrt(2 * config.layers))
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=config.width**-0.5)
         nn.init.normal_(self.lm_head.weight, std=0.02)  # small, so that the first loss is ln V: nothing is preferred
 
-    def hidden(self, x, mask=None, cache=None, look=None):
-        """Embeddings x [B,T,D] of new tokens (and their mask) -> hidden states [B,T,D] after the last norm.
+    def hidden(self, x, mask=None, cache=None, media=None):
+        """Embeddings x [B,T,D] of new tokens, behind those in the cache -> hidden states [B,T,D] after the last norm.
 
-        With a cache, the tokens in it come first. Positions count real tokens only, so padding shifts nothing.
-        look(i, x) -> x, if given, is applied before layer i: the place of Flamingo's inserted blocks.
+        mask [B,length+T] covers the cached tokens too. Positions count real tokens only, so padding shifts nothing.
+        media: a Media, or None to skip the inserted blocks. Tokens after the prompt attend to the image of its last.
         """
         B, T, _ = x.shape
         past = 0 if cache is None else cache.length
         if past + T > self.config.context:
-            raise ValueError(f"{past + T} tokens (text and image) do not fit the context of {self.config.context}")
-        q_segments = k_segments = None
+            raise ValueError(f"{past + T} tokens do not fit the context of {self.config.context}")
+        rule = dict(causal=True)
         positions = torch.arange(past, past + T, device=x.device).expand(B, T)
-        if cache is not None and cache.segments is not None and mask is None:
-            mask = torch.ones(B, T, dtype=torch.bool, device=x.device)
         if mask is not None:
-            q_segments = k_segments = mask.int() - 1  # 0 for a real token, -1 for padding, which nobody may look at
-            if past:
-                before = cache.segments if cache.segments is not None else q_segments.new_zeros(B, past)
-                k_segments = torch.cat([before, q_segments], dim=1)  # [B,past+T]
-            positions = ((k_segments == 0).cumsum(1) - 1)[:, past:].clamp(min=0)
-        angles = rope_1d(positions, self.config.head_width, self.config.rope_base)  # [B,T,Dh/2]
-        rule = dict(causal=True, q_segments=q_segments, k_segments=k_segments)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+            segments = mask.int() - 1  # 0 for a real token, -1 for padding, to which nothing attends
+            rule |= dict(q_segments=segments[:, past:], k_segments=segments)
+        rotation = rope_1d(positions, self.config.head_width, self.config.rope_base)  # cosines and sines
         for i, layer in enumerate(self.layers):
-            x = x if look is None else look(i, x)
-            x = note(f"language.layers.{i}", layer(x, angles, rule, cache, i))
+            if media is not None and i in media.inserted:
+                block, k, v = media.inserted[i]
+                images = media.q_segments if past == 0 else media.q_segments[:, -1:].expand(B, T)
+                x = block(x, k, v, images, media.k_segments)
+            x = layer(x, rotation, rule, cache, i)
         if cache is not None:
-            cache.length, cache.segments = past + T, k_segments
+            cache.length += T
         return self.norm(x)
 
     def forward(self, ids, mask=None):
-        return note("logits", self.lm_head(self.hidden(self.embed_tokens(ids), mask)))
+        return self.lm_head(self.hidden(self.embed_tokens(ids), mask))
 
+    @torch.no_grad()
+    def generate(
+        self, x, mask=None, max_new_tokens=64, temperature=0.0, top_k=None, eos_id=None, generator=None, media=None
+    ):
+        """Continue prompts, given as embeddings x [B,T,D] and padded on the left -> new ids [B,n].
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Inserted blocks
-
-
-class GatedBlock(nn.Module):
-    """GATED XATTN-DENSE (paper 2.2): words look at latents, then think, each through a gate of its own.
-
-    tanh(0) = 0: a new block adds nothing, and the language model around it still is what it was. The gradient of tanh at 0
-    is 1, so a gate can open; what is behind a closed one gets no gradient until it has begun to.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        c = config.language
-        norm = partial(RMSNorm if config.dense == "swiglu" else nn.LayerNorm, eps=c.norm_eps)
-        self.input_layernorm = norm(c.width)
-        self.cross_attn = CrossAttention(c.width, config.vision.width, c.heads, c.head_width, norm if config.qk_norm else None)
-        self.post_attention_layernorm = norm(c.width)
-        if config.dense == "swiglu":
-            self.mlp = SwiGLU(c.width, c.mlp_width)
-        else:
-            up, down = nn.Linear(c.width, 4 * c.width, bias=False), nn.Linear(4 * c.width, c.width, bias=False)
-            self.mlp = nn.Sequential(up, nn.GELU(), down)
-        if config.gate == "none":
-            self.attn_gate = self.ffw_gate = None
-        else:
-            size = 1 if config.gate == "scalar" else c.width
-            self.attn_gate, self.ffw_gate = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size))
-
-    def forward(self, x, segments, media=None):
-        """x [B,T,D]; segments [B,T] and media (k, v [B,H,M*L,Dh], their segments [B,M*L]) say who sees what."""
-        attn_gate, ffw_gate = (1.0 if alpha is None else alpha.tanh() for alpha in (self.attn_gate, self.ffw_gate))
-        if media is not None:
-            k, v, k_segments = media
-            x = x + attn_gate * self.cross_attn(self.input_layernorm(x), k, v, segments, k_segments)
-        return x + ffw_gate * self.mlp(self.post_attention_layernorm(x))
-
-
-class ConditionedLM:
-    """The frozen language model while it looks at given media: to `generate` and to a loss a decoder like any other.
-
-    It holds what stays the same from word to word: which image each word of the prompt looks at, and the keys and values of
-    the latents for every inserted layer. Made for one call and thrown away; nothing is remembered on the model.
-    """
-
-    def __init__(self, model, segments, latents=None, media_mask=None):
-        """segments [B,T] of the prompt; latents [B,M,L,Dv] or None; media_mask [B,M] or None (True = real)."""
-        self.language, self.config = model.language, model.config.language
-        self.embed_tokens, self.lm_head = model.language.embed_tokens, model.language.lm_head
-        self.gated_blocks, self.every = model.gated_blocks, model.config.cross_every
-        self.segments, self.media = segments, [None] * len(model.gated_blocks)
-        if latents is not None:
-            B, M, L, _ = latents.shape
-            number = torch.arange(M, device=latents.device).expand(B, M)
-            if media_mask is not None:  # the i-th real one is image i, wherever the padding stands
-                number = (media_mask.cumsum(1) - 1).masked_fill(~media_mask, -1)
-            k_segments, row = number.repeat_interleave(L, dim=1), latents.flatten(1, 2)  # [B,M*L], [B,M*L,Dv]
-            self.media = [(*block.cross_attn.keys_values(row), k_segments) for block in model.gated_blocks]
-
-    def hidden(self, x, mask=None, cache=None):
-        """As LanguageModel.hidden. New words after the prompt look where its last word looked."""
-        segments = self.segments
-        if cache is not None and cache.length:
-            segments = segments[:, -1:].expand(-1, x.shape[1])
-
-        def look(i, x):
-            if i % self.every:
-                return x
-            n = i // self.every
-            return note(f"gated_blocks.{n}", self.gated_blocks[n](x, segments, self.media[n]))
-
-        return self.language.hidden(x, mask, cache, look)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The model
-
-
-def media_segments(ids, config, mask=None):
-    """Which image or video each token looks at: the last one at or before it; -1 before the first, and for padding before
-    it. ids [B,T], mask [B,T] or None (True = real token) -> [B,T].
-
-    Look <image> a dog <image> a cat  ->  -1 0 0 0 1 1 1
-    """
-    is_image = ids == config.image_token_id
-    return (is_image if mask is None else is_image & mask).cumsum(1) - 1
-
-
-class Flamingo(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.vision = VisionTower(config.vision)
-        Dv = config.vision.width
-        if config.connector == "resampler":
-            self.connector = PerceiverResampler(Dv, config.resampler)
-        else:
-            self.connector = MLP(Dv, 4 * Dv, "gelu")
-        self.language = LanguageModel(config.language)
-        self.gated_blocks = nn.ModuleList(GatedBlock(config) for _ in range(0, config.language.layers, config.cross_every))
-
-    def encode_media(self, media, media_mask=None):
-        """media [B,M,F,3,H,W] (an image is a video of one frame) -> latents [B,M,L,Dv], L whatever F, H and W are.
-
-        media_mask [B,M], or [B,M,F] where videos have different lengths; True = real. Padding is not encoded. Frames go
-        through the tower 64 at a time, so that its memory does not grow with the video; that of the features, N * Dv
-        numbers a frame, does. As in IDEFICS they are those of the last block, class token first; ln_post is not applied.
+        The prompt runs once, then one token at a time against the cached keys and values. Once a row contains eos_id,
+        the rest of it is filled with eos_id.
         """
-        B, M, frames = media.shape[:3]
-        if self.config.connector != "resampler" and media_mask is not None and media_mask.ndim == 3:
-            raise ValueError("videos of different lengths in one batch need the resampler: it can leave frames out")
-        real = torch.ones(B, M, frames, dtype=torch.bool, device=media.device)
-        if media_mask is not None:
-            real = real & (media_mask[..., None] if media_mask.ndim == 2 else media_mask)
-        if not real.any():
-            raise ValueError(f"media {list(media.shape)} [B,M,F,3,H,W] hold no image and no frame")
-        some = torch.cat([self.vision(part) for part in media[real].split(64)])  # [n,N,Dv]
-        x = some.new_zeros(B, M, frames, *some.shape[1:])
-        x[real] = some
-        x = note("image features", x.flatten(0, 1))  # [B*M,F,N,Dv]
-        if self.config.connector == "resampler":
-            latents = self.connector(x, None if media_mask is None else real.flatten(0, 1))
-        else:
-            latents = self.connector(x.flatten(1, 2))
-        return note("latents", latents.unflatten(0, (B, M)))
-
-    def look(self, ids, media=None, mask=None, media_mask=None):
-        """A ConditionedLM that looks at the media of ids [B,T]. Raises ValueError when a row has more or fewer <image>
-        than media: a model that looks at the wrong picture gives no other sign of it."""
-        if ids.ndim != 2 or not ids.numel():
-            raise ValueError(f"ids must be [B,T] with at least one token, got {list(ids.shape)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape):
-            raise ValueError(f"mask must be bool [B,T] as ids {list(ids.shape)}, got {mask.dtype} {list(mask.shape)}")
-        segments = media_segments(ids, self.config, mask)
-        placed = (segments[:, -1] + 1).tolist()  # the last token looks at the last image
-        if media is None:
-            if any(placed) or media_mask is not None:
-                raise ValueError(f"{sum(placed)} <image> in the ids, but no image was given")
-            return ConditionedLM(self, segments)
-        media = media.unsqueeze(2) if media.ndim == 5 else media
-        if media.ndim != 6 or media.shape[3] != 3 or len(media) != len(ids):
-            raise ValueError(f"media must be [B,M,F,3,H,W] with B = {len(ids)} as in ids, got {list(media.shape)}")
-        if media_mask is not None and (media_mask.dtype != torch.bool or media_mask.shape not in (media.shape[:2], media.shape[:3])):
-            got = f"{media_mask.dtype} {list(media_mask.shape)}"
-            raise ValueError(f"media_mask must be bool [B,M] or [B,M,F] as in media {list(media.shape)}, got {got}")
-        there = media_mask if media_mask is None or media_mask.ndim == 2 else media_mask.any(2)  # [B,M]
-        given = [media.shape[1]] * len(ids) if there is None else there.sum(1).tolist()
-        for row, (words, images) in enumerate(zip(placed, given, strict=True)):
-            if words != images:
-                raise ValueError(f"row {row} has {words} <image> in its ids, but {images} image(s) or video(s) were given")
-        latents = self.encode_media(media, media_mask) if any(given) else None
-        return ConditionedLM(self, segments, latents, there)
-
-    def forward(self, ids, media=None, mask=None, media_mask=None):
-        """ids [B,T], media [B,M,F,3,H,W] or None, masks (True = real) -> logits [B,T,V]. Which image a token sees is
-        derived from ids; the i-th <image> of a row is its i-th real medium."""
-        decoder = self.look(ids, media, mask, media_mask)
-        return note("logits", decoder.lm_head(decoder.hidden(decoder.embed_tokens(ids), mask)))
-
-    def generate(self, ids, media=None, mask=None, media_mask=None, **options):
-        """Continue each row of ids; media are encoded once. Options and result: see generate below."""
-        with torch.no_grad():
-            decoder = self.look(ids, media, mask, media_mask)
-            return generate(decoder, decoder.embed_tokens(ids), mask, **options)
-
-    @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load a published IDEFICS: a folder in the Hugging Face layout, or a hub id. See load_checkpoint.
-
-        Its file keeps the rows of the new tokens apart from LLaMA's; once loaded, they are folded into one table.
-        """
-        folder = checkpoint_folder(path)
-        config, new = config_from_published(read_config(folder), folder)
-        old = replace(config, language=replace(config.language, vocab_size=config.language.vocab_size - new))
-        with torch.device("meta"):  # shapes only; memory comes with the weights
-            model = cls(old)
-            if new:
-                model.new_embeddings = nn.Embedding(new, config.language.width)
-                model.new_head = nn.Linear(config.language.width, new, bias=False)
-                if config.language.tie_embeddings:
-                    model.new_head.weight = model.new_embeddings.weight
-        load_checkpoint(model, folder, dtype, device)
-        return fold_vocabulary(model, config) if new else model
-
-
-def fold_vocabulary(model, config):
-    """LLaMA's tables and the new tokens' rows, loaded apart -> one table each, as config says."""
-    language = model.language
-    for table, rows in ((language.embed_tokens, model.new_embeddings), (language.lm_head, model.new_head)):
-        table.weight = nn.Parameter(torch.cat([table.weight.data, rows.weight.data]))
-    if config.language.tie_embeddings:
-        language.lm_head.weight = language.embed_tokens.weight
-    language.embed_tokens.num_embeddings = language.lm_head.out_features = config.language.vocab_size
-    del model.new_embeddings, model.new_head
-    model.config, language.config = config, config.language
-    return model
-
-
-def freeze(model):
-    """Set what trains (paper 2.2): the connector, the inserted blocks, and the rows of the new tokens. Never the vision
-    tower, never the language model. Returns the parameters that train.
-
-    The rows are part of a frozen table. Their gradient is let through, that of all others is set to zero, by a hook: a
-    copy.deepcopy of the model has none, so call freeze on the copy. And give the table no weight decay, which would move
-    the other rows without a gradient.
-    """
-    model.requires_grad_(False)
-    model.connector.requires_grad_(True)
-    model.gated_blocks.requires_grad_(True)
-    new = torch.tensor(model.config.new_token_ids)
-
-    def new_rows_only(grad):
-        kept = torch.zeros_like(grad)
-        kept[new] = grad[new]
-        return kept
-
-    for table in {model.language.embed_tokens.weight, model.language.lm_head.weight}:  # a set: tied ones are one
-        table.requires_grad_(True)
-        table.register_hook(new_rows_only)
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-def language_loss(logits, labels):
-    """Next-token cross-entropy: logits [B,T,V] at position t predict labels [B,T] at t + 1. -> loss, metrics.
-
-    Labels of IGNORE_INDEX do not count. Before training the loss is about ln V: every word is equally likely.
-    Raises ValueError when no label counts: the mean of nothing is NaN, and means that the prompt took all the room.
-    """
-    logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != IGNORE_INDEX
-    if not counted.any():
-        raise ValueError("no label to learn from: every position is IGNORE_INDEX (were the answers cut off?)")
-    logits, labels = logits[counted].float(), labels[counted]  # [counted,V]
-    accuracy = (logits.argmax(-1) == labels).float().mean()
-    return F.cross_entropy(logits, labels), {"accuracy": accuracy.detach()}
-
-
-def text_labels(ids, mask, config):
-    """Labels for language_loss: every real token of text, ids [B,T] and mask [B,T] -> [B,T]. That an image comes next is
-    nothing to learn: the likelihood is the text's (paper 2, equation 1)."""
-    return ids.masked_fill(~mask | (ids == config.image_token_id), IGNORE_INDEX)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Generation
+        B, T, _ = x.shape
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError("prompts are padded on the left: the new tokens stand behind the last column")
+        cache = Cache(self.config, B, T + max_new_tokens, like=x)
+        new = torch.empty(B, 0, dtype=torch.long, device=x.device)
+        done = torch.zeros(B, dtype=torch.bool, device=x.device)
+        while new.shape[1] < max_new_tokens and not done.all():
+            h = self.hidden(x, mask, cache, media)[:, -1]  # [B,D]
+            next_ids = sample(self.lm_head(h), temperature, top_k, generator)  # [B]
+            if eos_id is not None:
+                next_ids = next_ids.masked_fill(done, eos_id)
+                done |= next_ids == eos_id
+            new = torch.cat([new, next_ids[:, None]], dim=1)
+            x = self.embed_tokens(next_ids[:, None])  # [B,1,D]
+            mask = None if mask is None else F.pad(mask, (0, 1), value=True)
+        return new
 
 
 def sample(logits, temperature, top_k, generator=None):
@@ -894,34 +590,169 @@ def sample(logits, temperature, top_k, generator=None):
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
-@torch.no_grad()
-def generate(language, x, mask=None, max_new_tokens=64, temperature=0.0, top_k=None, eos_id=None, generator=None):
-    """Prompts as embeddings x [B,T,D] with mask [B,T] (None: all real; padding on either side) -> new ids [B,n].
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
 
-    The prompt runs once, then one token at a time against the cached keys and values. A row that has said eos_id is
-    filled up with eos_id; generation ends when all rows have, or after max_new_tokens.
+
+def media_segments(ids, config, mask=None):
+    """The image or video that each token attends to, the last one at or before it; -1 before the first, and for padding
+    before it. ids [B,T], mask [B,T] or None (True = real token) -> [B,T].
+
+    Look <image> a dog <image> a cat  ->  -1 0 0 0 1 1 1
     """
-    B, T, _ = x.shape
-    if T + max_new_tokens > language.config.context:
-        raise ValueError(f"{T} tokens and {max_new_tokens} new ones do not fit the context of {language.config.context}")
-    cache = Cache(language.config, B, T + max_new_tokens, like=x)
-    h = language.hidden(x, mask, cache)
-    if mask is None:
-        h = h[:, -1]
-    else:  # with padding on the right, the last real token is not the last column
-        last = T - 1 - mask.flip(1).int().argmax(1)
-        h = h[torch.arange(B, device=x.device), last]  # [B,D]
-    ids, done = [], torch.zeros(B, dtype=torch.bool, device=x.device)
-    for step in range(max_new_tokens):
-        next_ids = sample(language.lm_head(h), temperature, top_k, generator)  # [B]
-        if eos_id is not None:
-            next_ids = next_ids.masked_fill(done, eos_id)
-            done |= next_ids == eos_id
-        ids.append(next_ids)
-        if done.all() or step + 1 == max_new_tokens:
-            break
-        h = language.hidden(language.embed_tokens(next_ids[:, None]), None, cache)[:, 0]
-    return torch.stack(ids, dim=1) if ids else torch.empty(B, 0, dtype=torch.long, device=x.device)
+    is_image = ids == config.image_token_id
+    if mask is not None:
+        is_image = is_image & mask
+    return is_image.cumsum(1) - 1
+
+
+def real_frames(media, media_mask=None):
+    """media [B,M,F,3,H,W], media_mask [B,M] or [B,M,F] or None -> [B,M,F], True = real frame."""
+    if media_mask is None:
+        return torch.ones(media.shape[:3], dtype=torch.bool, device=media.device)
+    if media_mask.ndim == 2:
+        media_mask = media_mask.unsqueeze(2)
+    return media_mask.bool().expand(media.shape[:3])
+
+
+class Flamingo(nn.Module):
+    """Tower, connector, language model and the blocks inserted in it. Published: IdeficsForVisionText2Text."""
+
+    def __init__(self, config):
+        super().__init__()
+        assert config.connector in ("resampler", "mlp"), config.connector
+        assert config.gate in ("scalar", "vector", "none"), config.gate
+        assert config.dense in ("swiglu", "gelu"), config.dense
+        self.config = config
+        self.vision = VisionTower(config.vision)
+        Dv = config.vision.width
+        if config.connector == "resampler":
+            self.connector = PerceiverResampler(Dv, config.resampler)
+        else:
+            self.connector = MLP(Dv, 4 * Dv, "gelu")
+        self.language = LanguageModel(config.language)
+        blocks = range(0, config.language.layers, config.cross_every)
+        self.gated_blocks = nn.ModuleList(GatedBlock(config) for _ in blocks)
+
+    def encode_media(self, media, media_mask=None):
+        """media [B,M,F,3,H,W] (an image is a video of one frame) -> latents [B,M,L,Dv], L whatever M and F are.
+
+        media_mask [B,M], or [B,M,F] where videos have different lengths; True = real. Padding is not encoded. Frames
+        are encoded 64 at a time, so that the memory of the tower does not grow with the length of a video.
+        """
+        real = real_frames(media, media_mask)  # [B,M,F]
+        features = torch.cat([self.vision(part) for part in media[real].split(64)])  # [real frames,N,Dv]
+        x = features.new_zeros(*real.shape, *features.shape[1:])  # [B,M,F,N,Dv]
+        x[real] = features
+        x = x.flatten(0, 1)  # [B*M,F,N,Dv]
+        if self.config.connector == "resampler":
+            latents = self.connector(x, None if media_mask is None else real.flatten(0, 1))
+        elif media_mask is None or media_mask.ndim == 2:
+            latents = self.connector(x.flatten(1, 2))
+        else:
+            raise ValueError("videos of different lengths in one batch need the resampler: it can leave frames out")
+        return latents.unflatten(0, media.shape[:2])
+
+    def project(self, latents, q_segments, real):
+        """latents [B,M,L,Dv], q_segments [B,T] of the words, real [B,M] (False = padding) -> Media for `hidden`."""
+        number = (real.cumsum(1) - 1).masked_fill(~real, -1)  # [B,M]: the i-th real one is image i
+        k_segments = number.repeat_interleave(latents.shape[2], dim=1)  # [B,M*L]
+        row = latents.flatten(1, 2)  # [B,M*L,Dv]
+        inserted = {}
+        for n, block in enumerate(self.gated_blocks):
+            k, v = block.cross_attn.keys_values(row)
+            inserted[n * self.config.cross_every] = (block, k, v)
+        return Media(inserted, q_segments, k_segments)
+
+    def read_media(self, ids, media=None, mask=None, media_mask=None):
+        """What the words ids [B,T] attend to, as Media; arguments as in forward. Raises ValueError if a row has more or
+        fewer <image> than images: a model that attends to the wrong one gives no other sign of it."""
+        if media is None:
+            side = self.config.vision.image_size
+            media = torch.empty(len(ids), 0, 1, 3, side, side, device=ids.device)
+        if media.ndim == 5:  # [B,M,3,H,W], images: videos of one frame
+            media = media.unsqueeze(2)
+        q_segments = media_segments(ids, self.config, mask)
+        real = real_frames(media, media_mask).any(2)  # [B,M]
+        placed = (q_segments[:, -1] + 1).tolist()  # the last token attends to the last image
+        given = real.sum(1).tolist()
+        if placed != given:
+            raise ValueError(f"the rows have {placed} <image> in their ids, but {given} images or videos were given")
+        return self.project(self.encode_media(media, media_mask), q_segments, real)
+
+    def forward(self, ids, media=None, mask=None, media_mask=None):
+        """ids [B,T], media [B,M,F,3,H,W] or None, masks (True = real) -> logits [B,T,V]. Which image a token attends to
+        follows from ids: the i-th <image> of a row is its i-th real medium."""
+        read = self.read_media(ids, media, mask, media_mask)
+        return self.language.lm_head(self.language.hidden(self.language.embed_tokens(ids), mask, media=read))
+
+    @torch.no_grad()
+    def generate(self, ids, media=None, mask=None, media_mask=None, **options):
+        """Continue each row of ids [B,T], padded on the left -> new ids [B,n]. Media are encoded once. options: see
+        LanguageModel.generate."""
+        read = self.read_media(ids, media, mask, media_mask)
+        return self.language.generate(self.language.embed_tokens(ids), mask, media=read, **options)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """A published IDEFICS: a folder in the Hugging Face layout, or a hub id."""
+        folder = checkpoint_folder(path)
+        with torch.device("meta"):  # shapes only; memory comes with the weights
+            model = cls(config_from_published(folder))
+        model.register_load_state_dict_pre_hook(fold_vocabulary)
+        return load_weights(model, folder, dtype, device).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training: what moves, and what is counted
+
+
+TRAINED = (  # how the names of the parameters begin that train (paper 2.2); of the two tables only the new tokens' rows
+    "connector.",
+    "gated_blocks.",
+    "language.embed_tokens.",
+    "language.lm_head.",
+)
+
+
+def freeze(model):
+    """Set what trains and return it: never the tower, never the language model, but for the new tokens.
+
+    Their embeddings are rows of a frozen table. A hook on the table sets the gradient of all other rows to zero. A
+    copy.deepcopy of the model has no hooks: call freeze on the copy. And give the table no weight decay, which would
+    move the other rows without a gradient.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(TRAINED))
+    new = torch.tensor(model.config.new_token_ids)
+
+    def new_rows_only(grad):
+        kept = torch.zeros_like(grad)
+        kept[new] = grad[new]
+        return kept
+
+    for table in {model.language.embed_tokens.weight, model.language.lm_head.weight}:  # a set: tied ones are one
+        table.register_hook(new_rows_only)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def language_loss(logits, labels):
+    """Next-token cross-entropy: logits [B,T,V] at position t predict labels [B,T] at t + 1. -> loss, metrics.
+
+    Labels of IGNORE_INDEX do not count. Before training the loss is about ln V: every word is equally likely.
+    """
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    counted = labels != IGNORE_INDEX
+    if not counted.any():
+        raise ValueError("no label to learn from: every position is IGNORE_INDEX (were the answers cut off?)")
+    logits, labels = logits[counted].float(), labels[counted]  # [counted,V]
+    return F.cross_entropy(logits, labels), {"accuracy": (logits.argmax(-1) == labels).float().mean()}
+
+
+def text_labels(ids, mask, config):
+    """ids and mask [B,T] -> labels for language_loss [B,T]: every real token but <image>. Where an image comes next is
+    not predicted: the likelihood is that of the text (paper 2, equation 1)."""
+    return ids.masked_fill(~mask | (ids == config.image_token_id), IGNORE_INDEX)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -938,20 +769,18 @@ def build_prompt(text, images=1):
     """
     placed = text.count("<image>")
     if placed not in (0, images):
-        raise ValueError(f"the prompt has {placed} <image> placeholder(s) for {images} image(s): write one each, or none")
-    if not placed and not text.strip():
-        raise ValueError("the prompt is empty: ask something, as in --prompt '<image> this is'")
+        raise ValueError(f"the prompt has {placed} <image> for {images} image(s): write one each, or none")
     return text if placed else "<image>" * images + text
 
 
 def surround_images(prompt):
-    """IDEFICS' way of writing images: a <fake_token_around_image> before, between and after them.
+    """The form of images in an IDEFICS prompt: a <fake_token_around_image> before, between and after them.
 
     >>> surround_images("<image><image> two dogs")
     '<fake_token_around_image><image><fake_token_around_image><image><fake_token_around_image> two dogs'
     """
     fake = "<fake_token_around_image>"
-    return re.sub("(?:<image>)+", lambda found: fake + found[0].replace("<image>", "<image>" + fake), prompt)
+    return re.sub("(?:<image>)+", lambda run: fake + run[0].replace("<image>", "<image>" + fake), prompt)
 
 
 def pad_rows(rows, value, left=False):
@@ -964,67 +793,29 @@ def pad_rows(rows, value, left=False):
     return ids, mask
 
 
+def answer(model, images, prompt, encode, decode, max_new_tokens=32):
+    """Continue a prompt that has one <image> for each of some PIL images -> the new text. IDEFICS needs surround_images
+    first. encode: text -> list of ids, with the begin-of-text token in front if the language model has one."""
+    config, device = model.config, model.language.norm.weight.device
+    media = preprocess(images, config.vision).to(device)[None, :, None] if images else None  # [1,M,1,3,H,W]
+    ids = torch.tensor([encode(prompt)], device=device)
+    room = config.language.context - ids.shape[1]
+    if room < 1:
+        raise ValueError(f"the prompt has {ids.shape[1]} tokens, the context holds {config.language.context}")
+    new = model.generate(ids, media, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_id)
+    return decode([i for i in new[0].tolist() if i != config.eos_token_id]).strip()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Preprocessing: images to pixels, exactly as the published processors do
-
-
-def load_image(path):
-    """Open an image file as RGB, the way a person sees it: EXIF rotation applied, 16 bits scaled to 8, first frame of
-    an animation. Raises ValueError in one line when it cannot."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)  # decodes the whole file, so a truncated one is found here
-    except FileNotFoundError:
-        raise ValueError(f"no such image: {path}") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, DecompressionBombError, struct.error ...
-        raise ValueError(f"{path} is not an image that Pillow can read ({error})") from None
-    if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") alone would clip everything bright to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def resize_and_crop(image, size):
-    """Shorter side to `size`, then the central square. Long, thin images would become huge in between (1 x 5000 pixels:
-    a gigabyte), so beyond 16:1 only the part that survives the crop is resized."""
-    width, height = image.size
-    short = min(width, height)
-    new_width, new_height = (size * width // short, size * height // short)
-    left, top = (new_width - size) // 2, (new_height - size) // 2
-    if max(width, height) > 16 * short:
-        x, y = width / new_width, height / new_height  # source pixels per resized pixel
-        box = (left * x, top * y, (left + size) * x, (top + size) * y)
-        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
-    return image.crop((left, top, left + size, top + size))
-
-
-def pad_to_square(image, color):
-    """Centre the image on a square of one colour: nothing is cut off, as the original LLaVA-1.5 code does."""
-    width, height = image.size
-    square = Image.new("RGB", (max(width, height),) * 2, color)
-    square.paste(image, ((square.width - width) // 2, (square.height - height) // 2))
-    return square
+# Preprocessing: images to pixels, exactly as the published processor does
 
 
 def preprocess(images, config):
-    """PIL images -> pixels [B,3,image_size,image_size], float32, equal to the published processor's.
-
-    config: VisionConfig; its `resize` says how an image becomes a square: "crop" (CLIP: shorter side to size, centre
-    cut out), "squash" (SigLIP: both sides to size), "pad" (LLaVA-1.5: a border in the mean colour).
-    """
-    if not images:
-        raise ValueError("preprocess needs at least one image")
+    """PIL images -> pixels [n,3,image_size,image_size], float32, equal to those of transformers' IdeficsImageProcessor:
+    both sides are resized to image_size, nothing is cut off."""
     size, batch = config.image_size, []
     for image in images:
-        image = image.convert("RGB")
-        if config.resize == "pad":
-            image = pad_to_square(image, tuple(int(255 * m) for m in config.mean))
-        if config.resize == "squash":
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        else:
-            image = resize_and_crop(image, size)
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
         # scaling in double, then normalising in single precision: the last bit of the published values depends on it
         pixels = (np.asarray(image, dtype=np.float64) * (1 / 255)).astype(np.float32)
         batch.append((pixels - np.float32(config.mean)) / np.float32(config.std))
@@ -1034,601 +825,156 @@ def preprocess(images, config):
 # ----------------------------------------------------------------------------------------------------------------------
 # Published checkpoints
 
-VISION_NAMES = {  # published name -> ours; {} is the number of the layer; .weight and .bias follow by themselves
-    "encoder.layers.{}.layer_norm1": "blocks.{}.ln_1",
-    "encoder.layers.{}.self_attn.q_proj": "blocks.{}.attn.q_proj",
-    "encoder.layers.{}.self_attn.k_proj": "blocks.{}.attn.k_proj",
-    "encoder.layers.{}.self_attn.v_proj": "blocks.{}.attn.v_proj",
-    "encoder.layers.{}.self_attn.out_proj": "blocks.{}.attn.out_proj",
-    "encoder.layers.{}.layer_norm2": "blocks.{}.ln_2",
-    "encoder.layers.{}.mlp.fc1": "blocks.{}.mlp.fc1",
-    "encoder.layers.{}.mlp.fc2": "blocks.{}.mlp.fc2",
-    "embeddings.class_embedding": "class_embedding",
-    "embeddings.patch_embedding": "patch_embedding",
-    "embeddings.position_embedding": "position_embedding",
-    "pre_layrnorm": "ln_pre",  # the published spelling
-    "post_layernorm": "ln_post",
-}
-LANGUAGE_NAMES = {  # our names are LLaMA's own
-    "embed_tokens": "embed_tokens",
-    "layers.{}.input_layernorm": "layers.{}.input_layernorm",
-    "layers.{}.self_attn.q_proj": "layers.{}.self_attn.q_proj",
-    "layers.{}.self_attn.k_proj": "layers.{}.self_attn.k_proj",
-    "layers.{}.self_attn.v_proj": "layers.{}.self_attn.v_proj",
-    "layers.{}.self_attn.o_proj": "layers.{}.self_attn.o_proj",
-    "layers.{}.post_attention_layernorm": "layers.{}.post_attention_layernorm",
-    "layers.{}.mlp.gate_proj": "layers.{}.mlp.gate_proj",
-    "layers.{}.mlp.up_proj": "layers.{}.mlp.up_proj",
-    "layers.{}.mlp.down_proj": "layers.{}.mlp.down_proj",
-    "norm": "norm",
-}
-GATED_NAMES = {
-    "gated_cross_attn_layers.{}.input_layernorm": "gated_blocks.{}.input_layernorm",
-    "gated_cross_attn_layers.{}.cross_attn.q_proj": "gated_blocks.{}.cross_attn.q_proj",
-    "gated_cross_attn_layers.{}.cross_attn.k_proj": "gated_blocks.{}.cross_attn.k_proj",
-    "gated_cross_attn_layers.{}.cross_attn.v_proj": "gated_blocks.{}.cross_attn.v_proj",
-    "gated_cross_attn_layers.{}.cross_attn.o_proj": "gated_blocks.{}.cross_attn.o_proj",
-    "gated_cross_attn_layers.{}.cross_attn.q_layer_norm": "gated_blocks.{}.cross_attn.q_norm",
-    "gated_cross_attn_layers.{}.cross_attn.k_layer_norm": "gated_blocks.{}.cross_attn.k_norm",
-    "gated_cross_attn_layers.{}.post_attention_layernorm": "gated_blocks.{}.post_attention_layernorm",
-    "gated_cross_attn_layers.{}.mlp.gate_proj": "gated_blocks.{}.mlp.gate_proj",
-    "gated_cross_attn_layers.{}.mlp.up_proj": "gated_blocks.{}.mlp.up_proj",
-    "gated_cross_attn_layers.{}.mlp.down_proj": "gated_blocks.{}.mlp.down_proj",
-    "gated_cross_attn_layers.{}.alpha_cross_attn": "gated_blocks.{}.attn_gate",  # [1], or [1,1,D] where every channel has its own
-    "gated_cross_attn_layers.{}.alpha_dense": "gated_blocks.{}.ffw_gate",
-}
-RESAMPLER_NAMES = {  # a published block is a pair: 0 is the attention, 1 the MLP
-    "latents": "latents",
-    "blocks.{}.0.context_layer_norm": "layers.{}.norm_media",
-    "blocks.{}.0.latents_layer_norm": "layers.{}.norm_latents",
-    "blocks.{}.0.q_layer_norm": "layers.{}.attn.q_norm",
-    "blocks.{}.0.k_layer_norm": "layers.{}.attn.k_norm",
-    "blocks.{}.0.q_proj": "layers.{}.attn.q_proj",
-    "blocks.{}.0.k_proj": "layers.{}.attn.k_proj",
-    "blocks.{}.0.v_proj": "layers.{}.attn.v_proj",
-    "blocks.{}.0.output_proj": "layers.{}.attn.o_proj",
-    "blocks.{}.1.ln": "layers.{}.norm_mlp",
-    "blocks.{}.1.fc": "layers.{}.fc1",
-    "blocks.{}.1.c_proj": "layers.{}.fc2",
-    "layer_norm": "norm",
-}
-NEW_NAMES = {  # the rows of the new tokens, folded into the tables by fold_vocabulary
-    "model.embed_tokens.additional_embedding": "new_embeddings",
-    "lm_head.additional_fc": "new_head",
-}
-
-TOWERS = [  # (published prefix, our prefix, table), tried in this order
-    ("", "", NEW_NAMES),
-    ("model.vision_model.", "vision.", VISION_NAMES),
-    ("model.perceiver_resampler.", "connector.", RESAMPLER_NAMES),
-    ("model.", "", GATED_NAMES),
-    ("model.", "language.", LANGUAGE_NAMES),
-    ("", "language.", {"lm_head": "lm_head"}),
-]
-LEFT_OUT = [r"\.position_ids$", r"\.rotary_emb\.inv_freq$"]  # buffers that older files carry; both are computed here
+RENAMED = (  # published names to ours, as regular expressions, all applied in this order; LLaMA's own names are ours
+    (r"^model\.vision_model\.((embeddings|encoder)\.)?", "vision."),
+    (r"^vision\.pre_layrnorm\.", "vision.ln_pre."),  # the published spelling
+    (r"^vision\.post_layernorm\.", "vision.ln_post."),
+    (r"^vision\.layers\.(\d+)\.self_attn\.", r"vision.blocks.\1.attn."),
+    (r"^vision\.layers\.(\d+)\.layer_norm(\d)\.", r"vision.blocks.\1.ln_\2."),
+    (r"^vision\.layers\.", "vision.blocks."),
+    (r"^model\.perceiver_resampler\.", "connector."),
+    (r"^connector\.layer_norm\.", "connector.norm."),
+    (r"^connector\.blocks\.", "connector.layers."),  # a published block is a pair: 0 is the attention, 1 the MLP
+    (r"\.0\.context_layer_norm\.", ".norm_media."),
+    (r"\.0\.latents_layer_norm\.", ".norm_latents."),
+    (r"^(connector\.layers\.\d+)\.0\.", r"\1.attn."),
+    (r"\.output_proj\.", ".o_proj."),
+    (r"^(connector\.layers\.\d+)\.1\.ln\.", r"\1.norm_mlp."),
+    (r"^(connector\.layers\.\d+)\.1\.fc\.", r"\1.fc1."),
+    (r"^(connector\.layers\.\d+)\.1\.c_proj\.", r"\1.fc2."),
+    (r"^model\.gated_cross_attn_layers\.", "gated_blocks."),
+    (r"\.alpha_cross_attn$", ".attn_gate"),
+    (r"\.alpha_dense$", ".ffw_gate"),
+    (r"\.([qk])_layer_norm\.", r".\1_norm."),  # of both kinds of cross-attention
+    (r"^(model|lm_head)\b", r"language.\1"),
+    (r"^language\.model\.", "language."),
+    (r"\.additional_(embedding|fc)\.weight$", ".additional"),  # the new tokens, see fold_vocabulary
+)
 
 
-def read_json(file):
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing: --weights needs a folder in the Hugging Face layout") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from None
+def our_tensors(name, tensor):
+    """A published tensor -> the pairs (our name, tensor) that it becomes."""
+    if name.endswith(("position_ids", "rotary_emb.inv_freq")):
+        return []  # buffers of older files; both are computed here
+    for pattern, new in RENAMED:
+        name = re.sub(pattern, new, name)
+    if name.endswith("_gate"):
+        tensor = tensor.flatten()  # published as [1], or as [1,1,D] where every channel has its own
+    return [(name, tensor)]
 
 
-def read_config(folder):
-    return read_json(Path(folder) / "config.json")
-
-
-def replace_published(default, published, names):
-    """A config with the fields that a published one (a dict) also has; names: our field -> theirs."""
-    found = {ours: published[theirs] for ours, theirs in names.items() if theirs in published}
-    if found.get("activation", "gelu") not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {found['activation']!r}; known: {', '.join(ACTIVATIONS)}")
-    return replace(default, **found)
-
-
-def image_config_from_published(vision, folder):
-    """VisionConfig with what preprocessor_config.json says of resizing and normalising, if the folder has one."""
-    file = Path(folder) / "preprocessor_config.json"
-    if not file.is_file():
-        return vision
-    raw = read_json(file)
-    changes = {ours: tuple(raw[theirs]) for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in raw}
-    size = raw.get("size", {})
-    size = {"shortest_edge": size} if isinstance(size, int) else size  # as older files write it
-    if raw.get("do_pad"):
-        changes["resize"] = "pad"
-    elif "height" in size and not raw.get("do_center_crop"):
-        changes["resize"] = "squash"
-    elif "shortest_edge" in size:
-        changes["resize"] = "crop"
-    return replace(vision, **changes)
-
-
-def config_from_published(raw, folder):
-    """The published config.json (a dict) -> (FlamingoConfig, number of new tokens kept in tables of their own). Fields it
-    leaves out have the published classes' defaults."""
-    if raw.get("model_type") != "idefics":
-        raise ValueError(f"{folder} holds a {raw.get('model_type')!r} checkpoint; flamingo.py reads 'idefics'")
-    if not raw.get("use_resampler", False):
-        raise ValueError(f"{folder} has no resampler (use_resampler is false), which flamingo.py needs")
-    # older files say vision_embed_dim where newer ones say vision_config: {embed_dim}
-    published_vision = {k.removeprefix("vision_"): v for k, v in raw.items() if k.startswith("vision_")}
-    published_vision |= raw.get("vision_config") or {}
-    published_resampler = raw | (raw.get("perceiver_config") or {})
-    vision = replace_published(
-        replace(VIT_H, width=768),
-        published_vision,
-        dict(width="embed_dim", layers="num_hidden_layers", heads="num_attention_heads", mlp_width="intermediate_size")
-        | dict(activation="hidden_act", norm_eps="layer_norm_eps", image_size="image_size", patch_size="patch_size"),
-    )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"{folder} scales its rotary positions ({rope}), which flamingo.py does not")
-    new, old = raw.get("additional_vocab_size") or 0, raw.get("vocab_size", 32000)
-    eos = raw.get("eos_token_id", 2)
-    if raw.get("alpha_type", "float") not in ("float", "vector"):
-        raise ValueError(f"{folder} has gates of an unknown type {raw['alpha_type']!r}; known: float, vector")
-    language = replace_published(
-        LLAMA_7B,
-        raw | {"vocab_size": old + new, "rope_theta": rope.get("rope_theta", 10000.0)},
-        dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", mlp_width="intermediate_size")
-        | dict(kv_heads="num_attention_heads", vocab_size="vocab_size", context="max_position_embeddings")
-        | dict(norm_eps="rms_norm_eps", rope_base="rope_theta", tie_embeddings="tie_word_embeddings"),
-    )
-    resampler = replace_published(
-        ResamplerConfig(qk_norm=False, mlp_width=4 * vision.width),
-        published_resampler,
-        dict(latents="resampler_n_latents", layers="resampler_depth", heads="resampler_n_heads")
-        | dict(head_width="resampler_head_dim", qk_norm="qk_layer_norms_perceiver"),
-    )
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{folder} has {raw['hidden_act']!r} in its decoder, flamingo.py has 'silu'")
-    return (
-        FlamingoConfig(
-            image_config_from_published(vision, folder),
-            language,
-            resampler,
-            cross_every=raw.get("cross_layer_interval", 1),
-            gate="vector" if raw.get("alpha_type", "float") == "vector" else "scalar",
-            qk_norm=raw.get("qk_layer_norms", False),
-            # the new tokens: <fake_token_around_image>, <image>, and where the model was taught to chat <end_of_utterance>
-            image_token_id=old + min(1, new - 1),
-            new_token_ids=tuple(range(old, old + new)),
-            eos_token_id=old + 2 if new > 2 else eos[0] if isinstance(eos, list) else eos,
-        ),
-        new,
-    )
-
-
-def our_name(published):
-    """Name of a tensor in a published file -> name of our parameter, or None if there is no such thing here."""
-    for prefix, ours, table in TOWERS:
-        if not published.startswith(prefix):
-            continue
-        rest = published[len(prefix) :]
-        layer = re.search(r"(?<=\.)\d+(?=\.)", rest)
-        template = re.sub(r"(?<=\.)\d+(?=\.)", "{}", rest, count=1)
-        stem, _, kind = template.rpartition(".")
-        for name, ending in ((template, ""), (stem, "." + kind)):
-            if name in table and ending in ("", ".weight", ".bias"):
-                return ours + table[name].format(layer[0] if layer else "") + ending
-    return None
-
-
-def our_tensors(published, tensor):
-    """A tensor of a published file -> [(name of our parameter, its tensor)]. Here one is always one; where a file fuses
-    query, key and value into one matrix, or splits what we keep whole, this is the place that says how."""
-    return [(our_name(published), tensor)]
+def fold_vocabulary(model, weights, *_):
+    """A hook of load_state_dict. Published files keep the embeddings of the new tokens in tables of their own. Here
+    they are the last rows of the language model's tables."""
+    for table in ("language.embed_tokens", "language.lm_head"):
+        old, new = f"{table}.weight", f"{table}.additional"
+        if old in weights and new in weights:
+            weights[old] = nn.Parameter(torch.cat([weights[old], weights.pop(new)]))
+    if model.config.language.tie_embeddings:
+        weights["language.lm_head.weight"] = weights["language.embed_tokens.weight"]
 
 
 def checkpoint_folder(path):
-    """A local folder as it is; a hub id ("openai/clip-vit-base-patch32") is downloaded first. Raises ValueError."""
+    """A local folder as it is. A hub id such as "HuggingFaceM4/idefics-9b" is downloaded first."""
     if Path(path).is_dir():
         return Path(path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) or Path(path).exists():
-        raise ValueError(f"no such folder: {path} (a folder in the Hugging Face layout, or a hub id such as NAME/MODEL)")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(f"{path} is no folder here, and fetching hub ids needs: pip install tokenizers safetensors") from None
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # no network, no such repository, no permission: the hub's own first line says which
-        raise ValueError(f"{path} is no folder here, and the hub gave: {str(error).strip().splitlines()[0]}") from None
+    from huggingface_hub import snapshot_download  # pip install tokenizers safetensors huggingface_hub
+
+    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
 
 
-def checkpoint_files(folder):
-    """The safetensors files of a checkpoint: the shards its index names, or the single file."""
-    index = Path(folder) / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (Path(folder) / name).is_file():
-            raise ValueError(f"{Path(folder) / name} is missing: --weights needs config.json and *.safetensors")
-    return [Path(folder) / name for name in names]
+def load_weights(model, folder, dtype, device):
+    """Fill a model made on the meta device. Strict: load_state_dict raises RuntimeError, which names every tensor that
+    is missing, unknown or of another shape."""
+    from safetensors import safe_open  # pip install safetensors
+
+    index = folder / "model.safetensors.index.json"  # which names the files if there are several
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    weights = {}
+    for file in sorted(files):
+        with safe_open(folder / file, framework="pt") as tensors:
+            for published in tensors.keys():
+                for name, tensor in our_tensors(published, tensors.get_tensor(published)):
+                    weights[name] = nn.Parameter(tensor.to(device, dtype))
+    names = dict(model.named_parameters(remove_duplicate=False))  # a tied matrix has two names, a file may use only one
+    tied = {id(names[name]): weight for name, weight in weights.items() if name in names}
+    weights = {name: tied[id(parameter)] for name, parameter in names.items() if id(parameter) in tied} | weights
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
-def materialise(model, dtype, device):
-    """Give a model made on the meta device memory, not yet values. Two names for one parameter (tied embeddings) stay two
-    names for one, which torch's own to_empty would undo."""
-    made = {}
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(p) not in made:
-                made[id(p)] = nn.Parameter(torch.empty_like(p, dtype=dtype, device=device))
-            setattr(module, name, made[id(p)])
+SHAPE = dict(layers="num_hidden_layers", heads="num_attention_heads", mlp_width="intermediate_size")
+VISION_FIELDS = SHAPE | dict(width="embed_dim", image_size="image_size", patch_size="patch_size")
+VISION_FIELDS |= dict(activation="hidden_act", norm_eps="layer_norm_eps")
+LANGUAGE_FIELDS = SHAPE | dict(width="hidden_size", kv_heads="num_attention_heads", vocab_size="vocab_size")
+LANGUAGE_FIELDS |= dict(context="max_position_embeddings", norm_eps="rms_norm_eps", rope_base="rope_theta")
+LANGUAGE_FIELDS |= dict(tie_embeddings="tie_word_embeddings")
+RESAMPLER_FIELDS = dict(latents="resampler_n_latents", layers="resampler_depth", heads="resampler_n_heads")
+RESAMPLER_FIELDS |= dict(head_width="resampler_head_dim", qk_norm="qk_layer_norms_perceiver")
+GATES = dict(float="scalar", vector="vector")  # alpha_type -> gate
 
 
-@torch.no_grad()
-def load_checkpoint(model, folder, dtype, device):
-    """Fill a model made on the meta device, tensor by tensor: peak memory stays near one copy of the weights.
-
-    Strict. A tensor that is missing, unknown (and not in LEFT_OUT), of another shape, or there twice with different
-    values raises ValueError with its name: a checkpoint that loads half-way would still run, and be quietly wrong.
-    """
-    try:
-        from safetensors import safe_open
-    except ImportError:
-        raise ValueError("reading checkpoints needs: pip install safetensors tokenizers") from None
-    materialise(model, dtype, device)
-    parameters, filled = dict(model.named_parameters(remove_duplicate=False)), set()
-    for file in checkpoint_files(folder):
-        try:
-            reader = safe_open(file, framework="pt")
-        except Exception as error:  # safetensors has an exception class of its own for a broken header
-            raise ValueError(f"{file} is no complete safetensors file ({error}): download it again") from None
-        with reader:
-            for key in reader.keys():
-                if any(re.search(pattern, key) for pattern in LEFT_OUT):
-                    continue
-                for name, tensor in our_tensors(key, reader.get_tensor(key)):
-                    if name not in parameters:
-                        raise ValueError(f"{file}: unknown tensor {key!r}: not a checkpoint of this architecture?")
-                    parameter = parameters[name]
-                    if tensor.squeeze().shape == parameter.squeeze().shape:
-                        tensor = tensor.reshape(parameter.shape)  # axes of length one come and go: [], [1], [1,1]
-                    if tensor.shape != parameter.shape:
-                        shapes = f"{list(tensor.shape)}, config.json asks for {list(parameter.shape)}"
-                        raise ValueError(f"{file}: {key!r} has shape {shapes}")
-                    if id(parameter) in filled and not torch.equal(parameter, tensor.to(parameter)):
-                        raise ValueError(f"{file}: {key!r} should equal the tensor it is tied to, and does not")
-                    parameter.copy_(tensor)
-                    filled.add(id(parameter))
-    missing = sorted(name for name, parameter in parameters.items() if id(parameter) not in filled)
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is the one for {missing[0]!r}")
-    return model.eval()
+def found(published, fields):
+    """The fields of ours that a published config also has. A published null means the default."""
+    return {ours: published[theirs] for ours, theirs in fields.items() if published.get(theirs) is not None}
 
 
-def load_tokenizer(folder):
-    """The checkpoint's own tokenizer.json, through the `tokenizers` package."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ValueError("published tokenizers need: pip install tokenizers") from None
-    file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: --weights needs the checkpoint's tokenizer.json")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise ValueError(f"{file} cannot be read as a tokenizer ({error})") from None
+def require(folder, published, **values):
+    """Refuse a config field that changes results and that this file does not follow."""
+    for name, value in values.items():
+        if published.get(name) not in (None, value):
+            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {value!r} is implemented here")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Anatomy: everything that follows from the shapes alone, on the meta device (a 17B model takes seconds and no memory)
-
-
-def find_preset(name):
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def count_parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def describe(module, indent=0):
-    """The modules of a model as lines of text: name, shape of the weight, parameters; a stack of blocks is shown once."""
-    lines = []
-    for name, parameter in module.named_parameters(recurse=False):
-        lines.append((f"{'  ' * indent}{name}", " x ".join(map(str, parameter.shape)) or "scalar", parameter.numel()))
-    for name, child in module.named_children():
-        if not count_parameters(child):
-            continue
-        if isinstance(child, nn.ModuleList):
-            lines.append((f"{'  ' * indent}{name} x {len(child)}", "", count_parameters(child)))
-            lines += describe(child[0], indent + 1)
-        elif not list(child.children()) and hasattr(child, "weight"):
-            shape = " x ".join(map(str, child.weight.shape))
-            bias = " + bias" if getattr(child, "bias", None) is not None else ""
-            lines.append((f"{'  ' * indent}{name}", shape + bias, count_parameters(child)))
-        else:
-            lines.append((f"{'  ' * indent}{name}", "", count_parameters(child)))
-            lines += describe(child, indent + 1)
-    return lines
-
-
-def table(lines):
-    width = max(len(name) for name, _, _ in lines) + 2
-    return "\n".join(f"{name:<{width}}{shape:<26}{number:>18,}" for name, shape, number in lines)
-
-
-def count_flops(run):
-    """Floating-point operations of run() on the meta device: matrix products, convolutions, attention; 2 per multiply-add."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def anatomy(name):
-    """Modules, shapes, what trains, what an image costs, FLOPs and KV-cache bytes of a preset, as text."""
-    config = find_preset(name)
-    with torch.device("meta"):
-        model = Flamingo(config).requires_grad_(False)  # the counter of FLOPs stumbles over a parameter that is expanded
-    side, c = config.vision.image_size, config.language
-    L, words = num_image_tokens(side, side, config), 64
-    total = count_parameters(model)
-    trained = sum(count_parameters(part) for part in (model.connector, model.gated_blocks))
-    rows = len(config.new_token_ids) * c.width * (1 if c.tie_embeddings else 2)
-    media = torch.empty(1, 1, 1, 3, side, side, device="meta")
-    prompt = torch.empty(1, words, c.width, device="meta")
-    segments = torch.zeros(1, words, dtype=torch.long, device="meta")
-    latents = torch.empty(1, 1, L, config.vision.width, device="meta")
-    features = torch.empty(1, 1, math.prod(patch_grid(side, side, config.vision)) + int(config.vision.class_token), config.vision.width, device="meta")
-    cache = 2 * c.layers * c.kv_heads * c.head_width  # numbers per token: keys and values of every layer
-    cross = 2 * len(model.gated_blocks) * c.width * L  # numbers per image: its latents' keys and values
-    return "\n".join(
-        [
-            f"{name}: {total:,} parameters, an inserted block before every {config.cross_every}. layer"
-            f" ({len(model.gated_blocks)} of them), gate {config.gate}",
-            "",
-            table(describe(model)),
-            "",
-            f"trained: {trained + rows:,} ({100 * (trained + rows) / total:.1f} %): resampler, inserted blocks,"
-            f" {len(config.new_token_ids)} rows of new tokens; {total - trained - rows:,} frozen",
-            f"image {side} x {side}, or a video of any length -> {L} latents beside the text, 1 token in it",
-            f"FLOPs: {count_flops(lambda: model.vision(media[:, 0, 0])):,} to encode an image or a frame,"
-            f" {count_flops(lambda: model.connector(features)):,} to resample it,",
-            f"{count_flops(lambda: ConditionedLM(model, segments, latents).hidden(prompt)):,} to read {words} words with it",
-            f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cross:,} for the latents of one image",
-        ]
+def config_from_published(folder):
+    """config.json and preprocessor_config.json -> FlamingoConfig. What they leave out has the published classes'
+    defaults, which are those of the dataclasses."""
+    raw = json.loads((folder / "config.json").read_text())
+    require(folder, raw, model_type="idefics", hidden_act="silu")
+    if not raw.get("use_resampler"):
+        raise ValueError(f"{folder} has no resampler (use_resampler is false), which flamingo.py needs")
+    # older files have vision_embed_dim where newer ones have vision_config: {embed_dim}
+    tower = {name.removeprefix("vision_"): value for name, value in raw.items() if name.startswith("vision_")}
+    vision = VisionConfig(**found(tower | (raw.get("vision_config") or {}), VISION_FIELDS))
+    if vision.activation not in ACTIVATIONS:
+        raise ValueError(f"{folder} has hidden_act = {vision.activation!r}; known are {', '.join(ACTIVATIONS)}")
+    resampler = ResamplerConfig(**found(raw | (raw.get("perceiver_config") or {}), RESAMPLER_FIELDS))
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"{folder} scales its rotary positions ({rope}), which flamingo.py does not")
+    alpha_type = raw.get("alpha_type", "float")
+    if alpha_type not in GATES:
+        raise ValueError(f"{folder} has alpha_type = {alpha_type!r}; known are {', '.join(GATES)}")
+    language = LanguageConfig(**found(raw | rope, LANGUAGE_FIELDS))
+    old, new = language.vocab_size, raw.get("additional_vocab_size") or 0
+    eos = raw.get("eos_token_id", 2)
+    if isinstance(eos, list):
+        eos = eos[0]
+    if new > 2:  # a model taught to chat has a third new token, <end_of_utterance>
+        eos = old + 2
+    return FlamingoConfig(
+        replace(vision, **pixels_from_published(folder)),
+        replace(language, vocab_size=old + new),
+        replace(resampler, mlp_width=4 * vision.width),
+        cross_every=raw.get("cross_layer_interval", 1),
+        gate=GATES[alpha_type],
+        qk_norm=raw.get("qk_layer_norms", False),
+        image_token_id=old + min(1, new - 1),  # the new tokens are <fake_token_around_image>, <image>
+        new_token_ids=tuple(range(old, old + new)),
+        eos_token_id=eos,
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def show_trace():
-    """The shapes through one forward pass of the tiny model, with random weights."""
-    config = PRESETS["tiny"]
-    torch.manual_seed(0)
-    model = Flamingo(config)
-    side = config.vision.image_size
-    ids = torch.randint(0, 400, (1, 12))
-    ids[0, [2, 7]] = config.image_token_id
-    with torch.no_grad(), trace() as t:
-        model(ids, torch.randn(1, 2, 1, 3, side, side))
-    return f"tiny, random weights, 1 row of 12 tokens, two of them images\n\n{t}"
-
-
-def show_mask():
-    """Who may look at whom, drawn from the same rule that the attention kernels follow."""
-    config = PRESETS["tiny"]
-    words = "Look <image> a dog <image> a cat".split()
-    ids = torch.tensor([[config.image_token_id if word == "<image>" else 0 for word in words]])
-    segments = media_segments(ids, config)
-    images = torch.tensor([[0, 0, 1, 1]])
-    rows = draw_mask(len(words), 4, q_segments=segments, k_segments=images).splitlines()
-    return "\n\n".join(
-        [
-            "rows look at columns; # may, . may not",
-            "inserted blocks: words look at the latents (2 each) of the last of 2 images before them\n"
-            + "\n".join(f"{row}   {word}" for row, word in zip(rows, words, strict=True)),
-            "language model: causal; images before the last are known through the words that saw them\n"
-            + draw_mask(len(words), len(words), causal=True),
-            "resampler: 2 latents look at 4 features and at themselves\n" + draw_mask(2, 6),
-            "vision tower: the class token and all patches see each other\n" + draw_mask(5, 5),
-        ]
-    )
-
-
-def room_after(ids, config):
-    """How many tokens may follow a prompt; raises ValueError when none."""
-    if len(ids) >= config.language.context:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the context holds {config.language.context}: shorten it")
-    return config.language.context - len(ids)
-
-
-def answer(model, images, prompt, encode, decode, max_new_tokens=32):
-    """Continue a prompt with <image> placeholders, about as many images -> the model's words."""
-    device = model.language.embed_tokens.weight.device
-    media = preprocess(images, model.config.vision).to(device)[None, :, None] if images else None  # [1,M,1,3,H,W]
-    ids = torch.tensor([encode(prompt)], device=device)
-    room = room_after(ids[0], model.config)
-    eos = model.config.eos_token_id
-    new = model.generate(ids, media, max_new_tokens=min(max_new_tokens, room), eos_id=eos)[0].tolist()
-    return decode([i for i in new if i != eos]).strip()
-
-
-def run_weights(args):
-    """--weights DIR --image FILE --prompt TEXT: a published checkpoint goes on writing about your own images."""
-    if not args.prompt:
-        raise ValueError("--weights needs --prompt, as in --weights DIR --image photo.jpg --prompt 'User: <image>What is it?'")
-    images = [load_image(path) for path in args.image]
-    prompts = [surround_images(build_prompt(text, len(images))) for text in args.prompt]  # wrong ones are found before
-    folder = checkpoint_folder(args.weights)  # gigabytes are read, and so is a checkpoint of another family
-    config, _ = config_from_published(read_config(folder), folder)
-    tokenizer = load_tokenizer(folder)
-    for prompt in prompts:
-        room_after(tokenizer.encode(prompt).ids, config)
-    model = Flamingo.from_pretrained(folder, getattr(torch, args.dtype), check_device(args.device))
-    for prompt in prompts:
-        print(answer(model, images, prompt, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
-
-
-CURVE_COLOURS = ("#c0392b", "#e67e22", "#27ae60", "#16a085", "#2980b9", "#8e44ad")
-
-
-def draw_curves(pen, box, title, curves, labels, top=1.0):
-    """Lines into a box (left, upper, width, height): curves {name: [y from 0 to top]}, labels along the x axis."""
-    left, upper, width, height = box
-    pen.text((left, upper - 20), title, fill="black")
-    for y in (0, 0.5, 1):
-        pen.line((left, upper + height * (1 - y), left + width, upper + height * (1 - y)), fill="#dddddd")
-        pen.text((left - 28, upper + height * (1 - y) - 6), f"{y * top:.2f}", fill="gray")
-    for i, label in enumerate(labels):
-        pen.text((left + i * width / max(1, len(labels) - 1) - 4, upper + height + 4), str(label), fill="gray")
-    for n, ((name, values), colour) in enumerate(zip(curves.items(), itertools.cycle(CURVE_COLOURS))):  # noqa: B905
-        step = width / max(1, len(values) - 1)
-        pen.line([(left + i * step, upper + height * (1 - min(1, y / top))) for i, y in enumerate(values)], fill=colour, width=2)
-        pen.text((left + n % 3 * 100, upper + height + 20 + 14 * (n // 3)), name, fill=colour)
-
-
-def draw_demo(episode, said, log, shots, curve, ceiling, file, size=96):
-    """PNG: an interleaved prompt with its answer, the gates over training, and the few-shot curve."""
-    page = Image.new("RGB", (max(760, len(episode) * (size + 8) + 8), size + 300), "white")
-    pen = ImageDraw.Draw(page)
-    for n, (image, name) in enumerate(episode):
-        last = n + 1 == len(episode)
-        page.paste(image.resize((size, size), Image.Resampling.NEAREST), (8 + n * (size + 8), 8))
-        pen.text((12 + n * (size + 8), size + 12), f"? {said}" if last else name, fill="red" if last else "black")
-    gates = {name: [abs(row[name]) for row in log] for name in log[0] if "gate" in name}
-    upper, steps = size + 70, [log[0]["step"], log[-1]["step"]]
-    top = 0.5 if max(map(max, gates.values())) <= 0.5 else 1.0
-    draw_curves(pen, (40, upper, 300, 160), "how far the gates are open, |tanh(alpha)|, over training", gates, steps, top)
-    measured = {"named rightly": curve, "what the examples tell": ceiling}
-    draw_curves(pen, (420, upper, 300, 160), "new names, by number of examples", measured, shots)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    page.save(file)
-
-
-def demo(args):
-    """Train what is inserted into the toy language model if it is not cached, then let it learn words from examples."""
-    import train_tiny as tiny
-
-    check_device(args.device)
-    own = [load_image(path) for path in args.image]  # wrong input is found before the training
-    if own or args.prompt:
-        prompts = [build_prompt(text, len(own)) if text or not own else "<image>" * len(own) for text in args.prompt or [""]]
-        for prompt in prompts:
-            if (tokens := len(tiny.encode(prompt))) + 8 > PRESETS["tiny"].language.context:
-                raise ValueError(f"the prompt has {tokens} tokens, the context holds {PRESETS['tiny'].language.context}: shorten it")
-    rng = tiny.rng_for("flamingo demo")
-    episodes = [tiny.episode(rng, 5, split="test") for _ in range(4)]
-    text = "".join(f"{scene.things[0].shape} {name}\n" for scene, name in episodes[0][:-1]) + episodes[0][-1][0].things[0].shape
-    row = "".join(f"<image> {name}<|endofchunk|>" for _, name in episodes[0][:-1]) + "<image>"
-    print(f"In goes an interleaved row, images of 32 x 32 pixels as {PRESETS['tiny'].resampler.latents} latents beside it:\n    {row}")
-    model = tiny.untrained_flamingo(args.device)
-    ids = torch.tensor([tiny.encode(text)], device=args.device)
-    said = tiny.decode(generate(model.language, model.language.embed_tokens(ids), max_new_tokens=5)[0]).split("\n")[0]
-    print("the language model, frozen, can look things up in what it reads:")
-    print(f"    {text!r} ->{said!r}")
-    first = tiny.interleave([[(tiny.draw(scene), f" {name}") for scene, name in episodes[0]]])
-    with torch.no_grad():
-        ids, mask, _, media, media_mask = (x.to(args.device) for x in first)
-        same = torch.equal(model(ids, media, mask, media_mask), model.language(ids, mask))
-    print(f"before training, gates closed: its logits, bit for bit, with images in the row? {same}")
-    print(f"    and so it says: {', '.join(map(repr, tiny.named(model, episodes[:3])))}")
-    model, log = tiny.demo_flamingo(args.device)
-    if own or args.prompt:
-        for prompt in prompts:
-            print(f"{prompt} -> {answer(model, own, prompt, tiny.encode, tiny.decode) or '(it stops at once)'}")
-            if "<|endofchunk|>" not in prompt:
-                print("(no example in it, as in '<image> dax<|endofchunk|><image>': it makes up a name)")
-        return
-    print("\nwhat a name means differs from row to row; these names, and what each row asks about, were never in training:")
-    said = tiny.named(model, episodes)
-    for one, word in zip(episodes, said, strict=True):
-        shown = ", ".join(f"[{scene.things[0].name}] {name}" for scene, name in one[:-1])
-        print(f"    {shown},\n        [{one[-1][0].things[0].name}] -> {word} ({'right' if word == one[-1][1] else f'it is {one[-1][1]}'})")
-    curve = [tiny.few_shot(model, shots, 200)[0] for shots in tiny.SHOTS]
-    ceiling = [min(1.0, shots / tiny.WAYS) for shots in tiny.SHOTS]  # the kinds that so many examples show
-    print("examples          " + "".join(f"{shots:>8}" for shots in tiny.SHOTS))
-    print("named rightly     " + "".join(f"{share:>8.0%}" for share in curve) + f"   (among {tiny.WAYS} names guessing gives {1 / tiny.WAYS:.0%})")
-    print("the examples tell " + "".join(f"{share:>8.0%}" for share in ceiling))
-    print(f"after training, {curve[-1]:.0%} of the new names are learned from 8 examples")
-    names = [name for name in log[0] if "gate" in name]
-    if not tiny.recipe_is_done("flamingo", tiny.FLAMINGO_STEPS):
-        print("(this model had part of the training; python train_tiny.py flamingo gives it all, and the demo then shows that one)")
-    print("how far the gates are open, |tanh(alpha)|:\n    step " + "".join(f"{name:>13}" for name in names))
-    for line in (log[0], log[len(log) // 8], log[len(log) // 3], log[-1]):
-        print(f"    {line['step']:>4} " + "".join(f"{abs(line[name]):>13.3f}" for name in names))
-    print(f"the language model's logits for the words it knew, the same bit for bit: {tiny.text_untouched(model)[0]:.0%}")
-    file = tiny.RUNS / "flamingo" / "demo.png"
-    draw_demo([(tiny.draw(scene), name) for scene, name in episodes[0]], said[0], log, tiny.SHOTS, curve, ceiling, file)
-    print(f"written: {file} (the row above with its answer, the gates over training, the few-shot curve)")
-
-
-class CommandLine(argparse.ArgumentParser):
-    """argparse, except that a mistake costs one line and exit status 2, not a page of usage."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
-
-
-def command_line(description):
-    """The options that every family file has."""
-    parser = CommandLine(description=description)
-    parser.add_argument("--demo", action="store_true", help="train the toy model if it is not cached, then show what it does")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="your own image (may be repeated)")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to ask about it")
-    parser.add_argument("--weights", metavar="DIR_OR_HUB_ID", help="a published checkpoint in the Hugging Face layout")
-    parser.add_argument("--anatomy", nargs="?", const="tiny", metavar="PRESET", help="modules, parameters, FLOPs of a preset")
-    parser.add_argument("--trace", action="store_true", help="the shapes through one forward pass")
-    parser.add_argument("--show-mask", action="store_true", help="who may look at whom")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="with --weights")
-    return parser
-
-
-def check_device(name):
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):  # torch's own message is a page about CUDA installations
-        raise ValueError(f"device {name!r} is not available here; --device cpu always is") from None
-    if device.type == "mps":
-        print("note: mps has given wrong numbers in some releases of torch; compare with --device cpu", file=sys.stderr)
-    return device
-
-
-def run(args):
-    """What the command line asks for; bad input is a ValueError with one clear line."""
-    if args.anatomy:
-        print(anatomy(args.anatomy))
-    elif args.trace:
-        print(show_trace())
-    elif args.show_mask:
-        print(show_mask())
-    elif args.weights:
-        run_weights(args)
-    elif args.demo:
-        demo(args)
-    else:
-        raise ValueError("nothing to do; try --demo, --trace, --show-mask or --anatomy (--help lists the options)")
-
-
-def main(argv=None):
-    parser = command_line(__doc__.strip().splitlines()[0])
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped\n")
+def pixels_from_published(folder):
+    """What preprocessor_config.json says of normalising, as fields of VisionConfig."""
+    file = folder / "preprocessor_config.json"
+    processor = json.loads(file.read_text()) if file.is_file() else {}
+    require(file, processor, do_pad=False, do_center_crop=False, resample=3)  # 3: bicubic
+    statistics = found(processor, dict(mean="image_mean", std="image_std"))
+    return {name: tuple(values) for name, values in statistics.items()}
 
 
 if __name__ == "__main__":
-    sys.modules.setdefault("flamingo", sys.modules[__name__])  # train_tiny imports flamingo: let it find this very module
-    main()
+    from train_tiny import workbench
+
+    workbench("flamingo")  # --demo, --image, --prompt, --weights, --anatomy, --trace, --show-mask: see --help
