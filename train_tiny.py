@@ -1029,13 +1029,15 @@ class Recipe:
             return self.collect(chosen, plan, step)
 
         @torch.no_grad()
-        def loss():
-            return float(self.loss(model, self.collect(held[:64], plan, 0), plan, 0)[0])
+        def measured():
+            loss, metrics = self.loss(model, self.collect(held[:64], plan, 0), plan, 0)
+            return {"loss": float(loss)} | {name: float(value) for name, value in metrics.items()}
 
-        before = loss()
+        before = measured()
         self.fit(run_name(f"{self.family}-own", args.seed, args.steps), model, plan, draw_batch, fingerprint)
         which = "kept back" if rest is not rows else "trained on (too few to keep any back)"
-        say(f"loss of {len(held[:64])} rows {which}: {before:.3f} before, {loss():.3f} after")
+        rows = f"of {len(held[:64])} rows {which}"
+        say(*(f"{what} {rows}: {before[what]:.3f} before, {after:.3f} after" for what, after in measured().items()))
         say(f"the trained model is in {model.folder}")
         return []
 
