@@ -7326,6 +7326,35 @@ def test_own_texts_are_found_for_own_pictures_of_one_loss_or_the_other(runs, tmp
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_the_gradients_of_two_processes_add_up_to_those_of_one(loss, monkeypatch):
+    """AdamW hardly minds a gradient of the wrong size, so training two ways would not show it."""
+    recipe = world.CLIPRecipe()
+    model = recipe.start("cpu", 0, loss=loss)
+    samples = recipe.batch(replace(recipe.stages[0], batch=8), 0)
+    halves = [samples[:4], samples[4:]]
+    with torch.no_grad():
+        sent = [recipe.features(model, half) for half in halves]
+    recipe.loss(model, samples, None, 0)[0].backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(world, "WORLD_SIZE", 2)
+    for rank in range(2):
+        received = iter(zip(*sent))  # the images of both, then the texts
+
+        def all_gather(parts, mine):
+            for part, features in zip(parts, next(received), strict=True):
+                part.copy_(features)
+            close(parts[rank], mine)
+
+        monkeypatch.setattr(world, "RANK", rank)
+        monkeypatch.setattr(world.dist, "all_gather", all_gather)
+        recipe.loss(model, halves[rank], None, 0)[0].backward()  # adds to what the other process has
+    largest = max(grad.abs().max() for grad in wanted)
+    for (name, parameter), grad in zip(model.named_parameters(), wanted, strict=True):
+        assert (parameter.grad - grad).abs().max() < 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_two_processes_train_like_one(tmp_path, loss):
     arguments = ("clip", "--steps", "3", "--loss", loss)
     one, two = tmp_path / "one", tmp_path / "two"
