@@ -1029,13 +1029,15 @@ class Recipe:
             return self.collect(chosen, plan, step)
 
         @torch.no_grad()
-        def loss():
-            return float(self.loss(model, self.collect(held[:64], plan, 0), plan, 0)[0])
+        def measured():
+            loss, metrics = self.loss(model, self.collect(held[:64], plan, 0), plan, 0)
+            return {"loss": float(loss)} | {name: float(value) for name, value in metrics.items()}
 
-        before = loss()
+        before = measured()
         self.fit(run_name(f"{self.family}-own", args.seed, args.steps), model, plan, draw_batch, fingerprint)
         which = "kept back" if rest is not rows else "trained on (too few to keep any back)"
-        say(f"loss of {len(held[:64])} rows {which}: {before:.3f} before, {loss():.3f} after")
+        rows = f"of {len(held[:64])} rows {which}"
+        say(*(f"{what} {rows}: {before[what]:.3f} before, {after:.3f} after" for what, after in measured().items()))
         say(f"the trained model is in {model.folder}")
         return []
 
@@ -1329,6 +1331,148 @@ class CLIPRecipe(Recipe):
             Claim("clip: sigmoid no worse than softmax at batch 16", softmax16, sigmoid16, softmax16),
             Claim("clip: sigmoid and softmax within 0.03 at batch 128", softmax128, even, softmax128 - 0.03),
         ]
+
+    # The workbench
+
+    def example(self, model):
+        rng = rng_for("trace")
+        scenes = [make_scene(rng, split="test") for _ in range(2)]
+        ids, _ = self.tokenizer_of(model)([caption(scene) for scene in scenes])
+        return dict(pixels=clip.preprocess([draw(scene) for scene in scenes], model.config.vision), ids=ids)
+
+    def check_question(self, question, images, toy):
+        if not question.strip():
+            raise ValueError("the prompt is empty: write what to look for, as in --prompt 'a red circle'")
+        if toy:
+            check_fits(text_rows([question])[0], clip.PRESETS["tiny"].text.context)
+
+    def ask(self, args):
+        """--image and --prompt: how well each of your prompts fits each of your images, the best first."""
+        images, prompts = [load_image(path) for path in args.image], args.prompt
+        if args.weights and not (images and prompts):
+            example = "--image photo.jpg --prompt 'a cat' --prompt 'a dog'"
+            raise ValueError(f"--weights needs --image and --prompt, as in {example}")
+        for prompt in prompts:
+            self.check_question(prompt, images, toy=not args.weights)
+        if args.weights:
+            model, tokenize = self.published(args)
+        else:
+            if args.fresh:
+                forget("clip")
+            model = self.train(args.device)
+            tokenize, prompts = (
+                self.tokenizer_of(model),
+                prompts or ["a red circle", "a blue square", "a green triangle"],
+            )
+        scene = make_scene(rng_for("clip demo"), split="test")
+        shares = clip.rank_prompts(model, images or [draw(scene)], prompts, tokenize)
+        for name, row in zip(args.image or [f"[{caption(scene)}]"], shares):
+            order = row.argsort(descending=True).tolist()
+            say(name, *(f"  {100 * row[i]:5.1f} %  {prompts[i]}" for i in order))
+
+    def published(self, args):
+        """--weights -> (model, tokenize). A prompt that is too long is found before the weights are read."""
+
+        def rows(tokenizer, texts):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            return [tokenizer.encode(text).ids for text in texts]
+
+        def check(config, tokenizer):
+            longest = max(map(len, rows(tokenizer, args.prompt)))
+            if longest > config.text.context:
+                stop(f"clip.py: a prompt has {longest} tokens, the context holds {config.text.context}: shorten it")
+
+        model, tokenizer = load_published(self, args, check)
+        return model, lambda texts: (clip.pad_texts(rows(tokenizer, texts), model.config.text), None)
+
+    def demo(self, args):
+        rng = rng_for("clip demo")
+        scenes = [make_scene(rng, split="test") for _ in range(256)]
+        samples = [(draw(scene), caption(scene)) for scene in scenes]
+        unseen = [unseen_pair_scene(rng, 1) for _ in range(120)]
+        say("A world of coloured shapes. An image of 32 x 32 pixels is 16 patches; its text is, for example:")
+        say(f"    {samples[0][1]}")
+        before = self.retrieval(self.start(args.device, seed=0), samples)
+        say(f"before training, the right text among 256 is found for {before:.0%} (guessing: 0.4 %)")
+        model = self.train(args.device)
+        say(f"after training, for {self.retrieval(model, samples):.0%} of images it has never seen")
+        say(f"pairs never shown in training ({', '.join(' '.join(pair) for pair in UNSEEN_PAIRS)}):")
+        say(f"    named rightly, out of 30, {self.naming(model, unseen, TEMPLATES):.0%} (guessing: 3 %)")
+        shown = [*samples[:7], (draw(unseen[0]), caption(unseen[0]))]
+        pictures, texts = zip(*shown)
+        with torch.no_grad():
+            image, text = self.features(model, shown)
+            similarity = model.logits(image, text).softmax(-1).cpu()
+        heat = patch_importance(model, pictures[-1], text[-1])
+        say(f"\nwhich patches carry the similarity to {texts[-1]!r}? Lost when one patch is painted grey, in 1/100:")
+        say(*("    " + " ".join(f"{100 * value:5.1f}" for value in row) for row in heat.tolist()))
+        draw_similarity(pictures, similarity, heat, RUNS / "clip" / "demo.png")
+
+    def masks(self):
+        padded = torch.tensor([[0, 0, 0, 0, -1, -1]])
+        return [
+            ("image tower: the class token and all patches see each other", draw_mask(5, 5)),
+            (
+                "CLIP's text tower: causal, so the end-of-text token is the only one that has seen everything",
+                draw_mask(6, 6, causal=True),
+            ),
+            (
+                "SigLIP's text tower: both ways (here with a mask: 4 tokens and 2 of padding)",
+                draw_mask(6, 6, q_segments=padded, k_segments=padded),
+            ),
+        ]
+
+    def costs(self, model):
+        """Visual tokens and FLOPs, as lines of text; of a model on the meta device."""
+        config, side, T, E = (
+            model.config,
+            model.config.vision.image_size,
+            model.config.text.context,
+            model.config.embed_dim,
+        )
+        pixels, ids = torch.empty(1, 3, side, side, device="meta"), torch.zeros(1, T, dtype=torch.long, device="meta")
+        tokens = clip.num_image_tokens(side, side, config)
+        of_class = " (one is the class token)" if config.vision.class_token else ""
+        of_an_image, of_a_text = count_flops(lambda: model.vision(pixels)), count_flops(lambda: model.text(ids))
+        return [
+            f"one stage, {config.loss} loss: all parameters are trained",
+            f"image {side} x {side} -> {tokens} tokens{of_class} -> 1 vector of {E};  "
+            f"text of {T} tokens -> 1 vector of {E}",
+            f"FLOPs: {of_an_image:,} for an image, {of_a_text:,} for a text; B pairs cost B times the sum,",
+            f"and the similarity matrix 2 * B * B * {E}. No KV cache: nothing is generated.",
+        ]
+
+
+@torch.no_grad()
+def patch_importance(model, picture, text):
+    """How much of the similarity to a text [E] each patch carries, [rows,columns]: what is lost when that patch alone
+    is painted grey. Works for any tower, since it only asks the model again, once per patch."""
+    P = model.config.vision.patch_size
+    pixels = clip.preprocess([picture], model.config.vision).to(text.device)
+    rows, columns = pixels.shape[2] // P, pixels.shape[3] // P
+    hidden = pixels.repeat(rows * columns, 1, 1, 1)
+    for i in range(rows * columns):
+        y, x = P * (i // columns), P * (i % columns)
+        hidden[i, :, y : y + P, x : x + P] = pixels.mean()
+    similarity = model.encode_image(torch.cat([pixels, hidden])) @ text  # [1+N]
+    return (similarity[0] - similarity[1:]).view(rows, columns).cpu()
+
+
+def draw_similarity(pictures, similarity, heat, file, cell=64):
+    """PNG: the pictures beside their rows of the similarity matrix [B,B] (white: 1), and the last picture with the
+    patches that carry its similarity."""
+    B = len(pictures)
+    page = Image.new("RGB", ((B + 1) * cell + 20, (B + 1) * cell + 20), "white")
+    pen = ImageDraw.Draw(page)
+    for i, picture in enumerate(pictures):
+        page.paste(picture.resize((cell - 4, cell - 4), Image.Resampling.NEAREST), (2, i * cell + 2))
+        for j in range(B):
+            x, y, level = (j + 1) * cell + 20, i * cell, int(255 * similarity[i, j])
+            pen.rectangle((x, y, x + cell - 4, y + cell - 4), fill=(level,) * 3, outline="red" if i == j else "grey")
+    page.paste(heat_picture(pictures[-1], heat.clamp(min=0), cell - 4), (2, B * cell + 12))
+    pen.text((cell + 20, B * cell + 12), "the last image again: bright patches carry its similarity", fill="black")
+    save_picture(page, file, f"the similarity matrix: {B} images by {B} texts, the diagonal should be bright")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1717,14 +1861,17 @@ def words_of(ids):
     return lines
 
 
-def load_published(recipe, args):
-    """--weights -> (model, tokenizer). Raises ValueError in one line, whatever is wrong with the files."""
+def load_published(recipe, args, check=None):
+    """--weights -> (model, tokenizer). check(config, tokenizer): called before the weights are read. Raises ValueError
+    in one line, whatever is wrong with the files."""
     try:
         from tokenizers import Tokenizer
 
         folder = recipe.module.checkpoint_folder(args.weights)
-        recipe.module.config_from_published(folder)  # a checkpoint of another family is found before gigabytes are read
+        config = recipe.module.config_from_published(folder)  # another family's is found before gigabytes are read
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        if check:
+            check(config, tokenizer)
         return recipe.model_class.from_pretrained(folder, getattr(torch, args.dtype), args.device), tokenizer
     except ImportError as error:
         raise ValueError(f"{error}: pip install tokenizers safetensors huggingface_hub") from None
