@@ -1480,8 +1480,9 @@ class ViLTRecipe(Recipe):
         (masking, matching), config, device = samples, model.config, model.pooler.weight.device
         rng, B = rng_for(plan.seed, ("mask", step)), len(masking)
         rows = [vilt.mask_whole_words(*vilt_words(text), config, rng) for _, text in masking]
-        whole = [vilt_words(text)[0] for _, text, _ in matching]
-        rows += [(ids, [vilt.IGNORE_INDEX] * len(ids)) for ids in whole]
+        for _, text, _ in matching:
+            ids, _ = vilt_words(text)
+            rows.append((ids, [vilt.IGNORE_INDEX] * len(ids)))  # nothing is hidden
         ids, mask = (x.to(device) for x in pad([ids for ids, _ in rows]))
         words, _ = pad([labels for _, labels in rows], vilt.IGNORE_INDEX)
         pixels, pixel_mask = (x.to(device) for x in vilt.preprocess([one[0] for one in masking + matching], config))
@@ -1491,9 +1492,8 @@ class ViLTRecipe(Recipe):
         mlm, metrics = vilt.mlm_loss(model.mlm_logits(hidden[:B, :T]), words[:B].to(device))
         itm, itm_metrics = vilt.itm_loss(model.itm_logits(hidden[B:]), labels)
         text, image, patches = hidden[B:, :T], hidden[B:, T + 1 :], real[B:, T + 1 :]  # without the class token
-        wpa, wpa_metrics = vilt.wpa_loss(
-            text, image, vilt.text_words(ids[B:], config), patches, labels, WPA_NEAR, WPA_FAR
-        )
+        said = vilt.text_words(ids[B:], config)
+        wpa, wpa_metrics = vilt.wpa_loss(text, image, said, patches, labels, WPA_NEAR, WPA_FAR)
         return mlm + itm + self.wpa_weight * wpa, metrics | itm_metrics | wpa_metrics
 
     def expected(self, model, plan):
@@ -1561,9 +1561,8 @@ class ViLTRecipe(Recipe):
         image = hidden[:, T + 1 :]
         _, plan = vilt.transport(hidden[:, :T], image, words, torch.ones(image.shape[:2], device=image.device))
         side = model.config.image_size // model.config.patch_size
-        return [tokenizer().decode([token]).strip() for token in ids[words].tolist()], plan[words].cpu().view(
-            -1, side, side
-        )
+        said = [tokenizer().decode([token]).strip() for token in ids[words].tolist()]
+        return said, plan[words].cpu().unflatten(1, (side, side))
 
     def words_landing(self, model, scenes):
         """(share of colour and shape words whose largest mass lies on a patch that their thing touches, share of the
@@ -1571,11 +1570,11 @@ class ViLTRecipe(Recipe):
         hits, chance = [], []
         for scene in scenes:
             words, plan = self.alignment(model, scene)
-            P = 32 / len(plan[0])
+            P = 32 // plan.shape[1]  # pixels of a drawing along one side of a patch
             for thing in scene.things:
-                x0, y0, x1, y1 = (int(edge // P) for edge in np.subtract(pixel_box(thing, 32, 32), (0, 0, 1, 1)))
+                x0, y0, x1, y1 = pixel_box(thing, 32, 32)
                 touched = torch.zeros_like(plan[0])
-                touched[y0 : y1 + 1, x0 : x1 + 1] = 1
+                touched[y0 // P : (y1 - 1) // P + 1, x0 // P : (x1 - 1) // P + 1] = 1
                 for key in ("colour", "shape"):
                     if len(only(scene, **{key: getattr(thing, key)})) == 1:  # so that index finds the one word
                         best = plan[words.index(getattr(thing, key))].argmax()
@@ -1663,45 +1662,43 @@ class ViLTRecipe(Recipe):
             say(name, *(f"    {line}" for line in lines_about(image)))
 
     def published(self, args):
-        """--weights -> a function from an image to lines of text: masks filled in, questions answered or texts ranked,
+        """--weights -> a function from a picture to lines of text: masks filled in, questions answered or texts ranked,
         by the head that the checkpoint has. Wrong prompts are found before the weights are read."""
-        rows = {}
+        rows = []
 
         def check(config, tokenizer):
             tokenizer.no_padding()
             tokenizer.no_truncation()
-            for prompt in args.prompt:
-                rows[prompt] = ids = tokenizer.encode(prompt).ids
+            rows.extend(tokenizer.encode(prompt).ids for prompt in args.prompt)
+            for prompt, ids in zip(args.prompt, rows):
                 if len(ids) > config.context:
                     stop(f"vilt.py: the prompt has {len(ids)} tokens, the context holds {config.context}: shorten it")
                 if "mlm" in config.tasks and config.mask_token_id not in ids:
-                    stop(
-                        f"vilt.py: this checkpoint fills in words, and {prompt!r} has no [MASK]: 'a [MASK] on a couch'"
-                    )
+                    stop(f"vilt.py: this checkpoint fills in words; {prompt!r} has no [MASK], as in 'a [MASK] car'")
 
         model, tokenizer = load_published(self, args, check)
-        raw = json.loads((vilt.checkpoint_folder(args.weights) / "config.json").read_text())
+        folder, tasks = vilt.checkpoint_folder(args.weights), model.config.tasks
+        answers = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label", {})
 
         @torch.no_grad()
-        def lines_about(image):
-            pixels, pixel_mask = (x.to(args.device) for x in vilt.preprocess([image], model.config))
-            found = []
-            for prompt, row in rows.items():
-                ids = torch.tensor([row], device=args.device)
-                if "mlm" in model.config.tasks:
-                    filled, sure = vilt.fill_masks(model, pixels, ids, pixel_mask)
-                    text = tokenizer.decode(filled[0].tolist(), skip_special_tokens=True)
-                    found.append((0, f"{text}  ({', '.join(f'{share:.0%}' for share in sure.tolist())} sure)"))
-                    continue
-                hidden = model(pixels, ids, None, pixel_mask)
-                if "vqa" in model.config.tasks:
-                    best = model.vqa_logits(hidden)[0].float().sigmoid().topk(min(3, model.config.answers))
-                    names = [raw.get("id2label", {}).get(str(i), f"answer {i}") for i in best.indices.tolist()]
-                    said = ", ".join(f"{name} ({share:.0%})" for name, share in zip(names, best.values.tolist()))
-                    found.append((0, f"{prompt} -> {said}"))
-                else:
-                    score = model.rank_score(hidden).item()
-                    found.append((score, f"{score:7.2f}  {prompt}"))
+        def line_about(pixels, pixel_mask, prompt, ids):
+            """A number to sort by, and a line."""
+            if "mlm" in tasks:
+                filled, sure = vilt.fill_masks(model, pixels, ids, pixel_mask)
+                shares = ", ".join(f"{share:.0%}" for share in sure.tolist())
+                return 0, f"{tokenizer.decode(filled[0].tolist(), skip_special_tokens=True)}  ({shares} sure)"
+            hidden = model(pixels, ids, None, pixel_mask)
+            if "rank" in tasks:
+                score = model.rank_score(hidden).item()
+                return score, f"{score:7.2f}  {prompt}"
+            best = model.vqa_logits(hidden)[0].float().sigmoid().topk(min(3, model.config.answers))
+            said = [(answers.get(str(i), f"answer {i}"), share) for share, i in zip(*map(torch.Tensor.tolist, best))]
+            return 0, f"{prompt} -> " + ", ".join(f"{answer} ({share:.0%})" for answer, share in said)
+
+        def lines_about(picture):
+            inputs = [x.to(args.device) for x in vilt.preprocess([picture], model.config)]
+            ids = [torch.tensor([row], device=args.device) for row in rows]
+            found = [line_about(*inputs, prompt, row) for prompt, row in zip(args.prompt, ids)]
             return [line for _, line in sorted(found, key=lambda one: one[0], reverse=True)]
 
         return lines_about
@@ -1711,20 +1708,16 @@ class ViLTRecipe(Recipe):
         scenes = [make_scene(rng, count, split="test") for count in (2, 3, 2)]
         costs = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
         patches, encoder, resnet = (f"{flops / 1e9:.0f}" for flops in costs)
-        say("In go 16 patches of an image and the words of a text, in one row, to one encoder. At published size an")
-        say(
-            f"image costs {patches} GFLOP to embed and {encoder} to read together with the text; a ResNet-101 in front,"
-        )
-        say(f"{resnet} more.")
+        say("In go 16 patches of an image and the words of a text, in one row, to one encoder.")
+        say(f"At published size an image costs {patches} GFLOP to embed and {encoder} to read together with the text;")
+        say(f"a ResNet-101 in front would cost {resnet} more.")
         torch.manual_seed(0)
         untrained, holes = vilt.ViLT(vilt.PRESETS["tiny"]).to(args.device).eval(), masked_words(rng, 200)
         guessed = self.recovered(untrained, holes)
         say(f"with random weights {guessed:.0%} of masked colours, shapes and places are guessed")
         model = self.train(args.device, demo=True)
         if self.short:
-            say(
-                "(this model had a third of the training; after python train_tiny.py vilt the demo shows the whole one)"
-            )
+            say("(this model had a third of the steps; after python train_tiny.py vilt the demo shows the whole one)")
         wrong = self.recovered(model, holes, wrong_image=True)
         say(f"after training, {self.recovered(model, holes):.0%}; with a wrong image beside the text, {wrong:.0%}")
         say("\nhidden words of images it has never seen:")
@@ -1746,10 +1739,7 @@ class ViLTRecipe(Recipe):
     def masks(self):
         padded = torch.tensor([[0, 0, -1, 0, 0, 0, -1, -1]])
         return [
-            (
-                "one encoder: 3 words, the class token and 4 patches; every token attends to every token",
-                draw_mask(8, 8),
-            ),
+            ("one encoder: 3 words, the class token, 4 patches; every token attends to every token", draw_mask(8, 8)),
             (
                 "the same with padding: 2 words and 1 of padding, the class token, 2 patches and 2 of padding",
                 draw_mask(8, 8, q_segments=padded, k_segments=padded),
@@ -1776,10 +1766,8 @@ def draw_alignment(picture, words, plan, file, size=112):
     """PNG: the picture, then once per word, darkened where little of the word lands. plan [words,rows,columns]."""
     page = Image.new("RGB", (6 * (size + 8) + 8, (len(words) // 6 + 1) * (size + 24) + 8), "white")
     pen = ImageDraw.Draw(page)
-    shown = [
-        picture.resize((size, size), Image.Resampling.NEAREST),
-        *(heat_picture(picture, row, size) for row in plan),
-    ]
+    shown = [picture.resize((size, size), Image.Resampling.NEAREST)]
+    shown += [heat_picture(picture, heat, size) for heat in plan]
     for i, (word, one) in enumerate(zip(["", *words], shown)):
         x, y = 8 + i % 6 * (size + 8), 8 + i // 6 * (size + 24)
         page.paste(one, (x, y))
