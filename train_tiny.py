@@ -1479,8 +1479,444 @@ def draw_similarity(pictures, similarity, heat, file, cell=64):
 # ViLT
 
 
+WPA_WEIGHT, WPA_NEAR, WPA_FAR = 1.5, 0.3, 1.0  # the paper's weight is 0.1, over 100 times the steps
+
+
+def short_caption(scene):
+    """Names only, in reading order: "a red circle and a blue square"."""
+    return " and ".join(f"a {t.name}" for t in scene.things)
+
+
+def near_miss(scene, rng, split="any"):
+    """The scene with another colour or shape of one thing: its short caption differs in one word."""
+    while short_caption(other := change_one(scene, rng, split)) == short_caption(scene):
+        pass
+    return other
+
+
+def near_misses(rng, count):
+    """[(picture, right text, text with one word changed)] of unseen scenes."""
+    scenes = [make_scene(rng, split="test") for _ in range(count)]
+    return [(draw(scene), short_caption(scene), short_caption(near_miss(scene, rng))) for scene in scenes]
+
+
+def vilt_words(text):
+    """A text as ViLT reads it, [CLS] words [SEP] -> (ids, for each id the number of its word or None). "<mask>" may
+    stand for a word; other special tokens in the text are plain text."""
+    ids, numbers = [CLS_ID], [None]
+    for number, piece in enumerate(re.findall(f" ?<mask>|{SPLIT}", " " + text)):
+        piece_ids = [MASK_ID] if piece.strip() == "<mask>" else tokenizer().encode_ordinary(piece)
+        ids += piece_ids
+        numbers += [number] * len(piece_ids)
+    return ids + [SEP_ID], numbers + [None]
+
+
+def hide(text, word):
+    """The text with the first occurrence of a word masked."""
+    return re.sub(rf"\b{word}\b", "<mask>", text, count=1)
+
+
+def possible_words(scene, thing, key):
+    """How many words could stand for a hidden colour, shape or place if only the rest of the text is known: pairs that
+    training never shows do not occur, no pair occurs twice, and places come in reading order."""
+    i, others = scene.things.index(thing), [t.pair for t in scene.things if t is not thing]
+    if key == "place":
+        before = PLACES.index(scene.things[i - 1].place) if i else -1
+        after = PLACES.index(scene.things[i + 1].place) if i + 1 < len(scene.things) else len(PLACES)
+        return after - before - 1
+    values = COLOURS if key == "colour" else SHAPES
+    pairs = [replace(thing, **{key: value}).pair for value in values]
+    return sum(pair in SEEN_PAIRS and pair not in others for pair in pairs)
+
+
+def masked_words(rng, count):
+    """[(scene, its caption with one colour, shape or place hidden, the hidden word, its possible_words)]."""
+    items = []
+    for _ in range(count):
+        scene = make_scene(rng, split="test")
+        thing, key = rng.choice(scene.things), rng.choice(("colour", "shape", "place"))
+        word = getattr(thing, key)
+        said = [f"{t.place} a {t.full_name}" for t in scene.things]
+        i = scene.things.index(thing)
+        said[i] = hide(said[i], word)
+        items.append((scene, ", ".join(said), word, possible_words(scene, thing, key)))
+    return items
+
+
+def resnet101_flops(height, width):
+    """FLOPs of the convolutions of a ResNet-101 (He et al. 2015, arXiv 1512.03385, Table 1) on one image, 2 per
+    multiply-add: what ViLT leaves out."""
+    area = [-(-height // 2**n) * -(-width // 2**n) for n in range(6)]  # positions after n strides of 2, rounded up
+    flops, channels = area[1] * 3 * 64 * 7 * 7, 64
+    for stage, blocks in enumerate((3, 4, 23, 3)):
+        inner, before, after = 64 * 2**stage, area[max(2, stage + 1)], area[stage + 2]
+        flops += before * channels * inner + (blocks - 1) * after * 4 * inner * inner  # 1 x 1, to fewer channels
+        flops += blocks * after * (9 * inner * inner + inner * 4 * inner)  # 3 x 3, and 1 x 1 to four times as many
+        flops += after * channels * 4 * inner  # the first block's shortcut changes its width
+        channels = 4 * inner
+    return 2 * flops
+
+
+def embedding_costs(config, height, width, words=40):
+    """FLOPs for one image of height x width pixels and one text: to embed the patches, in the encoder, and in a
+    ResNet-101 on the same image. The paper's point (Figure 1): the encoder should be the larger part."""
+    D, S = config.width, words + vilt.num_image_tokens(height, width, config)
+    patches = (height // config.patch_size) * (width // config.patch_size)
+    block = 2 * S * (4 * D * D + 2 * D * config.mlp_width) + 4 * S * S * D  # linear maps; scores and their sums
+    return 2 * patches * 3 * config.patch_size**2 * D, config.layers * block, resnet101_flops(height, width)
+
+
+def near_miss_pairs(plan, step):
+    """[(picture, text)] for a CLIP that is to learn what ViLT's matching learns: half a batch of scenes, each beside
+    its near miss."""
+    count, rng = rng_for(plan.seed, step).choice((1, 2, 2, 3, 4)), rng_for(plan.seed, ("swap", step))
+    scenes = [make_scene(one, count) for one in batch_rngs(plan.seed, ("vilt", step), plan.batch // 2)]
+    pairs = [one for scene in scenes for one in (scene, near_miss(scene, rng, "train"))]
+    return [(draw(scene), short_caption(scene)) for scene in pairs]
+
+
 class ViLTRecipe(Recipe):
-    module = vilt
+    module, model_class = vilt, vilt.ViLT
+    stages = (Plan("", 1300, 32, lr=3e-3, muon=3e-3, warmup=60, weight_decay=0.02, demo=450),)
+    variants = {"with WPA": {}, "without WPA": dict(wpa_weight=0.0), "clip": dict(rival=True)}
+    ablation_steps = 700
+    wpa_weight = WPA_WEIGHT
+
+    def train(self, device="cpu", seed=0, steps=None, rival=False, **options):
+        """rival: an ablation's CLIP. It has equally many steps and images a step, near misses of the same kind (more of
+        them), the same tower to start from, and a text side that starts from nothing, like ViLT's."""
+        if not rival:
+            return super().train(device, seed, steps, **options)
+        recipe = CLIPRecipe()
+        plan = replace(recipe.stages[-1], steps=steps, batch=2 * self.stages[-1].batch, seed=seed)
+        model = recipe.start(device, seed, tower=toy_clip(device).vision)
+        data = f"near misses {code_of(clip, ['near_miss_pairs'])}"
+        name = run_name(options["name"], seed, steps)
+        return recipe.fit(name, model, plan, lambda step: near_miss_pairs(plan, step), data)
+
+    def start(self, device, seed, wpa_weight=WPA_WEIGHT):
+        """The paper starts from a ViT pretrained on images (3.1), not from BERT; this from the blocks of the toy CLIP's
+        tower. They were trained with QuickGELU and go on with GELU, which is close enough."""
+        torch.manual_seed(seed)
+        self.wpa_weight = wpa_weight
+        model = vilt.ViLT(vilt.PRESETS["tiny"])
+        return assemble(model, device, blocks=toy_clip(device).vision.blocks)
+
+    def batch(self, plan, step):
+        """([(picture, text)] for masking, mostly full captions; [(picture, text, label)] for matching, short ones).
+
+        For matching, half of the pictures are of another scene: one of the batch (as in the paper), or, so that there
+        is something left to learn, one in which a single word would be another. All scenes of a step have equally many
+        things."""
+        count, rng = rng_for(plan.seed, step).choice((1, 2, 2, 3, 4)), rng_for(plan.seed, ("swap", step))
+        scenes = [make_scene(one, count) for one in batch_rngs(plan.seed, ("vilt", step), plan.batch)]
+        told = [(short_caption if rng.random() < 0.3 else caption)(scene) for scene in scenes]
+        texts = [short_caption(scene) for scene in scenes]
+        matching = []
+        for scene, text, i, label in zip(scenes, texts, *vilt.swap_images(texts, rng)):
+            near = not label and rng.random() < 0.5
+            shown = near_miss(scene, rng, split="train") if near else scenes[i]
+            matching.append((draw(shown), text, label))
+        return [(draw(scene), text) for scene, text in zip(scenes, told)], matching
+
+    def loss(self, model, samples, plan, step):
+        """The three losses of pretraining, in one pass over both halves of the batch."""
+        (masking, matching), config, device = samples, model.config, model.pooler.weight.device
+        rng, B = rng_for(plan.seed, ("mask", step)), len(masking)
+        rows = [vilt.mask_whole_words(*vilt_words(text), config, rng) for _, text in masking]
+        for _, text, _ in matching:
+            ids, _ = vilt_words(text)
+            rows.append((ids, [vilt.IGNORE_INDEX] * len(ids)))  # nothing is hidden
+        ids, mask = (x.to(device) for x in pad([ids for ids, _ in rows]))
+        words, _ = pad([labels for _, labels in rows], vilt.IGNORE_INDEX)
+        pixels, pixel_mask = (x.to(device) for x in vilt.preprocess([one[0] for one in masking + matching], config))
+        labels = torch.tensor([label for _, _, label in matching], device=device)
+        x, real, _ = model.embed(pixels, ids, mask, pixel_mask)
+        hidden, T = model.encode(x, real), ids.shape[1]
+        mlm, metrics = vilt.mlm_loss(model.mlm_logits(hidden[:B, :T]), words[:B].to(device))
+        itm, itm_metrics = vilt.itm_loss(model.itm_logits(hidden[B:]), labels)
+        text, image, patches = hidden[B:, :T], hidden[B:, T + 1 :], real[B:, T + 1 :]  # without the class token
+        said = vilt.text_words(ids[B:], config)
+        wpa, wpa_metrics = vilt.wpa_loss(text, image, said, patches, labels, WPA_NEAR, WPA_FAR)
+        return mlm + itm + self.wpa_weight * wpa, metrics | itm_metrics | wpa_metrics
+
+    def expected(self, model, plan):
+        return "ln V + ln 2, and WPA on top", math.log(2 * VOCAB_SIZE)
+
+    def own(self, picture, text):
+        check_fits(vilt_words(text)[0], vilt.PRESETS["tiny"].context)
+        return picture, text
+
+    def collect(self, rows, plan, step):
+        """The same rows for masking and, half of them beside another picture, for matching."""
+        texts = [text for _, text in rows]
+        index, labels = vilt.swap_images(texts, rng_for(plan.seed, ("swap", step)))
+        return rows, [(rows[i][0], text, label) for i, text, label in zip(index, texts, labels)]
+
+    def prompt(self, model, asked):
+        """[(picture, text)] -> what the model takes."""
+        ids, mask = pad([vilt_words(text)[0] for _, text in asked])
+        pixels, pixel_mask = vilt.preprocess([picture for picture, _ in asked], model.config)
+        inputs = dict(pixels=pixels, ids=ids, mask=mask, pixel_mask=pixel_mask)
+        return {name: x.to(model.pooler.weight.device) for name, x in inputs.items()}
+
+    @torch.no_grad()
+    def read(self, model, asked):
+        """[(picture, text)] -> (hidden [B,T+1+N,D], ids [B,T])."""
+        inputs = self.prompt(model, asked)
+        return model(**inputs), inputs["ids"]
+
+    @torch.no_grad()
+    def masked_tokens(self, model, asked):
+        """The most likely word for each "<mask>", in the order of the texts."""
+        hidden, ids = self.read(model, asked)
+        best = model.mlm_logits(hidden[:, : ids.shape[1]][ids == MASK_ID]).argmax(-1)
+        return [tokenizer().decode([token]).strip() for token in best.tolist()]
+
+    def recovered(self, model, items, wrong_image=False):
+        """The share of masked_words that is filled in rightly; wrong_image: each beside the picture of another."""
+        pictures = [draw(scene) for scene, _, _, _ in items]
+        if wrong_image:
+            pictures = pictures[1:] + pictures[:1]
+        found = self.masked_tokens(model, [(picture, text) for picture, (_, text, _, _) in zip(pictures, items)])
+        return sum(said == word for said, (_, _, word, _) in zip(found, items)) / len(items)
+
+    @torch.no_grad()
+    def match_scores(self, model, items):
+        """Two lists for near_misses: the log odds that picture and text match, of the right texts and the wrong
+        ones."""
+        scores = []
+        for which in (1, 2):
+            logits = model.itm_logits(self.read(model, [(item[0], item[which]) for item in items])[0])
+            scores.append((logits[:, 1] - logits[:, 0]).tolist())
+        return scores
+
+    def matching_accuracy(self, model, items):
+        """Of near_misses, right texts and wrong ones alike: the share that is judged rightly."""
+        right, wrong = self.match_scores(model, items)
+        return (sum(score > 0 for score in right) + sum(score <= 0 for score in wrong)) / (2 * len(items))
+
+    @torch.no_grad()
+    def alignment(self, model, scene):
+        """The transport plan between the words of a scene's short caption and its patches -> (words, plan
+        [words,rows,columns])."""
+        hidden, ids = self.read(model, [(draw(scene), short_caption(scene))])
+        T, words = ids.shape[1], vilt.text_words(ids, model.config)
+        image = hidden[:, T + 1 :]
+        _, plan = vilt.transport(hidden[:, :T], image, words, torch.ones(image.shape[:2], device=image.device))
+        side = model.config.image_size // model.config.patch_size
+        said = [tokenizer().decode([token]).strip() for token in ids[words].tolist()]
+        return said, plan[words].cpu().unflatten(1, (side, side))
+
+    def words_landing(self, model, scenes):
+        """(share of colour and shape words whose largest mass lies on a patch that their thing touches, share of the
+        patches that it touches: what a random patch would give). Words that fit two things of a scene are left out."""
+        hits, chance = [], []
+        for scene in scenes:
+            words, plan = self.alignment(model, scene)
+            P = 32 // plan.shape[1]  # pixels of a drawing along one side of a patch
+            for thing in scene.things:
+                x0, y0, x1, y1 = pixel_box(thing, 32, 32)
+                touched = torch.zeros_like(plan[0])
+                touched[y0 // P : (y1 - 1) // P + 1, x0 // P : (x1 - 1) // P + 1] = 1
+                for key in ("colour", "shape"):
+                    if len(only(scene, **{key: getattr(thing, key)})) == 1:  # so that index finds the one word
+                        best = plan[words.index(getattr(thing, key))].argmax()
+                        hits.append(touched.flatten()[best].item())
+                        chance.append(touched.mean().item())
+        return sum(hits) / len(hits), sum(chance) / len(chance)
+
+    def claims(self, model, args):
+        words, misses = masked_words(rng_for("vilt words"), 400), near_misses(rng_for("vilt matching"), 400)
+        rng = rng_for("vilt landing")
+        landing, darts = self.words_landing(model, [make_scene(rng, split="test") for _ in range(200)])
+        text_only = sum(1 / ways for _, _, _, ways in words) / len(words)
+        missed = 1 - self.recovered(model, words, wrong_image=True)
+        patches, encoder, resnet = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
+        say(f"a ResNet-101 takes {resnet / patches:.0f} times the FLOPs of the patch projection on the same image")
+        return [
+            Claim("vilt: masked colour, shape or place recovered", text_only, self.recovered(model, words), 0.95),
+            Claim("vilt: masked word missed beside a wrong image", 1 - text_only, missed, 0.9 - text_only),
+            Claim("vilt: matching, colour or shape changed", 0.5, self.matching_accuracy(model, misses), 0.95),
+            Claim("vilt: colour and shape words land on their thing", darts, landing, 0.80),
+            Claim("vilt-b32: FLOPs of a ResNet-101 stem / of the encoder", 0.0, resnet / encoder, 1.0),
+        ]
+
+    @torch.no_grad()
+    def measure(self, model):
+        """[where words land; how often the right one of two texts is preferred that are one word apart]; of a CLIP,
+        which has no words to land, the second alone."""
+        rng = rng_for("vilt ablations")
+        scenes, misses = [make_scene(rng, split="test") for _ in range(200)], near_misses(rng, 400)
+        if isinstance(model, vilt.ViLT):
+            right, wrong = self.match_scores(model, misses)
+            return [self.words_landing(model, scenes)[0], sum(r > w for r, w in zip(right, wrong)) / len(misses)]
+        features = [CLIPRecipe().features(model, [(item[0], item[which]) for item in misses]) for which in (1, 2)]
+        right, wrong = ((image * text).sum(1) for image, text in features)
+        return [(right > wrong).float().mean().item()]
+
+    def compare(self, means):
+        (landing, prefers), (without, _), (dot_product,) = means.values()
+        return [
+            Claim("vilt: words land better with WPA than without", without, landing, without),
+            Claim("vilt: right text preferred, above CLIP's dot product", dot_product, prefers, dot_product),
+        ]
+
+    # The workbench
+
+    def example(self, model):
+        """Two captions with a hidden word, beside their pictures."""
+        items = masked_words(rng_for("trace"), 2)
+        return self.prompt(model, [(draw(scene), text) for scene, text, _, _ in items])
+
+    def check_question(self, question, images, toy):
+        if not question.strip():
+            raise ValueError("the prompt is empty: write what to look for, as in --prompt 'a red circle'")
+        if toy:
+            check_fits(vilt_words(question)[0], vilt.PRESETS["tiny"].context)
+
+    def respond(self, model, picture, text):
+        """A text with <mask> filled in, or the probability that a text without belongs to the picture; as a line."""
+        if "<mask>" in text:
+            for word in self.masked_tokens(model, [(picture, text)]):
+                text = text.replace("<mask>", f"[{word}]", 1)
+            return text
+        with torch.no_grad():
+            matches = model.itm_logits(self.read(model, [(picture, text)])[0]).softmax(-1)[0, 1]
+        return f"{matches:4.0%} yes: {text}"
+
+    def ask(self, args):
+        """--image and --prompt: what fits behind each [MASK], or how well the prompts fit, for each of your images."""
+        images = [load_image(path) for path in args.image]
+        if args.weights and not (args.image and args.prompt):
+            example = "--image photo.jpg --prompt 'a [MASK] on a couch'"
+            raise ValueError(f"--weights needs --image and --prompt, as in {example}")
+        prompts = [prompt if args.weights else prompt.replace("[MASK]", "<mask>") for prompt in args.prompt]
+        for prompt in prompts:
+            self.check_question(prompt, images, toy=not args.weights)
+        if args.weights:
+            lines_about = self.published(args)
+        else:
+            if args.fresh:
+                forget("vilt")
+            model, prompts = self.train(args.device, demo=True), prompts or ["a <mask> <mask>"]
+            lines_about = lambda image: [self.respond(model, image, prompt) for prompt in prompts]
+        scene = make_scene(rng_for("vilt demo"), 2, split="test")
+        for name, image in zip(args.image or ["a scene of ours"], images or [draw(scene)]):
+            say(name, *(f"    {line}" for line in lines_about(image)))
+
+    def published(self, args):
+        """--weights -> a function from a picture to lines of text: masks filled in, questions answered or texts ranked,
+        by the head that the checkpoint has. Wrong prompts are found before the weights are read."""
+        rows = []
+
+        def check(config, tokenizer):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            rows.extend(tokenizer.encode(prompt).ids for prompt in args.prompt)
+            for prompt, ids in zip(args.prompt, rows):
+                if len(ids) > config.context:
+                    stop(f"vilt.py: the prompt has {len(ids)} tokens, the context holds {config.context}: shorten it")
+                if "mlm" in config.tasks and config.mask_token_id not in ids:
+                    stop(f"vilt.py: this checkpoint fills in words; {prompt!r} has no [MASK], as in 'a [MASK] car'")
+
+        model, tokenizer = load_published(self, args, check)
+        folder, tasks = vilt.checkpoint_folder(args.weights), model.config.tasks
+        answers = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label", {})
+
+        @torch.no_grad()
+        def line_about(pixels, pixel_mask, prompt, ids):
+            """A number to sort by, and a line."""
+            if "mlm" in tasks:
+                filled, sure = vilt.fill_masks(model, pixels, ids, pixel_mask)
+                shares = ", ".join(f"{share:.0%}" for share in sure.tolist())
+                return 0, f"{tokenizer.decode(filled[0].tolist(), skip_special_tokens=True)}  ({shares} sure)"
+            hidden = model(pixels, ids, None, pixel_mask)
+            if "rank" in tasks:
+                score = model.rank_score(hidden).item()
+                return score, f"{score:7.2f}  {prompt}"
+            best = model.vqa_logits(hidden)[0].float().sigmoid().topk(min(3, model.config.answers))
+            said = [(answers.get(str(i), f"answer {i}"), share) for share, i in zip(*map(torch.Tensor.tolist, best))]
+            return 0, f"{prompt} -> " + ", ".join(f"{answer} ({share:.0%})" for answer, share in said)
+
+        def lines_about(picture):
+            inputs = [x.to(args.device) for x in vilt.preprocess([picture], model.config)]
+            ids = [torch.tensor([row], device=args.device) for row in rows]
+            found = [line_about(*inputs, prompt, row) for prompt, row in zip(args.prompt, ids)]
+            return [line for _, line in sorted(found, key=lambda one: one[0], reverse=True)]
+
+        return lines_about
+
+    def demo(self, args):
+        rng = rng_for("vilt demo")
+        scenes = [make_scene(rng, count, split="test") for count in (2, 3, 2)]
+        costs = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
+        patches, encoder, resnet = (f"{flops / 1e9:.0f}" for flops in costs)
+        say("In go 16 patches of an image and the words of a text, in one row, to one encoder.")
+        say(f"At published size an image costs {patches} GFLOP to embed and {encoder} to read together with the text;")
+        say(f"a ResNet-101 in front would cost {resnet} more.")
+        torch.manual_seed(0)
+        untrained, holes = vilt.ViLT(vilt.PRESETS["tiny"]).to(args.device).eval(), masked_words(rng, 200)
+        guessed = self.recovered(untrained, holes)
+        say(f"with random weights {guessed:.0%} of masked colours, shapes and places are guessed")
+        model = self.train(args.device, demo=True)
+        if self.short:
+            say("(this model had a third of the steps; after python train_tiny.py vilt the demo shows the whole one)")
+        wrong = self.recovered(model, holes, wrong_image=True)
+        say(f"after training, {self.recovered(model, holes):.0%}; with a wrong image beside the text, {wrong:.0%}")
+        say("\nhidden words of images it has never seen:")
+        for scene in scenes[:2]:
+            for word in (scene.things[0].colour, scene.things[-1].shape):
+                say(f"    {self.respond(model, draw(scene), hide(caption(scene), word))}")
+        say("does the text belong to the image? One word changed:")
+        scene = scenes[2]
+        for text in (short_caption(scene), short_caption(near_miss(scene, rng))):
+            say(f"    {self.respond(model, draw(scene), text)}")
+        words, plan = self.alignment(model, scene)
+        say("\nword-patch alignment: where each word of the right text lands (its share on 16 patches, in 1/100)")
+        chosen = [i for i, word in enumerate(words) if word in (*COLOURS, *SHAPES)]
+        say("    " + "".join(f"{words[i]:<21}" for i in chosen))
+        for rows in zip(*plan[chosen].tolist()):
+            say("    " + " ".join("".join(f"{100 * share:4.0f} " for share in row) for row in rows))
+        draw_alignment(draw(scene), words, plan, RUNS / "vilt" / "demo.png")
+
+    def masks(self):
+        padded = torch.tensor([[0, 0, -1, 0, 0, 0, -1, -1]])
+        return [
+            ("one encoder: 3 words, the class token, 4 patches; every token attends to every token", draw_mask(8, 8)),
+            (
+                "the same with padding: 2 words and 1 of padding, the class token, 2 patches and 2 of padding",
+                draw_mask(8, 8, q_segments=padded, k_segments=padded),
+            ),
+        ]
+
+    def costs(self, model):
+        """Visual tokens and FLOPs, as lines of text."""
+        config, P = model.config, model.config.patch_size
+        sizes = [vilt.target_size(*size, config)[::-1] for size in ((1000, 1000), (1500, 1000), (3000, 1000))]
+        tokens = ", ".join(f"{h} x {w}: {vilt.num_image_tokens(h, w, config)}" for h, w in sizes)
+        patches, encoder, resnet = embedding_costs(config, *sizes[1], config.context)
+        return [
+            f"all parameters are trained; heads: {', '.join(config.tasks)}",
+            f"tokens of an image ({P} x {P} pixels each, and the class token): {tokens}",
+            f"FLOPs for {sizes[1][0]} x {sizes[1][1]} pixels and {config.context} words: {patches:,} to embed the",
+            f"patches, {encoder:,} in the encoder; a ResNet-101 on the same image would cost {resnet:,}.",
+            "No KV cache: nothing is generated word by word. A pair must be read together, so ranking B images against",
+            "B texts costs B * B passes (CLIP: B + B): the price of fusing early.",
+        ]
+
+
+def draw_alignment(picture, words, plan, file, size=112):
+    """PNG: the picture, then once per word, darkened where little of the word lands. plan [words,rows,columns]."""
+    page = Image.new("RGB", (6 * (size + 8) + 8, (len(words) // 6 + 1) * (size + 24) + 8), "white")
+    pen = ImageDraw.Draw(page)
+    shown = [picture.resize((size, size), Image.Resampling.NEAREST)]
+    shown += [heat_picture(picture, heat, size) for heat in plan]
+    for i, (word, one) in enumerate(zip(["", *words], shown)):
+        x, y = 8 + i % 6 * (size + 8), 8 + i // 6 * (size + 24)
+        page.paste(one, (x, y))
+        pen.text((x, y + size + 2), word, fill="black")
+    save_picture(page, file, "the image, and for each word of its text the patches it lands on")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
