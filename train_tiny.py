@@ -2138,9 +2138,331 @@ def unseen_pair_questions(rng, count):
 # ----------------------------------------------------------------------------------------------------------------------
 # BLIP2
 
+OPT_STEPS = 500
+
+
+def told_scene(rng):
+    """A scene told in words, in any order, then described in reading order, as (text, does the loss count it?): a
+    language model learns to find what it needs in what it is told. In stage 2 the queries tell it, by vectors."""
+    scene = make_scene(rng)
+    told = ", ".join(f"{t.place} a {t.full_name}" for t in rng.sample(scene.things, len(scene.things)))
+    return chat(told, [(DESCRIBE, caption(scene))])
+
+
+def toy_opt(device="cpu"):
+    """A decoder pretrained on text alone to describe what it is told; BLIP-2 never changes it. Cached in runs/opt. What
+    it is told is random and cannot be predicted, so the loss counts only what it answers."""
+    torch.manual_seed(0)
+    model = blip2.OPT(blip2.PRESETS["tiny"].language).to(device)
+    return pretrain(model, blip2, "opt", Plan("", OPT_STEPS, 32, lr=3e-3, muon=6e-3), told_scene)
+
 
 class BLIP2Recipe(Recipe):
-    module = blip2
+    module, model_class = blip2, blip2.BLIP2
+    stages = (
+        Plan("stage1", 800, 16, lr=3e-3, muon=6e-3, demo=100),
+        Plan("", 1200, 16, lr=3e-3, muon=1.2e-2, weight_decay=0.02, demo=300),
+    )
+    variants = {"both stages": {}, "stage 2 alone": dict(skip=("stage1",))}  # the paper's Figure 5
+    beats = (("stage 1 then stage 2 better than stage 2 alone", "both stages", "stage 2 alone"),)
+    ablation_steps = 150
+
+    def start(self, device, seed):
+        """As stage 1 finds it: the toy CLIP's tower without its last block, the toy OPT, and between them a random
+        Q-Former. The LayerNorm on top of the tower is new too."""
+        torch.manual_seed(seed)
+        model = blip2.BLIP2(blip2.PRESETS["tiny"])
+        tower = toy_clip(device).vision
+        del tower.blocks[len(model.vision.blocks) :]
+        tower.ln_post = model.vision.ln_post
+        return assemble(model, device, vision=tower, language=toy_opt(device))
+
+    def freeze(self, model, plan):
+        blip2.freeze(model, 1 if plan.stage else 2)
+
+    def batch(self, plan, step):
+        """[(picture, caption)]. Stage 1: the last four are near misses of scenes, so that contrast and matching do not
+        run out of things to learn. Stage 2: many scenes of three and four things, where the vectors must say most."""
+        rngs = batch_rngs(plan.seed, (1 if plan.stage else 2, step), plan.batch)
+        scenes = [make_scene(rng, None if plan.stage else rng.choice((1, 2, 3, 3, 4, 4))) for rng in rngs]
+        if plan.stage:
+            scenes[-4:] = [change_one(scene, rng) for scene, rng in zip(scenes, rngs[-4:])]
+        return [(draw(scene), caption(scene)) for scene in scenes]
+
+    def prompt_row(self, question):
+        """The ids of a question about an image: as in told_scene, but told by queries in the place of words."""
+        return encode(f"USER: {'<image>' * blip2.PRESETS['tiny'].qformer.queries}\n{question} ASSISTANT:")
+
+    def row(self, text):
+        """A description behind the prompt -> ids and labels. Only the description counts."""
+        prompt, reply = self.prompt_row(DESCRIBE), text_rows([f" {text}"])[0]
+        return prompt + reply, [blip2.IGNORE_INDEX] * len(prompt) + reply
+
+    def loss(self, model, samples, plan, step):
+        """Stage 1: contrast, matching, generation. Stage 2: OPT writes the text; padding is to the right of it."""
+        device, pictures, texts = model.query_tokens.device, *zip(*samples)
+        pixels = blip2.preprocess(pictures, model.config.vision).to(device)
+        if plan.stage:
+            ids, mask = qformer_rows(texts)
+            hard_negatives = torch.Generator().manual_seed(1_000_003 * plan.seed + step)
+            return model.stage1_loss(pixels, ids.to(device), mask.to(device), hard_negatives)
+        rows = [self.row(text) for text in texts]
+        ids, _ = pad([ids for ids, _ in rows])
+        labels, _ = pad([labels for _, labels in rows], blip2.IGNORE_INDEX)
+        return blip2.language_loss(model(pixels, ids.to(device)), labels.to(device))
+
+    def expected(self, model, plan):
+        """Of the three losses of stage 1 together."""
+        return ("ln B + ln 2 + ln V", math.log(2 * plan.batch * VOCAB_SIZE)) if plan.stage else None
+
+    def own(self, picture, text):
+        check_fits(self.row(text)[0], blip2.PRESETS["tiny"].language.context)
+        return picture, text
+
+    def inputs(self, model, pictures, questions):
+        """A question about each picture -> what model.generate takes."""
+        device = model.query_tokens.device
+        ids, mask = blip2.pad_rows([self.prompt_row(question) for question in questions], PAD_ID, left=True)
+        pixels = blip2.preprocess(pictures, model.config.vision)
+        return dict(ids=ids.to(device), pixels=pixels.to(device), mask=mask.to(device))
+
+    def prompt(self, model, asked):
+        """[(scene, question)] -> what model.generate takes."""
+        return self.inputs(model, [draw(scene) for scene, _ in asked], [question for _, question in asked])
+
+    def captions(self, model, scenes):
+        """What OPT writes about each scene."""
+        return self.answers(model, [(scene, DESCRIBE) for scene in scenes], 40)
+
+    def claims(self, model, args):
+        """Contrast and matching are measured after stage 1, because stage 2 is free to forget them."""
+        rng = rng_for("blip2 claims")
+        scenes = [make_scene(rng, split="test") for _ in range(400)]
+        contrast, matching = reranking(self.train(args.device, args.seed, until="stage1"))
+        right, frozen = exactly_right(self.captions(model, scenes), scenes), frozen_share("blip2-opt-2.7b", 2)
+        return [
+            Claim("blip2: captions of unseen scenes, exactly right", 0.0, right, 0.90),
+            Claim("blip2: recall@1, matching above contrast alone", contrast, matching, contrast + 0.005),
+            Claim("blip2-opt-2.7b: share that stage 2 leaves frozen", 0.0, frozen, 0.95),
+        ]
+
+    def measure(self, model):
+        rng = rng_for("blip2 ablations")
+        scenes = [make_scene(rng, split="test") for _ in range(400)]
+        return [exactly_right(self.captions(model, scenes), scenes)]
+
+    # The workbench
+
+    def check_question(self, question, images, toy):
+        blip2.build_prompt(question)  # refuses <image>
+        if toy:
+            check_fits(self.prompt_row(question), blip2.PRESETS["tiny"].language.context - 16)
+
+    def answer(self, model, images, question, encode, decode):
+        """The toy's prompt has the placeholders inside. Each image gets an answer, behind the question again: BLIP-2
+        reads one image at a time."""
+        inputs = self.inputs(model, images, [question] * len(images))
+        longest = min(32, model.config.language.context - inputs["ids"].shape[1])
+        new = model.generate(**inputs, max_new_tokens=longest, eos_id=EOS_ID)
+        return f"\n{question} -> ".join(decode(row).strip() for row in new.tolist())
+
+    def ask(self, args):
+        """Of a published checkpoint: it describes each image, answers about it, or (one for retrieval) judges how well
+        each prompt fits."""
+        if not args.weights:
+            return super().ask(args)
+        images, prompts = [load_image(path) for path in args.image], args.prompt or [""]  # "" asks for a caption
+        if not images:
+            raise ValueError("--weights needs --image, as in --weights DIR --image photo.jpg --prompt 'what is this?'")
+        for prompt in prompts:
+            self.check_question(prompt, images, toy=False)
+
+        def check(config, tokenizer):
+            """Before the weights are read: are there words to judge, does each prompt fit?"""
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            judges = config.language is None
+            if judges and not all(prompt.strip() for prompt in prompts):
+                stop("blip2.py: a checkpoint for retrieval judges texts, as in --prompt 'a cat' --prompt 'a dog'")
+            for prompt in prompts:
+                ids = tokenizer.encode(prompt if judges else blip2.build_prompt(prompt)).ids
+                ids = ids if judges else blip2.prompt_ids(ids, config)
+                context = (config.qformer if judges else config.language).context
+                if len(ids) > context:
+                    stop(f"blip2.py: the prompt has {len(ids)} tokens, the context holds {context}: shorten it")
+
+        model, tokenizer = load_published(self, args, check)
+        ids_of = lambda text: tokenizer.encode(text).ids
+        for path, image in zip(args.image, images):
+            if model.config.language is None:
+                belongs, cosines = blip2.judge(model, image, prompts, ids_of)
+                say(f"{path}: do they belong together (ITM), and their cosine (ITC)")
+                for i in belongs.argsort(descending=True).tolist():
+                    say(f"  {100 * belongs[i]:5.1f} %  {cosines[i]:6.3f}  {prompts[i]}")
+            else:
+                for prompt in prompts:
+                    asked = f"{path}: {blip2.build_prompt(prompt)} -> " if len(images) * len(prompts) > 1 else ""
+                    say(asked + blip2.answer(model, [image], prompt, ids_of, tokenizer.decode))
+
+    def demo(self, args):
+        rng, queries = rng_for("blip2 demo"), blip2.PRESETS["tiny"].qformer.queries
+        scenes = [make_scene(rng, split="test") for _ in range(3)]
+        say(f"In goes an image of 32 x 32 pixels, 17 features. {queries} queries attend to them. OPT, which was never")
+        say("trained on an image, reads their outputs as if they were words:")
+        say(f"    'USER: ({queries} vectors)\\n{DESCRIBE} ASSISTANT:'")
+        untrained = self.start(args.device, seed=0)
+        say(f"before training OPT writes: {self.captions(untrained, scenes[:1])[0]!r}")
+        stage1, model = (self.train(args.device, demo=True, until=until) for until in ("stage1", None))
+        say("\nthree images it has never seen; after stage 1 the Q-Former writes by itself, after stage 2 OPT writes:")
+        written, said, rows = qformer_captions(stage1, scenes), self.captions(model, scenes), []
+        for scene, first, second in zip(scenes, written, said):
+            right = caption(scene)
+            say(f"    [{right}]")
+            say(f"        stage 1: {'exactly that' if first == right else first}")
+            say(f"        stage 2: {'exactly that' if second == right else second}")
+            rows.append((draw(scene), query_attention(model, draw(scene)), second))
+        many = [make_scene(rng, split="test") for _ in range(200)]
+        for stage, texts in ((1, qformer_captions(stage1, many)), (2, self.captions(model, many))):
+            share = f"{things_right(texts, many):.0%} of the things described rightly, {exactly_right(texts, many):.0%}"
+            say(f"after stage {stage}, of 200 more images: {share} of the images")
+        if self.short:
+            say("(both stages were cut short; after python train_tiny.py blip2 the demo shows the whole training)")
+        say("\nwhere the queries look in the first image (a query's number stands on the patch it attends to most):")
+        heats = rows[0][1]
+        busiest, columns = heats.flatten(1).argmax(1).tolist(), heats.shape[2]
+        for start in range(0, heats[0].numel(), columns):
+            cells = [[str(q) for q, at in enumerate(busiest) if at == start + c] for c in range(columns)]
+            say("    " + " ".join(f"{','.join(cell) or '.':^14}" for cell in cells))
+        draw_queries(rows, RUNS / "blip2" / "demo.png")
+
+    def masks(self):
+        rule = lambda attends, *real: draw_mask(5, 5, **blip2.qformer_rule(attends, 2, torch.tensor([real])))
+        return [
+            ("vision tower: the class token and all patches see each other", draw_mask(5, 5)),
+            (
+                "Q-Former, 2 queries and 3 words, contrastive (ITC): queries and words do not meet",
+                rule("contrastive", True, True, True),
+            ),
+            ("Q-Former, matching (ITM): all see all", rule("matching", True, True, True)),
+            (
+                "Q-Former, generation (ITG): a word sees the queries and the words before it",
+                rule("generation", True, True, True),
+            ),
+            ("the same with 2 words and 1 of padding", rule("generation", True, True, False)),
+            ("every query sees every patch in the cross-attention; words never do", draw_mask(2, 5)),
+            ("decoder: causal, here 2 query outputs and 4 words", draw_mask(6, 6, causal=True)),
+        ]
+
+    def costs(self, model, words=64):
+        """What trains in which stage, visual tokens, FLOPs and KV cache, as lines of text; of a model on the meta
+        device."""
+        config, side, language = model.config, model.config.vision.image_size, model.config.language
+        pixels, tokens = torch.empty(1, 3, side, side, device="meta"), blip2.num_image_tokens(side, side, config)
+        image = torch.empty(1, 1 + (side // config.vision.patch_size) ** 2, config.vision.width, device="meta")
+        lines = [trained_share(model, blip2.freeze, 1)] if config.qformer.text else []
+        lines += [trained_share(model, blip2.freeze, 2)] if language else []
+        model.requires_grad_(False)  # the counter does not take views of what trains
+        to_encode, to_query = count_flops(lambda: model.encode_image(pixels)), count_flops(lambda: model.query(image))
+        lines += [
+            f"the Q-Former's layers 0, {config.qformer.cross_every}, ... attend to the image; the one shown above does",
+            f"image {side} x {side} -> {image.shape[1]} features -> {tokens} queries, as for an image of any size",
+            f"FLOPs: {to_encode:,} to encode an image, {to_query:,} for the queries to read it",
+        ]
+        if language:
+            prompt = torch.empty(1, tokens + words, language.width, device="meta")
+            read = count_flops(lambda: model.language.hidden(prompt))
+            looked_up = count_parameters(model.language.embed_positions)  # not multiplied
+            cache = 2 * language.layers * language.kv_heads * language.head_width  # numbers per token: keys and values
+            lines += [
+                f"FLOPs: {read:,} for the decoder to read them with {words} words,",
+                f"{2 * (count_parameters(model.language) - looked_up):,} for each new word, but for its attention",
+                f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cache * tokens:,} for one image",
+            ]
+        return lines
+
+
+def qformer_rows(texts):
+    """Texts -> (ids, mask) in BERT's form: <cls> text <sep>."""
+    return pad([[CLS_ID] + tokenizer().encode_ordinary(text) + [SEP_ID] for text in texts])
+
+
+@torch.no_grad()
+def qformer_captions(model, scenes, longest=40):
+    """What the Q-Former itself writes about each scene (ITG)."""
+    pixels = blip2.preprocess([draw(scene) for scene in scenes], model.config.vision).to(model.query_tokens.device)
+    rows = model.caption(pixels, longest).tolist()
+    return [decode(row[: row.index(SEP_ID)] if SEP_ID in row else row).strip() for row in rows]
+
+
+def exactly_right(said, scenes):
+    return sum(text == caption(scene) for text, scene in zip(said, scenes)) / len(scenes)
+
+
+def things_right(said, scenes):
+    """The share of the things that are described rightly, at their place in the caption. Too many words cost
+    nothing."""
+    pairs = [(text.split(", "), caption(scene).split(", ")) for text, scene in zip(said, scenes)]
+    right = sum(a == b for text, wanted in pairs for a, b in zip(text, wanted))
+    return right / sum(len(wanted) for _, wanted in pairs)
+
+
+@torch.no_grad()
+def reranking(model, count=400, top=16):
+    """(recall@1 by contrast alone, recall@1 when matching reorders its first `top`): unseen scenes, each to be found by
+    its caption among those of all, and of three scenes each that differ from one of them in a single property."""
+    rng = rng_for("blip2 reranking")
+    scenes = [make_scene(rng, split="test") for _ in range(count)]
+    near = [change_one(scene, rng, split="any") for scene in scenes for _ in range(3)]
+    texts = list(dict.fromkeys(caption(scene) for scene in scenes + near))
+    ids, mask = (x.to(model.query_tokens.device) for x in qformer_rows(texts))
+    image = model.encode_image(blip2.preprocess([draw(scene) for scene in scenes], model.config.vision).to(ids.device))
+    first = blip2.similarity(model.image_features(image), model.text_features(ids, mask)).topk(top, dim=1).indices
+    contrast = matching = 0
+    for scene, features, chosen in zip(scenes, image, first):
+        best = model.match(features.expand(top, -1, -1), ids[chosen], mask[chosen]).softmax(-1)[:, 1].argmax()
+        contrast += texts[chosen[0]] == caption(scene)
+        matching += texts[chosen[best]] == caption(scene)
+    return contrast / count, matching / count
+
+
+def frozen_share(preset, stage):
+    """The share of a published model's parameters that a stage leaves as they are, from its shapes."""
+    with torch.device("meta"):
+        model = blip2.BLIP2(blip2.PRESETS[preset])
+    return 1 - sum(p.numel() for p in blip2.freeze(model, stage)) / count_parameters(model)
+
+
+@torch.no_grad()
+def query_attention(model, picture):
+    """The attention of each query to the patches, mean over heads and layers, [L,rows,columns]. The share of the class
+    token is left out."""
+    config, device = model.config, model.query_tokens.device
+    image = model.encode_image(blip2.preprocess([picture], config.vision).to(device))  # [1,N,Dv]
+    with attention_maps() as maps:  # of self-attention [1,H,L,L] and, in every second layer, of cross-attention
+        model.query(image)
+    crosses = [x for x in maps if x.shape[2:] == (config.qformer.queries, image.shape[1])]  # [1,H,L,N] each
+    to_patches = torch.stack(crosses).mean((0, 2))[0, :, 1:]  # [L,N-1]
+    return to_patches.unflatten(-1, (config.vision.image_size // config.vision.patch_size, -1)).cpu()
+
+
+def draw_queries(rows, file, size=64):
+    """PNG: for each (picture, attention of every query [L,rows,columns], text) the picture, where each query looks, and
+    the text."""
+    across = min(8, len(rows[0][1]))  # queries in a line
+    deep = -(-len(rows[0][1]) // across)  # lines of queries per picture
+    page = Image.new("RGB", ((1 + across) * (size + 4) + 280, len(rows) * (deep * (size + 4) + 8) + 24), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((4, 4), "image", fill="black")
+    pen.text((size + 8, 4), "what query 0, 1, 2 ... looks at", fill="black")
+    for i, (picture, heats, text) in enumerate(rows):
+        y = 24 + i * (deep * (size + 4) + 8)
+        page.paste(picture.resize((size, size), Image.Resampling.NEAREST), (4, y))
+        for q, heat in enumerate(heats):
+            line, column = divmod(q, across)
+            page.paste(heat_picture(picture, heat, size), ((column + 1) * (size + 4) + 4, y + line * (size + 4)))
+        text = text.replace(", ", ",\n")
+        pen.multiline_text(((1 + across) * (size + 4) + 12, y + 4), text, fill="black", spacing=4)
+    save_picture(page, file, "three images, and what each query looks at")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2255,7 +2577,7 @@ def trace(model):
     def watch(name, module):
         def note(module, inputs, output):
             tensors = output if isinstance(output, tuple) else (output,)
-            rows.extend((name, x) for x in tensors if torch.is_tensor(x))
+            rows.extend((name, x) for x in tensors if torch.is_tensor(x) and x.numel())
 
         hooks.append(module.register_forward_hook(note))
 
