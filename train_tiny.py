@@ -874,6 +874,8 @@ class Recipe:
     stages = ()
     fields = ("text",)  # what a row of own data needs besides file_name
     variants, beats, ablation_steps = {}, (), 300  # {variant: changes}, (claim, better variant, worse variant)
+    special_tokens = True  # does a published tokenizer add those of its own to a prompt?
+    no_tokenizer = ""  # what to do when a published folder has none
 
     # A family has start(device, seed, **changes), batch(plan, step), loss(model, samples, plan, step), and perhaps
 
@@ -977,8 +979,9 @@ class Recipe:
             self.check_question(question, images, toy=not args.weights)
         if args.weights:
             model, tokenizer = load_published(self, args)
+            ids_of = lambda text: tokenizer.encode(text, add_special_tokens=self.special_tokens).ids
             for question in args.prompt:
-                say(self.answer(model, images, question, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
+                say(self.answer(model, images, question, ids_of, tokenizer.decode))
         else:
             if args.fresh:
                 forget(self.family)
@@ -1676,6 +1679,8 @@ class CogVLMRecipe(Recipe):
     }
     ablation_steps = 400
     short, frozen = False, True  # are the towers those of the demo? does the language model stay frozen?
+    special_tokens = False  # prompt_row writes <bos>
+    no_tokenizer = ": CogVLM's folder comes without one, put that of lmsys/vicuna-7b-v1.5 there (CogVLM2 has its own)"
 
     def start(self, device, seed, experts=True, frozen=True):
         """The toy EVA tower, the toy Vicuna with copies of its weights in the vision experts, and a random adapter.
@@ -1807,10 +1812,9 @@ class CogVLMRecipe(Recipe):
             say("(this model and the towers it is built on had a fraction of their training; after")
             say("python train_tiny.py cogvlm the demo shows the whole one)")
         before, after = text_logits(untrained), text_logits(model)
-        trained = sum(p.numel() for p in cogvlm.freeze(model))
-        same = int((before == after).sum())
-        say(f"\nforgotten: nothing. {trained:,} of {count_parameters(model):,} weights were trained, none of which a text")
-        say(f"without an image uses: of {before.numel():,} logits of such texts {same:,} are bit-identical.")
+        same, trained = int((before == after).sum()), sum(p.numel() for p in cogvlm.freeze(model))
+        say(f"\nforgotten: nothing. {trained:,} of {count_parameters(model):,} weights were trained, and a text without")
+        say(f"an image uses none of these: of {before.numel():,} logits {same:,} are bit-identical.")
         draw_boxes(pictures, RUNS / "cogvlm" / "demo.png")
 
     def masks(self):
@@ -2072,6 +2076,8 @@ def load_published(recipe, args):
 
         folder = recipe.module.checkpoint_folder(args.weights)
         recipe.module.config_from_published(folder)  # a checkpoint of another family is found before gigabytes are read
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder / 'tokenizer.json'} is missing{recipe.no_tokenizer}")
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         return recipe.model_class.from_pretrained(folder, getattr(torch, args.dtype), args.device), tokenizer
     except ImportError as error:
