@@ -1813,8 +1813,8 @@ class CogVLMRecipe(Recipe):
             say("python train_tiny.py cogvlm the demo shows the whole one)")
         before, after = text_logits(untrained), text_logits(model)
         same, trained = int((before == after).sum()), sum(p.numel() for p in cogvlm.freeze(model))
-        say(f"\nforgotten: nothing. {trained:,} of {count_parameters(model):,} weights were trained, and a text without")
-        say(f"an image uses none of these: of {before.numel():,} logits {same:,} are bit-identical.")
+        say(f"\nforgotten: nothing. {trained:,} of {count_parameters(model):,} weights were trained, and texts without")
+        say(f"an image use none of these: of {before.numel():,} logits {same:,} are bit-identical.")
         draw_boxes(pictures, RUNS / "cogvlm" / "demo.png")
 
     def masks(self):
