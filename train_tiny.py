@@ -874,6 +874,8 @@ class Recipe:
     stages = ()
     fields = ("text",)  # what a row of own data needs besides file_name
     variants, beats, ablation_steps = {}, (), 300  # {variant: changes}, (claim, better variant, worse variant)
+    special_tokens = True  # does a published tokenizer add those of its own to a prompt?
+    no_tokenizer = ""  # what to do when a published folder has none
 
     # A family has start(device, seed, **changes), batch(plan, step), loss(model, samples, plan, step), and perhaps
 
@@ -977,8 +979,9 @@ class Recipe:
             self.check_question(question, images, toy=not args.weights)
         if args.weights:
             model, tokenizer = load_published(self, args)
+            ids_of = lambda text: tokenizer.encode(text, add_special_tokens=self.special_tokens).ids
             for question in args.prompt:
-                say(self.answer(model, images, question, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
+                say(self.answer(model, images, question, ids_of, tokenizer.decode))
         else:
             if args.fresh:
                 forget(self.family)
@@ -2477,8 +2480,357 @@ class FlamingoRecipe(Recipe):
 # CogVLM
 
 
+EVA_STEPS, VICUNA_STEPS = 400, (1500, 500, 450)  # of the towers
+DEMO_TOWERS = (200, 300)  # when somebody waits for the demo; of the toy Vicuna only the first part then
+
+
+def ask_box(scene, rng):
+    """A referring expression, answered as in grounded captions: the thing's name, its place in words, its box. The
+    words in front make the box easier to learn. One question in eight asks for a thing that is not there."""
+    if rng.random() < 0.125:
+        absent = [pair for pair in SEEN_PAIRS if pair not in [t.pair for t in scene.things]]
+        return "where is the {} {}?".format(*rng.choice(absent)), "nothing"
+    thing = rng.choice(scene.things)
+    asked = thing.name if rng.random() < 0.5 else refer(scene, thing)
+    return f"where is the {asked}?", f"{thing.name} {thing.place} {box_text(thing, 32, 32)}"
+
+
+def cogvlm_turns(scene, rng):
+    """What is asked about a scene: two boxes, two questions, and its description, in any order."""
+    boxes = [ask_box(scene, rng), ask_box(scene, rng)]
+    turns = [*boxes, ask(scene, rng, KINDS), ask(scene, rng, KINDS), (DESCRIBE, caption(scene))]
+    return rng.sample(turns, len(turns))
+
+
+def vicuna_turns(scene, rng, part=3):
+    """What the toy Vicuna is asked about a scene that is described in words.
+
+    Parts 1 and 2: what CogVLM will be asked, and a list of all things, shape first or colour first. The list trains
+    looking up a word by its neighbour at every position, a question only once. Part 3: what is learned last. Boxes are
+    few: the description has no coordinates, so only their form can be learned.
+    """
+    if part == 3:
+        turns = [ask(scene, rng, (kind,)) for kind in ("colour", "shape", rng.choice(KINDS), rng.choice(KINDS))]
+        turns.append(ask_box(scene, rng) if rng.random() < 0.75 else (DESCRIBE, caption(scene)))
+        return rng.sample(turns, len(turns))
+    things = rng.sample(scene.things, len(scene.things))
+    turns = [ask(scene, rng, KINDS) for _ in range(6)] + [(DESCRIBE, caption(scene))]
+    if rng.random() < 0.5:
+        told = ", ".join(f"{t.shape} {t.colour} {t.size} {t.place}" for t in things)
+        turns.append(("which shape has which colour?", told))
+    else:
+        told = ", ".join(f"{t.colour} {t.shape} {t.size} {t.place}" for t in things)
+        turns.append(("which colour has which shape?", told))
+    if rng.random() < (0.15 if part == 1 else 0.6):
+        turns.append(ask_box(scene, rng))
+    return rng.sample(turns, len(turns))
+
+
+def vicuna_rows(scenes, part=3):
+    """[(scene, rng)] -> ids, labels [B,T]: each scene described in words, its things in any order, in the place of a
+    picture; then questions and answers, of which the answers count."""
+    rows = []
+    for scene, rng in scenes:
+        turns = vicuna_turns(scene, rng, part)
+        ids, labels = cogvlm.conversation_row(turns, encode, cogvlm.PRESETS["tiny"], images=0)
+        told = encode(", ".join(f"{t.place} a {t.full_name}" for t in rng.sample(scene.things, len(scene.things))))
+        rows.append((ids[:1] + told + ids[1:], [cogvlm.IGNORE_INDEX] * len(told) + labels))
+    return pad([ids for ids, _ in rows])[0], pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)[0]
+
+
+def toy_eva(device="cpu", steps=None):
+    """CogVLM's tower at toy size: a toy CLIP is trained with it in the place of CLIP's own. Cached in runs/eva."""
+    torch.manual_seed(0)
+    recipe, tower = CLIPRecipe(), cogvlm.EVATower(cogvlm.PRESETS["tiny"].vision)
+    plan = replace(recipe.stages[-1], steps=steps or EVA_STEPS)
+    return recipe.fit(run_name("eva", steps=steps), recipe.start(device, 0, vision=tower), plan).vision
+
+
+def toy_vicuna(device="cpu", steps=None):
+    """CogVLM's decoder at toy size, pretrained on text alone to look up what it is told. Three parts, cached in
+    runs/vicuna-part1, runs/vicuna-part2 and runs/vicuna. steps: so many of the first part, and no other."""
+    torch.manual_seed(0)
+    model = cogvlm.ExpertDecoder(cogvlm.PRESETS["tiny"].language).to(device)
+    for layer in model.layers:
+        layer.vision_expert.requires_grad_(False)  # text never passes through it
+
+    def loss_of(part, step):
+        key = f"vicuna {part}"
+        count = rng_for(key, step).choice((1, 2, 2, 3, 3, 4))  # things in each scene of a step: rows about as long
+        ids, labels = vicuna_rows([(make_scene(rng, count), rng) for rng in batch_rngs(0, (key, step), 32)], part)
+        return cogvlm.language_loss(model(ids.to(device)), labels.to(device))
+
+    lengths, code = dict(zip(("vicuna-part1", "vicuna-part2", "vicuna"), VICUNA_STEPS)), code_of(cogvlm, ["toy_vicuna"])
+    if steps:
+        lengths = {run_name("vicuna", steps=steps): steps}
+    for part, (name, length) in enumerate(lengths.items(), 1):
+        plan = Plan("", length, 32, lr=3e-3, muon=6e-3)
+        expected = ("ln V", math.log(VOCAB_SIZE)) if part == 1 else None
+        fit(name, plan, model, lambda step, part=part: loss_of(part, step), code, expected=expected)
+    model.copy_experts()  # image tokens are first processed as words are
+    return model
+
+
 class CogVLMRecipe(Recipe):
-    module = cogvlm
+    module, model_class, fields = cogvlm, cogvlm.CogVLM, ("question", "answer")
+    stages = (Plan("", 1700, 16, lr=3e-3, muon=1.2e-2, warmup=50, weight_decay=0.02, demo=300),)
+    variants = {  # deep fusion; shallow, as LLaVA's, with the language model frozen; shallow, and it trains too
+        "visual experts": {},
+        "adapter alone": dict(experts=False),
+        "all trained": dict(experts=False, frozen=False),
+    }
+    ablation_steps = 400
+    short, frozen = False, True  # are the towers those of the demo? does the language model stay frozen?
+    special_tokens = False  # prompt_row writes <bos>
+    no_tokenizer = ": CogVLM's folder comes without one, put that of lmsys/vicuna-7b-v1.5 there (CogVLM2 has its own)"
+
+    def start(self, device, seed, experts=True, frozen=True):
+        """The toy EVA tower, the toy Vicuna with copies of its weights in the vision experts, and a random adapter.
+        experts=False: image tokens use the words' own weights, in every layer the same module."""
+        torch.manual_seed(seed)
+        model = cogvlm.CogVLM(cogvlm.PRESETS["tiny"])
+        eva_steps, vicuna_steps = DEMO_TOWERS if self.short else (None, None)
+        assemble(model, device, vision=toy_eva(device, eva_steps), language=toy_vicuna(device, vicuna_steps))
+        if not experts:
+            for layer in model.language.layers:
+                layer.vision_expert = layer.language_expert
+        self.frozen = frozen
+        return model
+
+    def freeze(self, model, plan):
+        cogvlm.freeze(model)  # of a model without experts it trains the adapter only
+        if not self.frozen:
+            model.language.requires_grad_(True)
+
+    def batch(self, plan, step):
+        """[(picture, turns)]. All scenes of a step have equally many things: rows about as long."""
+        count = rng_for(plan.seed, "cogvlm", step).choice((1, 2, 2, 3, 3, 4))
+        scenes = [(make_scene(rng, count), rng) for rng in batch_rngs(plan.seed, ("cogvlm", step), plan.batch)]
+        return [(draw(scene), cogvlm_turns(scene, rng)) for scene, rng in scenes]
+
+    def row(self, turns):
+        """What looks like a special token in own data is plain text."""
+        return cogvlm.conversation_row(turns, tokenizer().encode_ordinary, cogvlm.PRESETS["tiny"])
+
+    def loss(self, model, samples, plan, step):
+        """Only the answers count; padding is to the right of all labels."""
+        device = next(model.parameters()).device
+        rows = [self.row(turns) for _, turns in samples]
+        ids, _ = pad([ids for ids, _ in rows])
+        labels, _ = pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)
+        pixels = cogvlm.preprocess([picture for picture, _ in samples], model.config.vision).to(device)
+        return cogvlm.language_loss(model(ids.to(device), pixels), labels.to(device))
+
+    def own(self, picture, question, answer):
+        turns = [(question or DESCRIBE, answer)]
+        check_fits(self.row(turns)[0], cogvlm.PRESETS["tiny"].language.context)
+        return picture, turns
+
+    def prompt(self, model, asked):
+        """[(scene, question)] -> what model.generate takes."""
+        device = next(model.parameters()).device
+        texts = [cogvlm.build_prompt(question, "vqa") for _, question in asked]
+        rows = [cogvlm.prompt_row(encode(text), model.config) for text in texts]
+        ids, mask = cogvlm.pad_rows(rows, PAD_ID, left=True)
+        pixels = cogvlm.preprocess([draw(scene) for scene, _ in asked], model.config.vision)
+        return dict(ids=ids.to(device), pixels=pixels.to(device), mask=mask.to(device))
+
+    def grounding(self, model, asked):
+        """The share of [(scene, question, box)] answered with a box of IoU 0.5 or more: the paper's measure."""
+        boxes = [cogvlm.parse_box(text) for text in self.answers(model, asked, 40)]
+        ious = [cogvlm.box_iou(box, cogvlm.parse_box(right)) for box, (_, _, right) in zip(boxes, asked)]
+        return sum(iou >= 0.5 for iou in ious) / len(asked)
+
+    def claims(self, model, args):
+        before = self.start(args.device, args.seed)
+        vqa, boxes = questions(rng_for("cogvlm claims"), 400), box_questions(rng_for("cogvlm boxes"), 400)
+        same = float((text_logits(before) == text_logits(model)).double().mean())
+        found = self.grounding(model, boxes)
+        return [
+            Claim("cogvlm: text-only logits equal to the bit, before and after", 0.0, same, 1.0),
+            Claim("cogvlm: things found in unseen scenes, IoU >= 0.5", guess_box(boxes), found, 0.80),
+            Claim("cogvlm: questions about unseen scenes", guess(vqa), self.accuracy(model, vqa), 0.90),
+        ]
+
+    def measure(self, model):
+        """What a variant has learned about images, and the loss on texts, which shows what it has forgotten."""
+        vqa, boxes = questions(rng_for("cogvlm ablations"), 400), box_questions(rng_for("cogvlm ablations, boxes"), 200)
+        return [self.accuracy(model, vqa), self.grounding(model, boxes), text_loss(model)]
+
+    def compare(self, means):
+        """The text loss of a frozen language model is what it was before training."""
+        deep, shallow, trained = (means[variant] for variant in self.variants)
+        return [
+            Claim("cogvlm: visual experts answer more than an adapter alone", shallow[0], deep[0], shallow[0]),
+            Claim("cogvlm: visual experts find more than an adapter alone", shallow[1], deep[1], shallow[1]),
+            Claim("cogvlm: text loss saved by not training the language model", 0.0, trained[2] - deep[2], 0.01),
+        ]
+
+    # The workbench
+
+    def check_question(self, question, images, toy):
+        prompt = cogvlm.build_prompt(question, "vqa")
+        if toy:
+            config = cogvlm.PRESETS["tiny"]
+            check_fits(cogvlm.prompt_row(encode(prompt), config, len(images) or 1), config.language.context - 24)
+
+    def answer(self, model, images, question, encode, decode):
+        """A box in the answer is drawn on the (first) image. The toy is asked in the style it was trained in."""
+        toy = dict(style="vqa", max_new_tokens=24) if model.config == cogvlm.PRESETS["tiny"] else {}
+        text = cogvlm.answer(model, images, question, encode, decode, **toy)
+        if images and (box := cogvlm.parse_box(text)):
+            page = framed(images[0], [(box, "magenta")], max(256, *images[0].size))
+            save_picture(page, RUNS / "cogvlm" / "box.png", "the box on the image")
+        return text
+
+    def demo(self, args):
+        self.short = not self.done()
+        rng = rng_for("cogvlm demo")
+        asked = box_questions(rng, 4) + questions(rng, 4)
+        tokens = cogvlm.num_image_tokens(32, 32, cogvlm.PRESETS["tiny"])
+        say(
+            f"In goes an image of 32 x 32 pixels and a question; the decoder reads <bos>, {tokens} image tokens (boi,"
+            f" {tokens - 2} patches, eoi)",
+            f"through the vision experts' weights and {cogvlm.build_prompt(asked[0][1], 'vqa')!r}",
+            "through its own.",
+        )
+        untrained = self.start(args.device, seed=0)
+        said = self.answers(untrained, asked[:3], 40)
+        say(f"before training it says: {', '.join(repr(text[:24]) for text in said)}")
+        model, pictures = self.train(args.device, demo=True), []
+        say("\nafter training, about images it has never seen:")
+        for (scene, question, right), text in zip(asked, self.answers(model, asked, 40)):
+            true, found = cogvlm.parse_box(right), cogvlm.parse_box(text)
+            verdict = "right" if text == right else f"wrong, it is {right}"
+            if true:
+                verdict = f"IoU {cogvlm.box_iou(true, found):.2f}" if found else "no box"
+            say(f"    {question} -> {text} ({verdict})")
+            pictures.append((draw(scene), true, found, f"{question}\n{text}\n({verdict})"))
+        boxes, many = box_questions(rng_for("cogvlm demo, boxes"), 200), questions(rng_for("cogvlm demo, many"), 200)
+        found, right = self.grounding(model, boxes), self.accuracy(model, many)
+        say(f"of 200 more boxes {found:.0%} overlap the right one by half (guessing: {guess_box(boxes):.0%});")
+        say(f"of 200 more questions {right:.0%} are answered rightly (guessing: {guess(many):.0%})")
+        if self.short:
+            say("(this model and the towers it is built on had a fraction of their training; after")
+            say("python train_tiny.py cogvlm the demo shows the whole one)")
+        before, after = text_logits(untrained), text_logits(model)
+        same, trained = int((before == after).sum()), sum(p.numel() for p in cogvlm.freeze(model))
+        say(f"\nforgotten: nothing. {trained:,} of {count_parameters(model):,} weights were trained, and texts without")
+        say(f"an image use none of these: of {before.numel():,} logits {same:,} are bit-identical.")
+        draw_boxes(pictures, RUNS / "cogvlm" / "demo.png")
+
+    def masks(self):
+        is_image = torch.tensor([[False] * 2 + [True] * 5 + [False] * 2])
+        roles, padded = cogvlm.find_roles(is_image, 5), torch.tensor([[-1, -1, 0, 0, 0, 0, 0, 0, 0]])
+        names = {cogvlm.TEXT: "word", cogvlm.BOI: "boi", cogvlm.PATCH: "patch", cogvlm.EOI: "eoi"}
+        table = [f"{'token':<8}{'expert':<10}position"]
+        columns = roles[0], cogvlm.takes_vision_expert(roles)[0], cogvlm.position_ids(roles)[0]
+        for role, vision, position in zip(*(column.tolist() for column in columns)):
+            table.append(f"{names[role]:<8}{'vision' if vision else 'language':<10}{position}")
+        return [
+            ("2 words, an image of 3 patches, 2 words: the expert and the position of each token", "\n".join(table)),
+            ("vision tower: the class token and all patches see each other", draw_mask(4, 4)),
+            (
+                "decoder: one softmax, causal over words and patches alike, whichever expert made the keys",
+                draw_mask(9, 9, causal=True),
+            ),
+            (
+                "decoder, a row with 2 tokens of padding on the left",
+                draw_mask(9, 9, causal=True, q_segments=padded, k_segments=padded),
+            ),
+            ("decoder with a KV cache: 2 new words after 7 cached tokens", draw_mask(2, 9, causal=True)),
+        ]
+
+    def costs(self, model, words=64):
+        """Where the parameters are, what trains, visual tokens, FLOPs and KV cache, as lines of text; of a model on the
+        meta device."""
+        config, language, side = model.config, model.config.language, model.config.vision.image_size
+        tokens, pixels = cogvlm.num_image_tokens(side, side, config), torch.empty(1, 3, side, side, device="meta")
+        prompt = torch.empty(1, tokens + words, language.width, device="meta")
+        total, trained = count_parameters(model), sum(p.numel() for p in cogvlm.freeze(model))
+        experts = sum(count_parameters(layer.vision_expert) for layer in model.language.layers)
+        of_words = count_parameters(model.language) - experts
+        looked_up = 0 if language.tie_embeddings else language.vocab_size * language.width  # not multiplied
+        cache = 2 * language.layers * language.kv_heads * language.head_width  # numbers per token: keys and values
+        grid = math.isqrt(tokens - 2)
+        encode_image = count_flops(lambda: model.image_tokens(pixels))
+        read = count_flops(lambda: model.language.hidden(prompt))
+        return [
+            f"tower {count_parameters(model.vision):,} + adapter {count_parameters(model.adapter):,}"
+            f" + vision experts {experts:,} + language model {of_words:,}",
+            f"trained: {trained:,} ({100 * trained / total:.1f} %), experts and adapter; {total - trained:,} frozen",
+            f"image {side} x {side} -> {tokens} tokens in the decoder ({grid} x {grid}"
+            f"{' after the convolution' if config.strided else ''}, boi and eoi), on 3 positions",
+            f"FLOPs: {encode_image:,} to encode an image, {read:,} to read it with {words} words:",
+            "as many as without the experts, since each token takes one of them; and",
+            f"{2 * (of_words - looked_up):,} for each new word, but for its attention",
+            f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cache * tokens:,} for one image",
+        ]
+
+
+def box_questions(rng, count):
+    """[(scene, question, answer with a box)]: things to be found in scenes never trained on."""
+    asked = []
+    while len(asked) < count:
+        scene = make_scene(rng, split="test")
+        text, answer = ask_box(scene, rng)
+        if answer != "nothing":
+            asked.append((scene, text, answer))
+    return asked
+
+
+def guess_box(asked):
+    """The grounding of a model that guesses as well as it can: always the one box that is right most often, or (if that
+    is better) the true box of any thing in the scene, as a perfect detector that cannot read would."""
+    boxes = [cogvlm.parse_box(right) for _, _, right in asked]
+    constant = max(sum(cogvlm.box_iou(box, other) >= 0.5 for other in boxes) for box in set(boxes))
+    things = [[cogvlm.parse_box(box_text(t, 32, 32)) for t in scene.things] for scene, _, _ in asked]
+    detector = sum(sum(cogvlm.box_iou(box, t) >= 0.5 for t in found) / len(found) for box, found in zip(boxes, things))
+    return max(constant, detector) / len(asked)
+
+
+@torch.no_grad()
+def text_logits(model):
+    """The logits of 32 conversations without an image: scenes described in words, and questions about them."""
+    ids, _ = vicuna_rows([(make_scene(rng, 3, split="test"), rng) for rng in batch_rngs(0, "text only", 32)])
+    return model(ids.to(model.adapter.boi.device)).cpu()
+
+
+@torch.no_grad()
+def text_loss(model):
+    """The loss on questions about scenes described in words, in nats per token."""
+    device, losses = model.adapter.boi.device, []
+    for count in (2, 3, 4):
+        rngs = batch_rngs(0, ("text loss", count), 32)
+        ids, labels = vicuna_rows([(make_scene(rng, count, split="test"), rng) for rng in rngs])
+        losses.append(float(cogvlm.language_loss(model.language(ids.to(device)), labels.to(device))[0]))
+    return sum(losses) / len(losses)
+
+
+def framed(image, boxes, size):
+    """The image with its longer side at `size`, and boxes on it: [(box as fractions or None, colour)]."""
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(image)
+    for box, colour in boxes:
+        if box is not None:
+            x0, y0, x1, y1 = (round(v * side) for v, side in zip(box, image.size * 2))
+            pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
+    return image
+
+
+def draw_boxes(pictures, file, size=128):
+    """PNG: for each (picture, true box or None, box answered or None, text) the picture with both boxes on it, and the
+    text."""
+    page = Image.new("RGB", (2 * (size + 270), -(-len(pictures) // 2) * (size + 12) + 24), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((4, 4), "white: true box    magenta: the model's", fill="black")
+    for i, (picture, true, said, text) in enumerate(pictures):
+        x, y = 4 + i % 2 * (size + 270), 24 + i // 2 * (size + 12)
+        page.paste(framed(picture, [(true, "white"), (said, "magenta")], size), (x, y))
+        pen.multiline_text((x + size + 10, y + 8), text, fill="black", spacing=6)
+    save_picture(page, file, "each image, the true box and the model's, and what it answered")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2627,6 +2979,8 @@ def load_published(recipe, args, check=None):
 
         folder = recipe.module.checkpoint_folder(args.weights)
         config = recipe.module.config_from_published(folder)  # another family's is found before gigabytes are read
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder / 'tokenizer.json'} is missing{recipe.no_tokenizer}")
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         if check:
             check(config, tokenizer)
