@@ -384,9 +384,8 @@ class CLIP(nn.Module):
             self.text_projection = nn.Linear(Dt, E, bias=False)
             nn.init.normal_(self.visual_projection.weight, std=Dv**-0.5)
             nn.init.normal_(self.text_projection.weight, std=Dt**-0.5)
-            self.logit_scale = nn.Parameter(
-                torch.tensor(math.log(1 / 0.07))
-            )  # CLIP 2.5; as a log, so that it stays > 0
+            # CLIP 2.5: a temperature of 0.07 at first; learned as a log, so that the scale stays positive
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         else:
             self.vision_head = AttentionPool(config.vision)
             self.text_head = nn.Linear(Dt, Dt)

@@ -582,7 +582,7 @@ class CogVLM(nn.Module):
         the counts differ or an image is torn (see find_roles)."""
         is_image = ids == self.config.image_token_id  # [B,T]
         x = self.language.embed_tokens(ids.masked_fill(is_image, 0))  # the id itself may be past the vocabulary
-        image_tokens = x[:0] if image_tokens is None else image_tokens
+        image_tokens = x[:0, :0] if image_tokens is None else image_tokens
         n, each, _ = image_tokens.shape
         if is_image.sum() != n * each:
             raise ValueError(

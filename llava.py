@@ -423,7 +423,7 @@ class LLaVA(nn.Module):
         the order of their placeholders, row by row. Raises ValueError if the counts differ."""
         is_image = ids == self.config.image_token_id  # [B,T]
         x = self.language.embed_tokens(ids)
-        image_tokens = x[:0] if image_tokens is None else image_tokens
+        image_tokens = x[:0, :0] if image_tokens is None else image_tokens
         n, N, _ = image_tokens.shape
         if is_image.sum() != n * N:
             raise ValueError(f"{int(is_image.sum())} image tokens in the ids, but {n} image(s) need {n * N}: {N} each")
