@@ -2471,9 +2471,414 @@ def draw_queries(rows, file, size=64):
 # ----------------------------------------------------------------------------------------------------------------------
 # Flamingo
 
+CHINCHILLA_STEPS = 800  # of the language model
+CAPTIONS = 2  # of the four rows of a step; the others are episodes
+WAYS, SHOTS = 5, (0, 1, 2, 4, 8)  # the kinds of things in an episode; the numbers of examples that are measured
+
+
+def invented_names(rng, count, split="train"):
+    """Words that mean nothing yet: consonant, vowel, consonant. An eighth of them is never used in training."""
+    names = []
+    while len(names) < count:
+        name = rng.choice("bdfgklmnprstvwz") + rng.choice("aeiou") + rng.choice("bdfgklmnprstvwz")
+        of_test = zlib.crc32(name.encode()) % 8 == 0
+        if name not in (*names, *COLOURS) and of_test == (split == "test"):  # "red" has this form too
+            names.append(name)
+    return names
+
+
+def in_turn(rng, shots, ways):
+    """Which of `ways` kinds each of `shots` examples shows: every kind once before any a second time, in random order;
+    and at the end which kind is asked about, perhaps one that no example has shown."""
+    order = []
+    while len(order) < shots:
+        order += rng.sample(range(ways), ways)
+    return rng.sample(order[:shots], shots) + [rng.randrange(ways)]
+
+
+def lookup_text(rng):
+    """Lines of text of which the later ones follow from the earlier: "circle dax", "ring wug", "circle dax" ... A
+    language model that reads much of this learns to look things up in its context. The names are new in every text."""
+    ways, kinds = rng.choice((2, 3, 4, 5)), rng.choice((SHAPES, tuple(COLOURS), None, None))
+    words = rng.sample(kinds, ways) if kinds else invented_names(rng, ways)
+    names = invented_names(rng, ways)
+    return "".join(f"{words[i]} {names[i]}\n" for i in in_turn(rng, 10, ways))
+
+
+def chinchilla_line(rng):
+    return [(lookup_text(rng), True)]
+
+
+def toy_chinchilla(device="cpu"):
+    """The language model of the toy Flamingo, pretrained on `lookup_text` alone; it has never seen a picture. Trained
+    on the first call, then cached in runs/chinchilla."""
+    torch.manual_seed(0)
+    model = flamingo.LanguageModel(flamingo.PRESETS["tiny"].language).to(device)
+    plan = Plan("", CHINCHILLA_STEPS, 16, lr=2e-3, muon=3e-3)
+    return pretrain(model, flamingo, "chinchilla", plan, chinchilla_line)
+
+
+def one_thing(rng, shape, pairs):
+    """A scene of one thing of this shape; its colour, size and place have nothing to do with its name."""
+    pair = rng.choice([pair for pair in pairs if pair[1] == shape])
+    thing = place_thing(pair, rng.choice(tuple(SIZES)), rng.choice(PLACES), rng)
+    return Scene((thing,), grey=rng.randrange(0, 60))
+
+
+def episode(rng, shots, ways=WAYS, split="train"):
+    """[(scene, name)]: `shots` examples of what invented names mean, and one more to be named. A name means a shape,
+    and in the next episode another one: only the examples tell which. split "test": names never used in training, and
+    the scene to be named shows a colour-shape pair never drawn in it."""
+    shapes, names = rng.sample(SHAPES, ways), invented_names(rng, ways, split)
+    *examples, asked = in_turn(rng, shots, ways)
+    scenes = [(one_thing(rng, shapes[i], SEEN_PAIRS), names[i]) for i in examples]
+    last = one_thing(rng, shapes[asked], UNSEEN_PAIRS if split == "test" else SEEN_PAIRS)
+    return [*scenes, (last, names[asked])]
+
+
+def swap_names(one):
+    """The same episode, but every name means what another of its names meant: the right answer is another one."""
+    names = sorted({name for _, name in one})
+    return [(scene, names[names.index(name) - 1]) for scene, name in one]
+
 
 class FlamingoRecipe(Recipe):
-    module = flamingo
+    """A sample is a row [(picture, text)], read as <image> text <|endofchunk|> <image> text <|endofchunk|> ..."""
+
+    module, model_class = flamingo, flamingo.Flamingo
+    # No weight decay: it would move the frozen rows of the table, of which only the new ones train. A large lr for what
+    # is no matrix, such as the gates: while they are nearly closed, what is behind them learns next to nothing.
+    stages = (Plan("", 800, 4, lr=1.5e-2, muon=6e-3, weight_decay=0.0, demo=500),)
+    variants = {
+        "recipe": {},
+        "ungated": dict(gate="none"),
+        "mlp": dict(connector="mlp"),
+        "no captions": dict(captions=0),
+    }
+    beats = (
+        ("tanh gates better than ungated insertion", "recipe", "ungated"),
+        ("resampler no worse than an MLP on each patch", "recipe", "mlp"),
+        ("captions in the mixture better than none", "recipe", "no captions"),
+    )
+    ablation_steps = 800
+    captions = CAPTIONS
+
+    def start(self, device, seed, captions=CAPTIONS, **changes):
+        """The toy CLIP's tower, the toy language model, both frozen from now on, and new layers between them, with
+        closed gates."""
+        self.captions = captions
+        torch.manual_seed(seed)
+        model = flamingo.Flamingo(replace(flamingo.PRESETS["tiny"], **changes))
+        return assemble(model, device, vision=toy_clip(device).vision, language=toy_chinchilla(device))
+
+    def freeze(self, model, plan):
+        flamingo.freeze(model)
+
+    def batch(self, plan, step):
+        """The paper's mixture (section 2.4): rows of captions (of one word, nine in a row), which teach what a picture
+        shows, and interleaved episodes, which teach to learn a name from its examples."""
+        rows, ways = [], rng_for(plan.seed, ("ways", step)).choice((2, 3, 4, 5))
+        for i, rng in enumerate(batch_rngs(plan.seed, ("flamingo", step), plan.batch)):
+            shown = episode(rng, 8, ways)
+            texts = [f" {scene.things[0].shape if i < self.captions else name}" for scene, name in shown]
+            rows.append([(draw(scene), text) for (scene, _), text in zip(shown, texts)])
+        return rows
+
+    def row_ids(self, row):
+        """[(picture, text)] -> ids; special tokens in texts are plain text."""
+        return [i for _, text in row for i in (IMAGE_ID, *tokenizer().encode_ordinary(text), CHUNK_ID)]
+
+    def inputs(self, model, rows):
+        """Rows of [(picture, text)], perhaps of different lengths -> what the model takes."""
+        device = next(model.parameters()).device
+        ids, mask = pad([self.row_ids(row) for row in rows])
+        pixels = flamingo.preprocess([picture for row in rows for picture, _ in row], model.config.vision)
+        media_mask = torch.arange(max(map(len, rows))) < torch.tensor([[len(row)] for row in rows])  # [B,M]
+        media = pixels.new_zeros(*media_mask.shape, 1, *pixels.shape[1:])  # [B,M,1,3,H,W]: an image is one frame
+        media[media_mask] = pixels[:, None]
+        inputs = dict(ids=ids, media=media, mask=mask, media_mask=media_mask)
+        return {name: x.to(device) for name, x in inputs.items()}
+
+    def loss(self, model, samples, plan, step):
+        """Text counts, images do not; padding is to the right of all labels. Metrics: how far the gates are open."""
+        inputs = self.inputs(model, samples)
+        labels = flamingo.text_labels(inputs["ids"], inputs.pop("mask"), model.config)
+        loss, metrics = flamingo.language_loss(model(**inputs), labels)
+        for i, block in enumerate(model.gated_blocks):
+            if block.attn_gate is not None:
+                metrics[f"attn_gate {i}"] = block.attn_gate.detach().tanh().abs().mean()
+                metrics[f"ffw_gate {i}"] = block.ffw_gate.detach().tanh().abs().mean()
+        return loss, metrics
+
+    @torch.no_grad()
+    def expected(self, model, plan):
+        """With closed gates the first loss is that of the language model alone."""
+        if model.config.gate == "none":
+            return None
+        inputs = self.inputs(model, self.batch(plan, 0))
+        labels = flamingo.text_labels(inputs["ids"], inputs["mask"], model.config)
+        return "the frozen language model's", float(flamingo.language_loss(model.language(inputs["ids"]), labels)[0])
+
+    def own(self, picture, text):
+        row = [(picture, f" {text}")]
+        check_fits(self.row_ids(row), flamingo.PRESETS["tiny"].language.context)
+        return row
+
+    def prompt(self, model, episodes):
+        """Episodes -> what model.generate takes: all pictures, and all names but the last."""
+        rows = []
+        for *examples, (asked, _) in episodes:
+            rows.append([*((draw(scene), f" {name}") for scene, name in examples), (draw(asked), "")])
+        inputs = self.inputs(model, rows)
+        begun = [self.row_ids(row)[:-1] for row in rows]  # the last chunk has no end yet
+        ids, mask = flamingo.pad_rows(begun, PAD_ID, left=True)
+        device = inputs["media"].device
+        return inputs | dict(ids=ids.to(device), mask=mask.to(device))
+
+    def answers(self, model, episodes, longest=6):
+        """What the model calls the last scene of each episode, after the others with their names."""
+        said = []
+        for start in range(0, len(episodes), 64):
+            inputs = self.prompt(model, episodes[start : start + 64])
+            new = model.generate(**inputs, max_new_tokens=longest, eos_id=CHUNK_ID)
+            said += [tokenizer().decode([i for i in row if i != CHUNK_ID]).strip() for row in new.tolist()]
+        return said
+
+    def few_shot(self, model, shots, count=400):
+        """The share of episodes of this many examples whose last scene is given its name, letter by letter; and the
+        same share of those in which an example has shown its kind (of WAYS kinds, k examples show k)."""
+        rng = rng_for("few shot", shots)
+        episodes = [episode(rng, shots, split="test") for _ in range(count)]
+        right = [text == one[-1][1] for text, one in zip(self.answers(model, episodes), episodes)]
+        told = [r for r, one in zip(right, episodes) if one[-1][1] in [name for _, name in one[:-1]]]
+        return sum(right) / count, sum(told) / max(1, len(told))
+
+    def follows_the_examples(self, model, shots=8, count=400):
+        """The share of episodes answered rightly both as they are and with swapped names: the same pictures, in the
+        same order, and two different answers."""
+        rng = rng_for("swapped names", shots)
+        episodes = [episode(rng, shots, split="test") for _ in range(count)]
+        swapped = [swap_names(one) for one in episodes]
+        both = zip(episodes, self.answers(model, episodes), swapped, self.answers(model, swapped))
+        return sum(a == one[-1][1] and b == other[-1][1] for one, a, other, b in both) / count
+
+    @torch.no_grad()
+    def text_untouched(self, model):
+        """What training did to the language model inside: (the share of its logits for the words it knew that are
+        bit-identical, the loss of text before, after). The new tokens, which are trained, join in the losses."""
+        device = next(model.parameters()).device
+        rows = [encode(lookup_text(rng)) for rng in batch_rngs(0, "text untouched", 32)]
+        ids, mask = (x.to(device) for x in pad(rows))
+        before, after = toy_chinchilla(device)(ids), model.language(ids)
+        known = [i for i in range(VOCAB_SIZE) if i not in model.config.new_token_ids]
+        labels = ids.masked_fill(~mask, flamingo.IGNORE_INDEX)
+        losses = [float(flamingo.language_loss(logits, labels)[0]) for logits in (before, after)]
+        return float((after == before)[mask][:, known].float().mean()), *losses
+
+    def claims(self, model, args):
+        shares = {shots: self.few_shot(model, shots) for shots in SHOTS}
+        curve = [right for right, _ in shares.values()]
+        least = min(b - a for a, b in zip(curve, curve[1:]))
+        same, before, after = self.text_untouched(model)
+        say(
+            f"named rightly after {', '.join(f'{k}: {right:.3f}' for k, (right, _) in shares.items())} examples",
+            f"and if its kind was among them {', '.join(f'{k}: {told:.3f}' for k, (_, told) in shares.items() if k)}",
+            f"loss of text of the language model inside, with the new tokens: {before:.3f} before, {after:.3f} after",
+        )
+        return [
+            Claim("flamingo: new names from 8 examples", 1 / WAYS, curve[-1], 0.80),
+            Claim("flamingo: least gain from more examples, 0 1 2 4 8", 0.0, least, 0.05),
+            Claim("flamingo: names swapped, the answer follows", 1 / WAYS**2, self.follows_the_examples(model), 0.80),
+            Claim("flamingo: frozen logits of known words, same to the bit", 0.0, same, 1.0),
+        ]
+
+    def measure(self, model):
+        return [self.few_shot(model, 8)[0]]
+
+    # The workbench
+
+    def example(self, model):
+        rng = rng_for("trace")
+        return self.prompt(model, [episode(rng, 2, split="test") for _ in range(2)])
+
+    def check_question(self, question, images, toy):
+        prompt = flamingo.build_prompt(question, len(images))
+        if not question.strip():
+            raise ValueError("the prompt is empty: ask something, as in --prompt '<image> this is'")
+        if toy:
+            check_fits(encode(prompt), flamingo.PRESETS["tiny"].language.context - 8)
+
+    def ask(self, args):
+        """--image and --prompt: rows of images and text to be continued. Without an image it is text alone; without a
+        prompt it is the images alone."""
+        images, texts = [load_image(path) for path in args.image], args.prompt
+        if args.weights and not texts:
+            example = "--weights DIR --image photo.jpg --prompt 'User: <image>What is it?'"
+            raise ValueError(f"--weights needs --prompt, as in {example}")
+        texts = texts or ["<image>" * len(images)]
+        for text in texts:
+            self.check_question(text, images, toy=not args.weights)
+        prompts = [flamingo.build_prompt(text, len(images)) for text in texts]
+        if args.weights:
+            prompts = [flamingo.surround_images(prompt) for prompt in prompts]
+            self.check_length(args.weights, prompts)
+            model, words = load_published(self, args)
+            for prompt in prompts:
+                say(flamingo.answer(model, images, prompt, lambda text: words.encode(text).ids, words.decode))
+            return
+        if args.fresh:
+            forget(self.family)
+        model = self.train(args.device, demo=True)
+        for prompt in prompts:
+            new = flamingo.answer(model, images, prompt, encode, decode) or "(it stops at once)"
+            made_up = "(a made-up name: no example in the prompt, as in '<image> dax<|endofchunk|><image>')"
+            say(f"{prompt} -> {new}" + ("" if "<|endofchunk|>" in prompt else f" {made_up}"))
+
+    def check_length(self, path, prompts):
+        """Find a prompt too long for a published checkpoint before gigabytes are read. Whatever is wrong with its files
+        is left to load_published."""
+        try:
+            from tokenizers import Tokenizer
+
+            folder = flamingo.checkpoint_folder(path)
+            context = flamingo.config_from_published(folder).language.context
+            words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception:
+            return
+        longest = max(len(words.encode(prompt).ids) for prompt in prompts)
+        if longest >= context:
+            raise ValueError(f"the prompt has {longest} tokens, the context holds {context}")
+
+    def demo(self, args):
+        rng, config = rng_for("flamingo demo"), flamingo.PRESETS["tiny"]
+        episodes = [episode(rng, 5, split="test") for _ in range(4)]
+        first, (asked, _) = episodes[0][:-1], episodes[0][-1]
+        row = "".join(f"<image> {name}<|endofchunk|>" for _, name in first) + "<image>"
+        say(f"In goes an interleaved row, images of 32 x 32 pixels as {config.resampler.latents} latents beside it:")
+        say(f"    {row}")
+        model = self.start(args.device, seed=0)
+        text = "".join(f"{scene.things[0].shape} {name}\n" for scene, name in first) + asked.things[0].shape
+        ids = torch.tensor([encode(text)], device=args.device)
+        new = model.language.generate(model.language.embed_tokens(ids), max_new_tokens=5)[0]
+        new = decode(new).split("\n")[0]
+        say(f"the language model, frozen, can look things up in what it reads:\n    {text!r} ->{new!r}")
+        inputs = self.inputs(model, [[(draw(scene), f" {name}") for scene, name in episodes[0]]])
+        with torch.no_grad():
+            same = torch.equal(model(**inputs), model.language(inputs["ids"], inputs["mask"]))
+        say(f"before training, gates closed, with images in the row: are its logits bit-identical? {same}")
+        said = self.answers(model, episodes[:3])
+        say(f"    and so it says: {', '.join(map(repr, said))}")
+        model = self.train(args.device, demo=True)
+        say("\nwhat a name means differs from row to row; these names, and what is asked about were never in training:")
+        said = self.answers(model, episodes)
+        for one, word in zip(episodes, said):
+            shown = ", ".join(f"[{scene.things[0].name}] {name}" for scene, name in one[:-1])
+            scene, name = one[-1]
+            verdict = "right" if word == name else f"it is {name}"
+            say(f"    {shown},\n        [{scene.things[0].name}] -> {word} ({verdict})")
+        curve = [self.few_shot(model, shots, 200)[0] for shots in SHOTS]
+        ceiling = [min(1.0, shots / WAYS) for shots in SHOTS]  # the share of kinds that so many examples show
+        say("examples          " + "".join(f"{shots:>8}" for shots in SHOTS))
+        guessing = f"(among {WAYS} names guessing gives {1 / WAYS:.0%})"
+        say("named rightly     " + "".join(f"{share:>8.0%}" for share in curve) + f"   {guessing}")
+        say("the examples tell " + "".join(f"{share:>8.0%}" for share in ceiling))
+        say(f"after training, {curve[-1]:.0%} of the new names are learned from 8 examples")
+        if self.short:
+            say("(this model had part of the training; after python train_tiny.py flamingo the demo shows all of it)")
+        log = [json.loads(line) for line in (model.folder / "log.jsonl").read_text().splitlines()]
+        gates = [name for name in log[0] if "gate" in name]
+        say("how far the gates are open, |tanh(alpha)|:\n    step " + "".join(f"{name:>13}" for name in gates))
+        for line in (log[0], log[len(log) // 8], log[len(log) // 3], log[-1]):
+            say(f"    {line['step']:>4} " + "".join(f"{line[name]:>13.3f}" for name in gates))
+        same = self.text_untouched(model)[0]
+        say(f"the language model's logits for the words it knew that are still bit-identical: {same:.0%}")
+        measured = {"named rightly": curve, "what the examples tell": ceiling}
+        draw_few_shot(episodes[0], said[0], log, measured, RUNS / "flamingo" / "demo.png")
+
+    def masks(self):
+        words = "Look <image> a dog <image> a cat".split()
+        ids = torch.tensor([[IMAGE_ID if word == "<image>" else 0 for word in words]])
+        segments = flamingo.media_segments(ids, flamingo.PRESETS["tiny"])
+        images = torch.tensor([[0, 0, 1, 1]])
+        rows = draw_mask(len(words), 4, q_segments=segments, k_segments=images).splitlines()
+        return [
+            (
+                "inserted blocks: words attend to the latents (2 each) of the last of 2 images before them",
+                "\n".join(f"{row}   {word}" for row, word in zip(rows, words)),
+            ),
+            (
+                "language model: causal; images before the last are known through the words that attended to them",
+                draw_mask(len(words), len(words), causal=True),
+            ),
+            ("resampler: 2 latents attend to 4 features and to themselves", draw_mask(2, 6)),
+            ("vision tower: the class token and all patches see each other", draw_mask(5, 5)),
+        ]
+
+    def costs(self, model, words=64):
+        """What trains, latents, FLOPs and KV cache, as lines of text; of a model on the meta device."""
+        config, language, side = model.config, model.config.language, model.config.vision.image_size
+        inserted, L = len(model.gated_blocks), flamingo.num_image_tokens(side, side, config)
+        new = len(config.new_token_ids)
+        trained = count_parameters(model.connector) + count_parameters(model.gated_blocks)
+        trained += new * language.width * (1 if language.tie_embeddings else 2)
+        total, Dv = count_parameters(model), config.vision.width
+        pixels = torch.empty(1, 3, side, side, device="meta")
+        features = torch.empty(1, 1, 1 + (side // config.vision.patch_size) ** 2, Dv, device="meta")
+        latents = torch.empty(1, 1, L, Dv, device="meta")
+        prompt = torch.empty(1, words, language.width, device="meta")
+        segments = torch.zeros(1, words, dtype=torch.long, device="meta")
+        real = torch.ones(1, 1, dtype=torch.bool, device="meta")
+        cache = 2 * language.layers * language.kv_heads * language.head_width  # numbers per token: keys and values
+        cross = 2 * inserted * language.width * L  # numbers per image: keys and values of its latents
+        model.requires_grad_(False)  # the counter of FLOPs stumbles over a parameter that is expanded: the latents
+        encode_image = count_flops(lambda: model.vision(pixels))
+        resample = count_flops(lambda: model.connector(features))
+        read = count_flops(lambda: model.language.hidden(prompt, media=model.project(latents, segments, real)))
+        return [
+            f"an inserted block before every {config.cross_every}. layer ({inserted} of them), gate {config.gate}",
+            f"trained: {trained:,} ({100 * trained / total:.1f} %): connector, inserted blocks, embeddings of {new} new"
+            f" tokens; {total - trained:,} frozen",
+            f"image {side} x {side}, or a video of any length -> {L} latents beside the text, 1 token in it",
+            f"FLOPs: {encode_image:,} to encode an image or a frame, {resample:,} to resample it,",
+            f"{read:,} to read {words} words with it",
+            f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cross:,} for the latents of one image",
+        ]
+
+
+CURVE_COLOURS = ("#c0392b", "#e67e22", "#27ae60", "#16a085", "#2980b9", "#8e44ad")
+
+
+def draw_curves(pen, box, title, curves, labels, top=1.0):
+    """Lines into a box (left, upper, width, height): curves {name: [y from 0 to top]}, labels along the x axis."""
+    left, upper, width, height = box
+    pen.text((left, upper - 20), title, fill="black")
+    for y in (0, 0.5, 1):
+        pen.line((left, upper + height * (1 - y), left + width, upper + height * (1 - y)), fill="#dddddd")
+        pen.text((left - 28, upper + height * (1 - y) - 6), f"{y * top:.2f}", fill="gray")
+    for i, label in enumerate(labels):
+        pen.text((left + i * width / max(1, len(labels) - 1) - 4, upper + height + 4), str(label), fill="gray")
+    for n, (name, values) in enumerate(curves.items()):
+        colour, step = CURVE_COLOURS[n % len(CURVE_COLOURS)], width / max(1, len(values) - 1)
+        points = [(left + i * step, upper + height * (1 - min(1, y / top))) for i, y in enumerate(values)]
+        pen.line(points, fill=colour, width=2)
+        pen.text((left + n % 3 * 100, upper + height + 20 + 14 * (n // 3)), name, fill=colour)
+
+
+def draw_few_shot(one, said, log, measured, file, size=96):
+    """PNG: an episode and what its last picture was called, the gates over training, and the few-shot curve."""
+    page = Image.new("RGB", (max(760, len(one) * (size + 8) + 8), size + 300), "white")
+    pen = ImageDraw.Draw(page)
+    for n, (scene, name) in enumerate(one):
+        last, x = n + 1 == len(one), 8 + n * (size + 8)
+        page.paste(draw(scene).resize((size, size), Image.Resampling.NEAREST), (x, 8))
+        pen.text((x + 4, size + 12), f"? {said}" if last else name, fill="red" if last else "black")
+    gates = {name: [row[name] for row in log] for name in log[0] if "gate" in name}
+    upper, steps = size + 70, [log[0]["step"], log[-1]["step"]]
+    top = 0.5 if max(map(max, gates.values()), default=0) <= 0.5 else 1.0
+    title = "how far the gates are open, |tanh(alpha)|, over training"
+    draw_curves(pen, (40, upper, 300, 160), title, gates, steps, top)
+    draw_curves(pen, (420, upper, 300, 160), "new names, by number of examples", measured, SHOTS)
+    save_picture(page, file, "the row above with its answer, the gates over training, the few-shot curve")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
