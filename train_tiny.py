@@ -621,13 +621,16 @@ def code_of(module, names, owner=None):
     `names` (of the class `owner`, or outside of classes) with every function and constant of this file that they
     use."""
     top = {node.name: node for node in syntax_tree(__file__).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    methods = {node.name: node for cls in ("Recipe", owner) if cls for node in top[cls].body if hasattr(node, "name")}
-    found, todo = {}, list(names)
+    own = [node for cls in ("Recipe", owner) if cls for node in top[cls].body if hasattr(node, "name")]
+    top |= {f".{node.name}": node for node in own}  # a method is used as an attribute: another thing than a function
+    found, todo = {}, [f".{name}" if owner else name for name in names]
     while todo:
         name = todo.pop()
-        node = methods.get(name) or top.get(name)
-        # fit makes no difference between trainings, the rank must make none, and a tower's recipe is in its own key
-        if name in found or name in ("fit", "RANK", "WORLD_SIZE") or name.endswith("Recipe"):
+        node = top.get(name)
+        # train and fit make no difference between trainings, the rank must make none, a demo only shows, and a tower's
+        # recipe is in its own key; __file__ and __name__ differ with how the program was started
+        aside = name.strip(".") in ("train", "fit", "demo", "RANK", "WORLD_SIZE")
+        if name in found or aside or name.endswith("Recipe") or "__" in name:
             continue
         if node is None:
             constant = isinstance(globals().get(name), (int, float, str, tuple, dict))
@@ -635,7 +638,7 @@ def code_of(module, names, owner=None):
         else:
             found[name] = ast.dump(node)
             todo += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
-            todo += [part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)]
+            todo += [f".{part.attr}" for part in ast.walk(node) if isinstance(part, ast.Attribute)]
     return zlib.crc32((ast.dump(syntax_tree(module.__file__)) + repr(sorted(found.items()))).encode())
 
 
