@@ -40,7 +40,7 @@ import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -51,7 +51,7 @@ import flamingo
 import llava
 import qwen2vl
 import vilt
-from kernels import attention_maps, draw_mask
+from kernels import attention_maps, draw_mask, rope_2d
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The world: things on a canvas
@@ -621,13 +621,16 @@ def code_of(module, names, owner=None):
     `names` (of the class `owner`, or outside of classes) with every function and constant of this file that they
     use."""
     top = {node.name: node for node in syntax_tree(__file__).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    methods = {node.name: node for cls in ("Recipe", owner) if cls for node in top[cls].body if hasattr(node, "name")}
-    found, todo = {}, list(names)
+    own = [node for cls in ("Recipe", owner) if cls for node in top[cls].body if hasattr(node, "name")]
+    top |= {f".{node.name}": node for node in own}  # a method is used as an attribute: another thing than a function
+    found, todo = {}, [f".{name}" if owner else name for name in names]
     while todo:
         name = todo.pop()
-        node = methods.get(name) or top.get(name)
-        # fit makes no difference between trainings, the rank must make none, and a tower's recipe is in its own key
-        if name in found or name in ("fit", "RANK", "WORLD_SIZE") or name.endswith("Recipe"):
+        node = top.get(name)
+        # train and fit make no difference between trainings, the rank must make none, a demo only shows, and a tower's
+        # recipe is in its own key; __file__ and __name__ differ with how the program was started
+        aside = name.strip(".") in ("train", "fit", "demo", "RANK", "WORLD_SIZE")
+        if name in found or aside or name.endswith("Recipe") or "__" in name:
             continue
         if node is None:
             constant = isinstance(globals().get(name), (int, float, str, tuple, dict))
@@ -635,7 +638,7 @@ def code_of(module, names, owner=None):
         else:
             found[name] = ast.dump(node)
             todo += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
-            todo += [part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)]
+            todo += [f".{part.attr}" for part in ast.walk(node) if isinstance(part, ast.Attribute)]
     return zlib.crc32((ast.dump(syntax_tree(module.__file__)) + repr(sorted(found.items()))).encode())
 
 
@@ -965,12 +968,15 @@ class Recipe:
         """Raise ValueError for a question that cannot be asked about these images, before anything is trained or
         loaded. toy: the toy will be asked, not a published checkpoint."""
 
+    def load_images(self, args):
+        return [load_image(path) for path in args.image]
+
     def answer(self, model, images, question, encode, decode):
         return self.module.answer(model, images, question, encode, decode)
 
     def ask(self, args):
         """--image and --prompt: your own questions, to a published checkpoint or to the toy, and only their answers."""
-        images = [load_image(path) for path in args.image]
+        images = self.load_images(args)
         if args.weights and not args.prompt:
             raise ValueError("--weights needs --prompt, as in --weights DIR --image photo.jpg --prompt 'What is this?'")
         for question in args.prompt:
@@ -3239,11 +3245,483 @@ def draw_boxes(pictures, file, size=128):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Qwen2VL
+# Qwen2-VL
+
+# (width, height) of pictures. What takes longest to learn, to find a thing and read off its property, comes first, on
+# small ones and nearly alone.
+SMALL_CANVASES = ((32, 32), (48, 48), (48, 32), (32, 48), (64, 32), (32, 64))
+LARGER_CANVASES = ((64, 64), (80, 80), (80, 48), (48, 80))
+CANVASES = SMALL_CANVASES + LARGER_CANVASES
+NEW_CANVASES = ((80, 32), (32, 80), (64, 48), (48, 64), (80, 64), (64, 80))  # of shapes never trained on
+LARGE_CANVASES = ((96, 96), (112, 64), (64, 112), (128, 48))  # larger than any in training
+FRAMES, LONG_MOVIES = (2, 4, 6), (8, 12, 16, 24)  # lengths of movies in training, and longer ones
+NUMBER_SIZE = (48, 48)  # of a picture with a number in it: 3 x 3 tokens
+TOKENS = (1, 4, 9)  # how many tokens it may have when it is read
+
+QWEN_SHOWS = {  # stage: the kind of each sample of a step, equal ones together, and the sizes of scenes and things
+    "part1": (("scene",) * 14 + ("movie",) * 2, SMALL_CANVASES),
+    "": (("scene",) * 7 + ("number",) * 9 + ("movie",) * 2, CANVASES + LARGER_CANVASES),  # the larger ones twice
+    "things": (("thing",) * 8, CANVASES),
+    "things of one size": (("thing",) * 8, ((48, 48),)),
+    "large movies": (("large movie",) * 8, CANVASES),
+}
 
 
 class Qwen2VLRecipe(Recipe):
-    module = qwen2vl
+    """Part 1: small pictures, first with everything that trains, then with the vision encoder locked. Part 2: all sizes
+    and numbers to read; everything trains once more, at a lower rate, so that what was learned is kept."""
+
+    module, model_class, fields = qwen2vl, qwen2vl.Qwen2VL, ("question", "answer")
+    stages = (
+        Plan("part1", 900, 16, lr=2e-3, muon=3e-3, warmup=50, weight_decay=0.02, demo=350),
+        Plan("", 560, 18, lr=0.67 * 2e-3, muon=0.67 * 3e-3, warmup=50, weight_decay=0.02, demo=100),
+    )
+    variants = {  # (what its only stage shows, steps, changes)
+        "any size": ("things", 300, {}),
+        "one size, learned positions": ("things of one size", 300, dict(learned=6)),
+        "M-RoPE": ("large movies", 1000, {}),
+        "RoPE-1D": ("large movies", 1000, dict(mrope=False)),
+    }
+    short, seconds = False, ()  # see train, and load_images
+
+    def start(self, device, seed, learned=None, **changes):
+        """What the paper starts from: the toy language model (biases of 0 added), and a vision encoder trained by
+        contrast, the toy CLIP's blocks, whose learned positions are left out for RoPE-2D. learned: see LearnedGrid.
+
+        Each of the two frames of a patch gets half of CLIP's patch projection, so a still picture gives what it gave
+        there. CLIP's norm before the first block is missing here: its average effect is put into the projection.
+        """
+        torch.manual_seed(seed)
+        model = qwen2vl.Qwen2VL(replace(qwen2vl.PRESETS["tiny"], **changes))
+        if learned:
+            model.vision = LearnedGrid(model.config.vision, learned)
+        tower, language, frames = toy_clip(device).vision, toy_lm(device), model.config.vision.frames
+        scenes = [make_scene(rng) for rng in batch_rngs(0, "scale", 32)]
+        pixels = clip.preprocess([draw(scene) for scene in scenes], tower.config).to(device)
+        with torch.no_grad():
+            spread = tower.patch_embedding(pixels).std(dim=1).mean()
+            scaled = tower.patch_embedding.weight * (tower.ln_pre.weight / spread)[:, None, None, None]  # [D,3,P,P]
+            model.vision.patch_embedding.weight.copy_(torch.stack([scaled] * frames, dim=2).flatten(1) / frames)
+        model.vision.blocks.load_state_dict(tower.blocks.state_dict())
+        missing = model.language.load_state_dict(language.state_dict(), strict=False)
+        assert all(name.endswith("proj.bias") for name in missing.missing_keys) and not missing.unexpected_keys
+        model.lineage = {"vision": tower.lineage, "language": language.lineage}
+        return model.to(device).eval()
+
+    def freeze(self, model, plan):
+        qwen2vl.freeze(model, 2)
+
+    def batch(self, plan, step):
+        """[(picture or frames, turns, kind)]. In the first 15 % of part 1 all scenes have the toy CLIP's size."""
+        kinds, sizes = QWEN_SHOWS[plan.stage]
+        if plan.stage == "part1" and step < plan.steps * 3 // 20:
+            sizes = sizes[:1]
+        part1 = self.stages[0].demo if self.short else self.stages[0].steps
+        data = "world" if plan.stage else f"world, after {part1} steps of part 1"  # not the samples of part 1 again
+        rngs = batch_rngs(plan.seed, ("qwen", data, step), len(kinds))
+        return [(*qwen_sample(kind, rng, sizes), kind) for kind, rng in zip(kinds, rngs)]
+
+    def row(self, config, turns, shown, grid):
+        """A conversation about a picture or a clip, which stands in front -> ids, labels."""
+        ids, labels = [], []
+        for n, (asked, right) in enumerate(turns):
+            visual = dict(kinds=qwen2vl.kinds_of([shown]), grid_thw=grid[None]) if n == 0 else {}
+            more = qwen2vl.encode_turn(asked, f" {right}", encode, config, **visual)
+            ids, labels = ids + more[0], labels + more[1]
+        return ids, labels
+
+    def rows(self, model, samples):
+        """[(picture or frames, turns, kind)] -> the arguments of the model, and labels. Grids stay on the CPU: their
+        sizes are numbers for Python. Padding is to the right of all labels, so nothing attends to it."""
+        device = model.language.norm.weight.device
+        patches, grids = qwen2vl.preprocess([shown for shown, _, _ in samples], model.config.vision)
+        rows = [self.row(model.config, turns, shown, grid) for (shown, turns, _), grid in zip(samples, grids)]
+        ids, _ = pad([ids for ids, _ in rows])
+        labels, _ = pad([labels for _, labels in rows], qwen2vl.IGNORE_INDEX)
+        return dict(ids=ids.to(device), patches=patches.to(device), grid_thw=grids), labels.to(device)
+
+    def loss(self, model, samples, plan, step):
+        """A kind counts by its samples, not by its words: captions have many. In the last 40 % of part 1 the vision
+        encoder is locked (the paper's stage 3)."""
+        if plan.stage == "part1":
+            qwen2vl.freeze(model, 2 if step < plan.steps * 3 // 5 else 3)
+        inputs, labels = self.rows(model, samples)
+        logits, kinds = model(**inputs), [kind for _, _, kind in samples]
+        counts = [kinds.count(kind) for kind in dict.fromkeys(kinds)]
+        each, total = {}, 0
+        for kind, part, rows in zip(dict.fromkeys(kinds), logits.split(counts), labels.split(counts)):
+            loss, _ = qwen2vl.language_loss(part, rows)
+            each[kind] = loss.detach()
+            total = total + loss * len(rows) / len(labels)
+        return total, each
+
+    def own(self, picture, question, answer):
+        config, turns = qwen2vl.PRESETS["tiny"], [(question or DESCRIBE, answer)]
+        grid = torch.tensor(qwen2vl.image_grid(picture.height, picture.width, config.vision))
+        check_fits(self.row(config, turns, picture, grid)[0], config.language.context)
+        return picture, turns, "own"
+
+    def prompt(self, model, asked):
+        """[(picture or frames, question)] -> what model.generate takes."""
+        config, device = model.config, model.language.norm.weight.device
+        patches, grids = qwen2vl.preprocess([shown for shown, _ in asked], config.vision)
+        rows = []
+        for (shown, question), grid in zip(asked, grids):
+            prompt = qwen2vl.build_prompt(question, qwen2vl.kinds_of([shown]), config.template)
+            rows.append(encode(qwen2vl.expand_visuals(prompt, config, grid[None])))
+        ids, mask = qwen2vl.pad_rows(rows, PAD_ID, left=True)
+        return dict(ids=ids.to(device), patches=patches.to(device), grid_thw=grids, mask=mask.to(device))
+
+    def claims(self, model, args):
+        asked = [size_questions(300, sizes) for sizes in (CANVASES, NEW_CANVASES, LARGE_CANVASES)]
+        seen, new, large = (self.accuracy(model, questions) for questions in asked)
+        guessed = guess(asked[0])
+        curve = [self.accuracy(model, qwen_numbers(200, tokens)) for tokens in TOKENS]
+        ways = self.accuracy(model, [one for frames in FRAMES for one in qwen_movies(100, frames)])
+        longer = [f"{frames} frames: {self.accuracy(model, qwen_movies(100, frames)):.3f}" for frames in LONG_MOVIES]
+        read = ", ".join(f"{tokens}: {share:.3f}" for tokens, share in zip(TOKENS, curve))
+        say(
+            f"questions answered: {seen:.3f} in sizes of training, {new:.3f} in shapes never seen, {large:.3f} in "
+            "larger ones",
+            f"numbers read with {read} tokens",
+            f"longer movies: {', '.join(longer)}",
+        )
+        least = min(b - a for a, b in zip(curve, curve[1:]))
+        return [
+            Claim("qwen2vl: questions about unseen scenes", guessed, seen, 0.80),
+            Claim("qwen2vl: gain by sizes and shapes never seen", guessed - seen, new - seen, -0.05),
+            Claim("qwen2vl: which way does it move", 0.25, ways, 0.90),
+            Claim("qwen2vl: numbers read with all their tokens", 0.01, curve[-1], 0.90),
+            Claim("qwen2vl: least gain from more tokens, 1 4 9", 0.0, least, 0.0),
+            Claim("qwen2vl: tokens grow with the area (correlation)", 0.0, tokens_per_area(), 0.98),
+        ]
+
+    def ablations(self, args):
+        """On pictures of one thing: many sizes as they are, against an encoder of one resolution with learned
+        positions, which are stretched to other sizes. On movies: M-RoPE against all tokens numbered one by one, on
+        movies longer than those of training, whose numbers run past those trained."""
+        means = {}
+        for variant, (shows, steps, changes) in self.variants.items():
+            name = f"{self.family}-ablations/{variant.replace(' ', '-').replace(',', '')}"
+            plan = replace(self.stages[0], stage=shows, steps=args.steps or steps, batch=len(QWEN_SHOWS[shows][0]))
+            each = []
+            for seed in (0, 1, 2):
+                model = self.start(args.device, seed, **changes)
+                data = f"world {shows} {changes or ''}".strip()
+                self.fit(run_name(name, seed, args.steps), model, replace(plan, seed=seed), data=data)
+                each.append(self.measure(model, shows))
+            what = "of lengths in training / longer" if "movies" in shows else "of sizes in training / of new ones"
+            say(f"{shows}, {what}, {variant}: " + ", ".join(f"{own:.3f} / {new:.3f}" for own, new in each))
+            means[variant] = [sum(column) / 3 for column in zip(*each)]
+        return self.compare(means)
+
+    def measure(self, model, shows):
+        """The share that is answered, of what the stage `shows` and of what is new."""
+        if shows == "large movies":
+            asked = [[one for frames in some for one in qwen_movies(50, frames, 48)] for some in (FRAMES, LONG_MOVIES)]
+        else:
+            asked = [size_questions(300, sizes, qwen_thing) for sizes in (QWEN_SHOWS[shows][1], NEW_CANVASES)]
+        return [self.accuracy(model, questions) for questions in asked]
+
+    def compare(self, means):
+        any_size, one_size = (means[v][1] - means[v][0] for v in ("any size", "one size, learned positions"))
+        mrope, rope = means["M-RoPE"][1], means["RoPE-1D"][1]
+        return [
+            Claim("qwen2vl: any size loses less by new sizes than one size does", one_size, any_size, one_size),
+            Claim("qwen2vl: M-RoPE better than RoPE-1D on longer movies", rope, mrope, rope),
+        ]
+
+    # The workbench
+
+    def example(self, model):
+        """A picture of 48 x 64 pixels and a movie of four frames, with a question about each."""
+        rng = rng_for("trace")
+        scene, (frames, asked, _) = make_scene(rng), movie(rng)
+        picture, film = draw(scene, 64, 48), [draw(frame) for frame in frames]
+        return self.prompt(model, [(picture, ask(scene, rng, KINDS)[0]), (film, asked)])
+
+    def load_images(self, args):
+        """The files of --image, then those of --video."""
+        images, videos = super().load_images(args), [load_video(path) for path in args.video]
+        self.seconds = [0.0] * len(images) + [between for _, between in videos]  # an image has no time
+        return images + [frames for frames, _ in videos]
+
+    def check_question(self, question, images, toy):
+        if toy:
+            config = qwen2vl.PRESETS["tiny"]
+            ids = qwen2vl.encode_question(question, images or [Image.new("RGB", (32, 32))], encode, config)["ids"]
+            check_fits(ids[0], config.language.context - 16)
+        else:  # which sizes and how many words a published checkpoint takes stands in its folder; its shapes do not
+            qwen2vl.build_prompt(question, qwen2vl.kinds_of(images))
+            for image in images:
+                picture = image[0] if isinstance(image, list) else image
+                qwen2vl.image_grid(picture.height, picture.width, qwen2vl.VisionConfig())
+
+    def answer(self, model, images, question, encode, decode):
+        return qwen2vl.answer(model, images, question, encode, decode, seconds=self.seconds or None)
+
+    def demo(self, args):
+        config = qwen2vl.PRESETS["tiny"]
+        tokens = lambda picture: qwen2vl.num_image_tokens(picture.height, picture.width, config)
+        asked = [first_turn(qwen_scene(rng_for("qwen demo", i), [size], "test")) for i, size in enumerate(NEW_CANVASES)]
+        picture, question, _ = asked[0]
+        _, h, w = qwen2vl.image_grid(picture.height, picture.width, config.vision)
+        m = config.vision.merge
+        say(
+            f"In goes a picture as it is, {picture.height} x {picture.width} pixels: {h} x {w} patches, merged {m} x"
+            f" {m} to {tokens(picture)} tokens, and a question:",
+            f"    {qwen2vl.build_prompt(question, template=config.template)!r}",
+        )
+        said = self.answers(self.start(args.device, seed=0), asked[:3], 12)
+        say(f"before training it says: {', '.join(repr(text[:24]) for text in said)}")
+        model = self.train(args.device, demo=True)
+        say("\nafter training, about pictures of sizes and shapes it was never trained on:")
+        for (picture, question, right), text in zip(asked, self.answers(model, asked, 12)):
+            verdict = "right" if text == right else f"wrong, it is {right}"
+            size = f"{picture.height} x {picture.width}"
+            say(f"    {size:>8} = {tokens(picture):>2} tokens: {question} -> {text} ({verdict})")
+        many = [first_turn(qwen_scene(rng_for("qwen demo, many", i), NEW_CANVASES, "test")) for i in range(200)]
+        say(
+            f"of 200 more questions {self.accuracy(model, many):.0%} are answered rightly (guessing: {guess(many):.0%})"
+        )
+        films = [qwen_movie(rng_for("qwen demo, movie", i), frames) for i, frames in enumerate((2, 6, 12, 16))]
+        films = [first_turn(film) for film in films]
+        for (frames, question, right), text in zip(films, self.answers(model, films, 12)):
+            verdict = "right" if text == right else f"wrong, it is {right}"
+            say(f"    a movie of {len(frames):>2} frames: {question} -> {text} ({verdict})")
+        if self.short:
+            say("(this model had part of the training; after python train_tiny.py qwen2vl the demo shows all of it)")
+        say("\nthe same picture with fewer and with more pixels, which is fewer and more tokens:")
+        rows = []
+        number = first_turn(qwen_number(rng_for("qwen demo, number"), TOKENS[-1]))
+        for (picture, question, right), budgets in ((number, TOKENS), (asked[3], (2, 6, 12))):  # at most so many tokens
+            shrunk = [(shrink(picture, budget), question) for budget in budgets]
+            rows.append([])
+            for (small, _), text in zip(shrunk, self.answers(model, shrunk, 12)):
+                size = f"{small.height} x {small.width} pixels, {tokens(small)} tokens"
+                rows[-1].append((small, f"{size}\n{question}\n{text}" + ("" if text == right else f" (it is {right})")))
+                verdict = "" if text == right else f" (wrong, it is {right})"
+                say(f"    {size:>26}: {question} -> {text}{verdict}")
+        draw_resolutions(rows, RUNS / "qwen2vl" / "demo.png", config.vision)
+
+    def masks(self):
+        grid = torch.tensor([[1, 2, 2], [2, 2, 2]])
+        frames = qwen2vl.patch_places(grid, 2)[0]
+        small = replace(qwen2vl.VISION_2_5, window_size=28)
+        windows = qwen2vl.window_segments(qwen2vl.patch_places(torch.tensor([[1, 4, 4]]), 2), small)
+        padded = torch.tensor([[-1, -1, 0, 0, 0, 0, 0, 0]])
+        return [
+            (
+                "vision encoder, one packed row: an image of 2 x 2 patches, a clip of two frame pairs of 2 x 2",
+                draw_mask(12, 12, q_segments=frames, k_segments=frames),
+            ),
+            (
+                "Qwen2.5-VL's windows, here of 2 x 2 patches in an image of 4 x 4; in 4 of 32 layers all see all",
+                draw_mask(16, 16, q_segments=windows, k_segments=windows),
+            ),
+            (
+                "decoder: causal over words and image tokens alike, here 2 words, 4 tokens, 2 words",
+                draw_mask(8, 8, causal=True),
+            ),
+            (
+                "decoder, a row with 2 tokens of padding on the left",
+                draw_mask(8, 8, causal=True, q_segments=padded, k_segments=padded),
+            ),
+            ("decoder with a KV cache: 2 new tokens after 6 cached ones", draw_mask(2, 8, causal=True)),
+        ]
+
+    def costs(self, model, words=64):
+        v, language = model.config.vision, model.config.language
+        cache = 2 * language.layers * language.kv_heads * language.head_width  # numbers per token: keys and values
+        weights = count_parameters(model.language)
+        if not language.tie_embeddings:
+            weights -= language.vocab_size * language.width  # looked up, not multiplied
+        rows = []
+        for across, down in ((8, 8), (16, 8), (16, 16), (46, 17)):  # in tokens of the decoder
+            height, width = down * v.factor, across * v.factor
+            grid = torch.tensor([qwen2vl.image_grid(height, width, v)])
+            tokens = qwen2vl.num_image_tokens(height, width, model.config)
+            patches = torch.empty(int(grid.prod()), v.patch_width, device="meta")
+            prompt = torch.empty(1, tokens + words, language.width, device="meta")
+            positions = torch.empty(3, 1, tokens + words, device="meta")
+            encode_image = count_flops(lambda: model.image_tokens(patches, grid))
+            read = count_flops(lambda: model.language.hidden(prompt, positions))
+            size = f"{height:>6} x {width:<6}{tokens:>8,}"
+            rows.append(f"{size}{encode_image:>22,}{read:>22,}{2 * cache * tokens:>18,}")
+        layers = ", ".join(map(str, v.full_layers))
+        windows = f", windows of {v.window_size} pixels but in layers {layers}" if v.window_size else ""
+        return [
+            f"any resolution from {v.min_pixels:,} to {v.max_pixels:,} pixels{windows}",
+            *(trained_share(model, qwen2vl.freeze, stage) for stage in (1, 2, 3)),
+            "",
+            f"  an image of    tokens  FLOPs to encode it {f'... to read it with {words} words':>32}   KV cache, bytes",
+            *rows,
+            f"{2 * weights:,} FLOPs for each new word, but for its attention",
+            f"KV cache: {2 * cache:,} bytes a token in 16 bits; a token is {v.factor} x {v.factor} pixels, of a clip"
+            f" {v.frames} frames too",
+        ]
+
+
+class LearnedGrid(qwen2vl.VisionTower):
+    """For an ablation: the vision encoder with a table of learned positions for side x side patches in the place of
+    RoPE-2D. As in CLIP the table is stretched to the grid of each image."""
+
+    def __init__(self, config, side):
+        super().__init__(config)
+        self.side = side
+        self.position_embedding = torch.nn.Parameter(torch.randn(side**2, config.width) * config.width**-0.5)
+
+    def learned_positions(self, places, grid_thw):
+        """-> [N,D], in the order of the packed row."""
+        square = self.position_embedding.T.unflatten(1, (self.side, self.side))[None]  # [1,D,side,side]
+        parts, pieces = [], places.split(grid_thw.prod(1).tolist(), dim=1)
+        for (_, h, w), (_, row, column) in zip(grid_thw.tolist(), pieces):
+            image = square
+            if (h, w) != (self.side, self.side):
+                image = torch.nn.functional.interpolate(square, (h, w), mode="bicubic", align_corners=False)
+            parts.append(image[0, :, row, column].T)
+        return torch.cat(parts)
+
+    def forward(self, patches, grid_thw):
+        c, grid_thw = self.config, grid_thw.cpu()
+        places = qwen2vl.patch_places(grid_thw, c.merge)
+        x = self.patch_embedding(patches) + self.learned_positions(places.to(patches.device), grid_thw)
+        rotation = rope_2d(torch.zeros_like(places[1:, None], device=x.device), c.width // c.heads)  # 0 turns nothing
+        frames = qwen2vl.Packing(places[0], x.device)
+        for block in self.blocks:
+            x = block(x, rotation, frames)
+        return x
+
+
+def shrink(image, tokens):
+    """The image with so few pixels that it becomes at most this many tokens: what a smaller max_pixels does to it."""
+    factor = qwen2vl.PRESETS["tiny"].vision.factor
+    height, width = qwen2vl.smart_resize(image.height, image.width, factor, factor**2, tokens * factor**2)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def qwen_sample(kind, rng, sizes):
+    """(picture or frames, turns) of this kind; scenes and things in one of these sizes."""
+    if kind == "scene":
+        return qwen_scene(rng, sizes)
+    if kind == "thing":
+        return qwen_thing(rng, sizes)
+    if kind == "number":
+        return qwen_number(rng)
+    return qwen_movie(rng, side=48 if kind == "large movie" else 32)  # 9 tokens for two frames, or 4
+
+
+def qwen_scene(rng, sizes=CANVASES, split="train"):
+    """A picture with its description among four questions; a test scene with one question."""
+    scene = make_scene(rng, split=split)
+    turns = [ask(scene, rng, KINDS) for _ in range(4 if split == "train" else 1)]
+    if split == "train":
+        turns.insert(rng.randrange(5), (DESCRIBE, caption(scene)))
+    return draw(scene, *rng.choice(sizes)), turns
+
+
+def qwen_thing(rng, sizes=CANVASES, split=None):
+    """A picture of one thing, and what it is. For comparisons that must be quick. One thing is too little for scenes of
+    its own in the test split, whatever `split` is: what is new in a test is the size of the picture."""
+    (thing,) = (scene := make_scene(rng, 1, split="any")).things
+    return draw(scene, *rng.choice(sizes)), [("what is it?", f"a {thing.full_name}")]
+
+
+def qwen_number(rng, tokens=None):
+    """A small number, its strokes 3 pixels wide, about in the middle of a picture that is then given so few pixels that
+    it makes at most `tokens` tokens (None: any of TOKENS, three times in five the most)."""
+    text, question, answer = read_number(rng)
+    number, image = draw_number(text, 24, 18), Image.new("RGB", NUMBER_SIZE, (20,) * 3)
+    corner = [(whole - part) // 2 + rng.randrange(-2, 3) for whole, part in zip(NUMBER_SIZE, number.size)]
+    image.paste(number, tuple(corner))
+    return shrink(image, tokens or rng.choice(TOKENS + TOKENS[-1:] * 2)), [(question, answer)]
+
+
+def qwen_movie(rng, frames=None, side=32):
+    """A movie as a list of frames, and which way its thing moves; in training also what it is."""
+    scenes, question, way = movie(rng, frames or rng.choice(FRAMES))
+    thing, turns = scenes[0].things[0], [(question, way)]
+    if frames is None:
+        turns = rng.sample([*turns, ("what colour is it?", thing.colour), ("what shape is it?", thing.shape)], 3)
+    return [draw(scene, side, side) for scene in scenes], turns
+
+
+def first_turn(sample):
+    """(picture or frames, turns) -> (picture or frames, question, answer), as it is asked."""
+    shown, turns = sample
+    return shown, *turns[0]
+
+
+def size_questions(count, sizes, sample=qwen_scene):
+    """[(picture, question, answer)] in these sizes, the same scenes and questions whatever the sizes. Those of
+    qwen_scene were never trained on; those of qwen_thing may have been, in other sizes."""
+    chosen = [[sizes[i % len(sizes)]] for i in range(count)]
+    return [first_turn(sample(rng_for("qwen size", i), size, "test")) for i, size in enumerate(chosen)]
+
+
+def qwen_movies(count, frames, side=32):
+    rng = rng_for("qwen movies", frames)
+    return [first_turn(qwen_movie(rng, frames, side)) for _ in range(count)]
+
+
+def qwen_numbers(count, tokens):
+    rng = rng_for("qwen numbers")  # the same numbers whatever the tokens
+    return [first_turn(qwen_number(rng, tokens)) for _ in range(count)]
+
+
+def tokens_per_area():
+    """The correlation of visual tokens with the area of pictures of random sizes and shapes, as preprocess makes
+    them."""
+    rng, vision = rng_for("qwen areas"), qwen2vl.PRESETS["tiny"].vision
+    sizes = [(rng.randrange(32, 129), rng.randrange(32, 129)) for _ in range(200)]
+    tokens = [len(qwen2vl.preprocess([Image.new("RGB", size)], vision)[0]) / vision.merge**2 for size in sizes]
+    return float(np.corrcoef([w * h for w, h in sizes], tokens)[0, 1])
+
+
+def load_video(path):
+    """A folder of frames, in the order of their names, or an animated GIF -> list of PIL images, seconds from one frame
+    to the next. A folder has no times: two frames a second are assumed, the published default. Raises ValueError."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise ValueError(f"{path} has no frames in it: a video is a folder of images, or an animated GIF")
+        return [load_image(file) for file in files], 0.5
+    load_image(path)  # reports what is wrong with the file or with its first frame
+    frames, seconds = [], []
+    try:
+        with Image.open(path) as image:
+            for frame in ImageSequence.Iterator(image):
+                frames.append(frame.convert("RGB"))
+                seconds.append((frame.info.get("duration") or 100) / 1000)  # none or 0: a tenth, as browsers show it
+    except Exception as error:  # Pillow raises many kinds; a file cut short is found in one of its later frames
+        raise ValueError(f"{path} is broken behind frame {len(frames)} ({error}): save it again") from None
+    return frames, sum(seconds) / len(seconds)
+
+
+def cut_picture(image, config, scale):
+    """The image as the vision encoder gets it, `scale` times as large, with a line around every token of the
+    decoder."""
+    _, rows, columns = qwen2vl.image_grid(image.height, image.width, config)
+    image = image.resize((columns * config.patch_size, rows * config.patch_size), Image.Resampling.BICUBIC)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    pen, side = ImageDraw.Draw(image), config.factor * scale
+    for x in range(0, image.width, side):
+        for y in range(0, image.height, side):
+            pen.rectangle((x, y, x + side - 1, y + side - 1), outline="#ff8800")
+    return image
+
+
+def draw_resolutions(rows, file, config, wide=280, tall=240):
+    """PNG: rows of (image, text) cut into tokens; the same picture at more and more pixels, and what is read there."""
+    page = Image.new("RGB", (max(map(len, rows)) * wide, len(rows) * tall), "white")
+    pen = ImageDraw.Draw(page)
+    for y, row in enumerate(rows):
+        for x, (image, text) in enumerate(row):
+            _, h, w = qwen2vl.image_grid(image.height, image.width, config)
+            cut = cut_picture(image, config, max(1, 180 // (max(h, w) * config.patch_size)))
+            page.paste(cut, (x * wide + 8, y * tall + 8))
+            pen.multiline_text((x * wide + 8, y * tall + 16 + cut.height), text, fill="black", spacing=4)
+    save_picture(page, file, "two pictures cut into their tokens, at three resolutions each")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
