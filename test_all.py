@@ -1913,6 +1913,7 @@ def vilt_batch(seed=0):
     return pixels, pixel_mask, ids, mask
 
 
+VILT_TASKS = ("mlm", "itm", "vqa", "rank")
 VILT_HEADS = {
     "vilt mlm": lambda model, hidden, T: model.mlm_logits(hidden[:, :T]),
     "vilt vqa": lambda model, hidden, T: model.vqa_logits(hidden),
@@ -1985,8 +1986,7 @@ def test_a_thin_image_keeps_at_least_one_patch_where_the_published_processor_fai
 
 @torch.no_grad()
 def test_vilt_padding_of_words_and_patches_changes_nothing(oracles):
-    """A pair alone, and the same pair in a batch beside a longer text and a larger image; text padded left and
-    right."""
+    """A pair alone, and the same pair in a batch beside a longer text and a larger image."""
     model = vilt.ViLT.from_pretrained(oracles("vilt mlm")[1])
     pixels, ids = torch.randn(1, 3, 16, 24), torch.randint(5, 90, (1, 6))
     alone = model(pixels, ids)
@@ -1994,14 +1994,12 @@ def test_vilt_padding_of_words_and_patches_changes_nothing(oracles):
     wide[:1, :, :16, :24] = pixels
     pixel_mask = torch.zeros(2, 40, 32, dtype=torch.bool)
     pixel_mask[0, :16, :24], pixel_mask[1] = True, True
-    for start in (0, 5):
-        long, mask = torch.randint(5, 90, (2, 11)), torch.ones(2, 11, dtype=torch.bool)
-        long[0, start : start + 6], mask[0] = ids[0], False
-        mask[0, start : start + 6] = True
-        hidden = model(wide, long, mask, pixel_mask)
-        close(hidden[0, start : start + 6], alone[0, :6])
-        close(hidden[0, 11 : 11 + 7], alone[0, 6:])  # the class token and 2 x 3 patches
-        close(model.pooled(hidden, mask)[:1], model.pooled(alone))
+    long, mask = torch.randint(5, 90, (2, 11)), torch.ones(2, 11, dtype=torch.bool)
+    long[0, :6], mask[0, 6:] = ids[0], False
+    hidden = model(wide, long, mask, pixel_mask)
+    close(hidden[0, :6], alone[0, :6])
+    close(hidden[0, 11 : 11 + 7], alone[0, 6:])  # the class token and 2 x 3 patches
+    close(model.pooled(hidden)[:1], model.pooled(alone))
 
 
 @torch.no_grad()
@@ -2046,29 +2044,27 @@ def test_vilt_patches_are_in_reading_order():
         assert (x[0] != x[1]).any(-1).nonzero()[:, 0].tolist() == [6 * row + column]
 
 
-def test_vilt_bad_input_is_an_error_that_says_what_is_wrong():
+def test_vilt_bad_input_is_an_error_that_names_what_is_wrong():
     model = vilt.ViLT(vilt.PRESETS["tiny"])
     pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(0, 400, (2, 7))
-    with pytest.raises(ValueError, match="the text has 41 tokens, the context holds 40"):
+    with pytest.raises(ValueError, match="41.*40"):
         model(pixels, torch.zeros(2, 41, dtype=torch.long))
-    with pytest.raises(ValueError, match="2 images and 1 texts"):
-        model(pixels, ids[:1])
-    with pytest.raises(ValueError, match=r"pixel_mask must be \[2, 32, 32\], one value per pixel, got \[2, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"pixel_mask.*\[2, 32, 32\].*\[2, 4, 4\]"):
         model(pixels, ids, pixel_mask=torch.ones(2, 4, 4))
-    with pytest.raises(ValueError, match=r"mask must be \[2, 7\] like ids"):
-        model(pixels, ids, torch.ones(2, 6))
-    with pytest.raises(ValueError, match="no rank head"):
-        model.start_rank_head()
-    with pytest.raises(ValueError, match="leaves no patch of image 1"):
-        model(pixels, ids, pixel_mask=torch.arange(2)[:, None, None].expand(2, 32, 32) == 0)
-    with pytest.raises(ValueError, match="smaller than one patch"):
-        model(torch.randn(2, 3, 7, 32), ids)
-    with pytest.raises(ValueError, match="no vqa head; it has: mlm, itm"):
+    with pytest.raises(ValueError, match="padded on the right"):
+        model(pixels, ids, torch.arange(7) >= torch.tensor([[0], [3]]))
+    nothing, hole, corner = (torch.ones(2, 32, 32, dtype=torch.bool) for _ in range(3))
+    nothing[1], hole[1, 8:16, 8:16], corner[1, :8] = False, False, False
+    for pixel_mask in (nothing, hole, corner):
+        with pytest.raises(ValueError, match="image 1 "):
+            model(pixels, ids, pixel_mask=pixel_mask)
+    with pytest.raises(AttributeError, match="vqa_head"):
         model.vqa_logits(model(pixels, ids))
-    with pytest.raises(ValueError, match="unknown task 'itn'"):
-        replace(model.config, tasks=("itn",))
-    with pytest.raises(ValueError, match="at least one image"):
-        vilt.preprocess([], model.config)
+    with pytest.raises(AttributeError, match="rank_head"):
+        model.start_rank_head()
+    for wrong in ((pixels, ids[:1]), (torch.randn(2, 3, 7, 32), ids)):  # found by torch
+        with pytest.raises(RuntimeError):
+            model(*wrong)
 
 
 def test_whole_word_masking_never_splits_a_word_and_hides_what_it_says():
@@ -2162,7 +2158,7 @@ def test_wpa_loss_pulls_matches_together_and_pushes_mismatches_apart():
 
 
 def test_every_vilt_loss_works_for_a_batch_of_one():
-    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=vilt.TASKS, answers=5))
+    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=VILT_TASKS, answers=5))
     ids = torch.tensor([[504, 10, 11, 12, 505]])
     hidden = model(torch.randn(1, 3, 32, 32), ids)
     labels = torch.tensor([[-100, 10, -100, -100, -100]])
@@ -2188,7 +2184,7 @@ def test_every_vilt_loss_works_for_a_batch_of_one():
 
 def test_vilt_losses_start_where_they_should_and_equal_the_published_one(oracles):
     torch.manual_seed(0)
-    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=vilt.TASKS)).eval()
+    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=VILT_TASKS)).eval()
     hidden = model(torch.randn(8, 3, 32, 32), torch.randint(0, 400, (8, 9)))
     assert vilt.mlm_loss(model.mlm_logits(hidden[:, :9]), torch.randint(0, 400, (8, 9)))[0].item() == pytest.approx(
         math.log(512), abs=0.3
@@ -2212,7 +2208,7 @@ def test_vilt_losses_start_where_they_should_and_equal_the_published_one(oracles
 
 
 def test_vilts_rank_head_starts_from_the_yes_of_the_matching_head():
-    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=vilt.TASKS))
+    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=VILT_TASKS))
     model.start_rank_head()
     hidden = model(torch.randn(3, 3, 32, 32), torch.randint(0, 400, (3, 9)))
     close(model.rank_score(hidden), model.itm_logits(hidden)[:, 1])
@@ -2248,39 +2244,42 @@ def test_vilt_in_sixteen_bits_stays_finite_and_near_float32(oracles, dtype):
 
 
 def test_vilt_reads_old_files_and_refuses_what_it_does_not_know(oracles, tmp_path):
-    """Old files hold the tied output matrix under a name of its own, its bias under two, and buffers of positions."""
+    """Old files hold the tied output matrix under a name of its own, its bias under two, and buffers of positions. If
+    the output matrix of a file is another one, the word embeddings win, as in transformers."""
     _, folder = oracles("vilt mlm")
     expected = dict(vilt.ViLT.from_pretrained(folder).named_parameters())
 
-    def old(tensors):
-        tensors["mlm_score.decoder.weight"] = tensors["vilt.embeddings.text_embeddings.word_embeddings.weight"].clone()
+    def old(tensors, change=0):
+        words = tensors["vilt.embeddings.text_embeddings.word_embeddings.weight"]
+        tensors["mlm_score.decoder.weight"] = words + change
         tensors["mlm_score.bias"] = tensors["mlm_score.decoder.bias"].clone()
         tensors["vilt.embeddings.text_embeddings.position_ids"] = torch.arange(14)[None]
 
-    for name, parameter in vilt.ViLT.from_pretrained(resave(folder, tmp_path / "old", old)).named_parameters():
-        assert torch.equal(parameter, expected[name]), name
-
-    def untied(tensors):
-        old(tensors)
-        tensors["mlm_score.decoder.weight"] += 1
-
-    with pytest.raises(ValueError, match="should equal the tensor it is tied to"):
-        vilt.ViLT.from_pretrained(resave(folder, tmp_path / "untied", untied))
-    with pytest.raises(ValueError, match="unknown tensor 'vilt.gate'"):
-        vilt.ViLT.from_pretrained(resave(folder, tmp_path / "gate", lambda t: t | {"vilt.gate": torch.ones(2)}))
-    with pytest.raises(ValueError, match="1 tensors are missing.*pooler.bias"):
-        vilt.ViLT.from_pretrained(
-            resave(folder, tmp_path / "less", lambda t: {n: x for n, x in t.items() if n != "vilt.pooler.dense.bias"})
-        )
+    for change in (0, 1):
+        saved = resave(folder, tmp_path / f"old{change}", lambda tensors: old(tensors, change))
+        for name, parameter in vilt.ViLT.from_pretrained(saved).named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+    for name, broken in {
+        "gate": lambda tensors: tensors | {"vilt.gate": torch.ones(2)},
+        "pooler.bias": lambda tensors: {n: x for n, x in tensors.items() if n != "vilt.pooler.dense.bias"},
+        "blocks.0.mlp.fc1.bias": lambda tensors: (
+            tensors | {"vilt.encoder.layer.0.intermediate.dense.bias": torch.ones(63)}
+        ),
+    }.items():
+        with pytest.raises(RuntimeError, match=name):
+            vilt.ViLT.from_pretrained(resave(folder, tmp_path / "broken", broken))
     raw = json.loads((folder / "config.json").read_text())
-    for change, message in [
-        ({"model_type": "vit"}, "holds a 'vit' checkpoint; vilt.py reads 'vilt'"),
-        ({"architectures": ["ViltForImagesAndTextClassification"]}, "holds a ViltForImagesAndTextClassification"),
-        ({"modality_type_vocab_size": 3}, "third modality"),
-        ({"hidden_act": "swish"}, "unknown activation 'swish'"),
+    for change, words in [
+        ({"model_type": "vit"}, "'vit'.*'vilt'"),
+        ({"architectures": ["ViltForImagesAndTextClassification"]}, "ViltForImagesAndTextClassification"),
+        ({"modality_type_vocab_size": 3}, "modality_type_vocab_size = 3"),
+        ({"type_vocab_size": 1}, "type_vocab_size = 1"),
+        ({"qkv_bias": False}, "qkv_bias = False"),
+        ({"hidden_act": "swish"}, "hidden_act = 'swish'"),
+        ({"max_image_length": 0}, "max_image_length = 0"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            vilt.config_from_published(raw | change, tmp_path)
+        with pytest.raises(ValueError, match=words):
+            vilt.config_from_published(write_config(tmp_path, raw | change))
 
 
 def test_the_short_published_vilt_configs_mean_the_presets(tmp_path):
@@ -2288,29 +2287,35 @@ def test_the_short_published_vilt_configs_mean_the_presets(tmp_path):
     for preset, raw in [
         ("vilt-b32-mlm", {"architectures": ["ViltForMaskedLM"]}),
         ("vilt-b32-finetuned-vqa", {"architectures": ["ViltForQuestionAnswering"], "id2label": labels}),
-        ("vilt-b32-finetuned-coco", {"architectures": ["ViltForImageAndTextRetrieval"]}),
+        ("vilt-b32-finetuned-coco", {"architectures": ["ViltForImageAndTextRetrieval"], "max_image_length": None}),
     ]:
-        assert vilt.config_from_published({"model_type": "vilt"} | raw, tmp_path) == vilt.PRESETS[preset]
-    config = vilt.PRESETS["vilt-b32-mlm"]
-    (tmp_path / "preprocessor_config.json").write_text(
-        '{"size": {"shortest_edge": 384}, "size_divisor": 32, "image_mean": [0.4, 0.5, 0.6]}'
-    )
-    assert vilt.image_config_from_published(config, tmp_path) == replace(config, mean=(0.4, 0.5, 0.6))
-    for wrong in ('{"size": 224}', '{"size_divisor": 16}'):
-        (tmp_path / "preprocessor_config.json").write_text(wrong)
+        config = vilt.config_from_published(write_config(tmp_path, {"model_type": "vilt"} | raw))
+        assert config == vilt.PRESETS[preset]
+    processor = tmp_path / "preprocessor_config.json"
+    processor.write_text('{"size": {"shortest_edge": 384}, "size_divisor": 32, "image_mean": [0.4, 0.5, 0.6]}')
+    assert vilt.config_from_published(tmp_path) == replace(config, mean=(0.4, 0.5, 0.6))
+    for wrong in ('{"size": 224}', '{"size_divisor": 16}', '{"resample": 2}'):
+        processor.write_text(wrong)
         with pytest.raises(ValueError, match="preprocessor_config.json"):
-            vilt.image_config_from_published(config, tmp_path)
+            vilt.config_from_published(tmp_path)
 
 
-def test_a_resnet_stem_has_the_published_shape_and_costs_more_than_vilts_encoder():
-    stem = vilt.ResNetStem().eval()
-    assert vilt.count_parameters(stem) == 44_549_160 - 2_049_000  # ResNet-101 without its classifier of 1000 classes
-    with torch.no_grad():
-        assert stem(torch.zeros(1, 3, 64, 96)).shape == (1, 2048, 2, 3)
-    costs = vilt.embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 224, 224)
-    assert costs["patches"] == 2 * 49 * 3 * 32 * 32 * 768
-    assert costs["resnet"] == pytest.approx(2 * 7.8e9, rel=0.02)  # 7.8 billion multiply-adds
-    assert 30 * costs["patches"] < costs["encoder"] < costs["resnet"]
+@pytest.mark.parametrize("height, width", [(384, 608), (224, 224), (70, 333)])
+def test_the_costs_of_vilt_and_of_a_resnet_are_those_that_torch_counts(height, width):
+    transformers = quiet_transformers()
+    config = vilt.PRESETS["vilt-b32-mlm"]
+    with torch.device("meta"):
+        model, resnet = vilt.ViLT(config), transformers.ResNetModel(transformers.ResNetConfig(depths=[3, 4, 23, 3]))
+        pixels = torch.empty(1, 3, height, width)
+        x = torch.empty(1, 40 + vilt.num_image_tokens(height, width, config), config.width)
+    counted = [
+        world.count_flops(lambda: model.image.patch_embedding(pixels)),
+        world.count_flops(lambda: [block(x, {}) for block in model.blocks]),
+        world.count_flops(lambda: resnet(pixels)),
+    ]
+    patches, encoder, stem = world.embedding_costs(config, height, width)
+    assert [patches, encoder, stem] == counted and 30 * patches < encoder
+    assert encoder < stem or height < 100, "of a small image there is less than of its text"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5725,9 +5730,36 @@ def test_odd_videos_cost_one_line_that_names_them(untaught, tmp_path, capsys, mo
 
 
 def test_vilts_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(runs, capsys):
-    fails_in_one_line(lambda: vilt.main(["--demo", "--prompt", "red " * 60]), capsys, "63 tokens, the context holds 40")
-    fails_in_one_line(lambda: vilt.main(["--demo", "--prompt", " "]), capsys, "empty")
+    main = lambda prompt: lambda: world.workbench("vilt", ["--demo", "--prompt", prompt])
+    fails_in_one_line(main("red " * 60), capsys, "63 tokens", "40")
+    fails_in_one_line(main(" "), capsys, "empty")
     assert not list(runs.iterdir())
+
+
+def test_vilts_toy_fills_masks_and_judges_texts_and_prints_nothing_else(untaught, tmp_path, capsys):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
+    image = ["--image", str(tmp_path / "a.png")]
+    world.workbench("vilt", [*image, *image, "--prompt", "a [MASK] ring", "--prompt", "a <mask>", "--prompt", "a ring"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[0] == lines[4] == str(tmp_path / "a.png") and lines[1:4] == lines[5:]
+    for line, pattern in zip(lines[1:4], (r"a \[.*\] ring", r"a \[.*\]", r" ?\d+% yes: a ring")):
+        assert re.fullmatch(" {4}" + pattern, line), line
+
+
+def test_the_trace_of_vilt_shows_words_and_patches_in_one_row(capsys):
+    world.workbench("vilt", ["--trace"])
+    out = capsys.readouterr().out
+    assert re.search(r"0 +504 +'<cls>'", out) and re.search(r"503 +'<mask>'", out)
+    words = int(re.search(r"^ids +\[2, (\d+)\]", out, re.MULTILINE)[1])
+    assert re.search(rf"^blocks.3 +\[2, {words + 17}, 96\]", out, re.MULTILINE)
+
+
+def test_vilts_anatomy_compares_the_encoder_with_a_resnet(capsys):
+    world.workbench("vilt", ["--anatomy", "vilt-b32-mlm"])
+    out = capsys.readouterr().out
+    assert "384 x 576: 217" in out and "384 x 608" not in out, "in whole patches"
+    patches, encoder, stem = world.embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 576)
+    assert f"{patches:,}" in out and f"{encoder:,}" in out and f"{stem:,}" in out
 
 
 def test_llavas_demo_counts_the_image_in_a_prompt_before_it_trains(runs, capsys):
@@ -6276,19 +6308,21 @@ def test_vilt_weights_from_the_command_line_say_what_the_published_model_says(or
             for score, p in sorted(((row.item(), p) for p, row in zip(prompts, logits, strict=True)), reverse=True)
         ]
     image = str(tmp_path / "photo.png")
-    vilt.main(["--weights", str(tmp_path), "--image", image, "--prompt", prompts[0], "--prompt", prompts[1]])
+    main = lambda *options: world.workbench("vilt", ["--weights", str(tmp_path), "--image", image, *options])
+    main("--prompt", prompts[0], "--prompt", prompts[1])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == image and len(lines) == 3
-    assert all(line[2:].startswith(text) for line, text in zip(lines[1:], expected, strict=True)), (lines, expected)
+    assert all(line[4:].startswith(text) for line, text in zip(lines[1:], expected, strict=True)), (lines, expected)
 
     def wrong(*options):
-        return lambda: vilt.main(["--weights", str(tmp_path), "--image", image, *options])
+        return lambda: main(*options)
 
     fails_in_one_line(wrong(), capsys, "--prompt")
     fails_in_one_line(wrong("--prompt", " "), capsys, "empty")
-    fails_in_one_line(wrong("--prompt", "red [MASK] " * 20), capsys, "tokens, the context holds 14")
+    (tmp_path / "model.safetensors").write_bytes(b"the prompts are checked before this is read")
+    fails_in_one_line(wrong("--prompt", "red [MASK] " * 20), capsys, "42 tokens", "14")
     if kind == "vilt mlm":
-        fails_in_one_line(wrong("--prompt", "a red circle"), capsys, "has no [MASK]")
+        fails_in_one_line(wrong("--prompt", "a red circle"), capsys, "a red circle", "no [MASK]")
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -8017,7 +8051,6 @@ def test_vilt_reads_a_text_word_by_word():
     ids, numbers = world.vilt_words("extraordinary <image>")
     assert numbers.count(0) > 1, "a word of several tokens has one number"
     assert world.IMAGE_ID not in ids, "own data cannot smuggle special tokens in"
-    assert len(world.vilt_words("word " * 60)[0]) == 40 and world.vilt_words("word " * 60)[0][-1] == world.SEP_ID
 
 
 def test_near_misses_change_what_the_text_says_and_training_ones_are_no_test_scenes():
@@ -8032,19 +8065,31 @@ def test_near_misses_change_what_the_text_says_and_training_ones_are_no_test_sce
 
 def test_what_a_step_of_vilt_sees_is_true():
     """Label 1: image and text of one scene. Label 0: an image of which the text is not what would be said."""
-    seen = []
+    recipe, seen = world.ViLTRecipe(), []
+    plan = replace(recipe.stages[-1], batch=16)
     for step in range(12):
-        (images, told), (shown, texts, labels) = world.vilt_world_batch(0, step, 16)
-        for image, text, picture, phrase, label in zip(images, told, shown, texts, labels, strict=True):
-            assert text and phrase
-            if label:
-                assert picture.tobytes() == image.tobytes()
-            else:
-                assert picture.tobytes() != image.tobytes()
-        seen += labels
+        masking, matching = recipe.batch(plan, step)
+        for (picture, told), (shown, text, label) in zip(masking, matching, strict=True):
+            assert text and told
+            assert (shown.tobytes() == picture.tobytes()) == bool(label)
+            seen.append(label)
     assert 0.35 < sum(seen) / len(seen) < 0.65
-    again = world.vilt_world_batch(0, 3, 16)
-    assert again[1][1] == world.vilt_world_batch(0, 3, 16)[1][1], "a function of seed and step"
+    again = [recipe.batch(plan, 3)[1] for _ in range(2)]
+    assert [row[1:] for row in again[0]] == [row[1:] for row in again[1]], "a function of seed and step"
+
+
+def test_own_pairs_of_vilt_are_matched_with_the_pictures_of_other_texts():
+    recipe, plan = world.ViLTRecipe(), world.ViLTRecipe.stages[-1]
+    rows = [(Image.new("RGB", (i + 1, 5)), f"text {i // 2}") for i in range(40)]
+    masking, matching = recipe.collect(rows, plan, 0)
+    assert masking == rows and [text for _, text, _ in matching] == [text for _, text in rows]
+    for (picture, text), (shown, _, label) in zip(rows, matching):
+        assert (shown is picture) if label else (dict((id(p), t) for p, t in rows)[id(shown)] != text)
+    assert 10 < sum(label for *_, label in matching) < 30
+    assert recipe.collect(rows, plan, 1)[1] != matching, "drawn anew in every step"
+    assert recipe.collect(rows[:1], plan, 0)[1] == [(*rows[0], 1)], "one pair has no wrong picture"
+    with pytest.raises(ValueError, match="63.*40"):
+        recipe.own(rows[0][0], "red " * 60)
 
 
 def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
@@ -8054,9 +8099,10 @@ def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
     monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
     monkeypatch.setattr(world, "blip2_loss", lambda *_: None)  # the scenes only, no model
     monkeypatch.setattr(world, "fit", lambda plan, model, loss_of, *_, **__: [loss_of(step) for step in range(20)])
+    vilt_plan = replace(world.ViLTRecipe.stages[-1], batch=16)
     recipes = {
-        "clip, beside vilt": lambda: [world.clip_near_misses(0, 16)(step) for step in range(20)],
-        "vilt": lambda: [world.vilt_world_batch(0, step, 16) for step in range(20)],
+        "clip, beside vilt": lambda: [world.near_miss_pairs(vilt_plan, step) for step in range(20)],
+        "vilt": lambda: [world.ViLTRecipe().batch(vilt_plan, step) for step in range(20)],
         "qwen2vl": lambda: [world.qwen_scene(rng) for rng in world.batch_rngs(0, "qwen", 400)],
         "blip2, stage 1": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 1, "", 1),
         "blip2, stage 2": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 2, "", 1),
@@ -8082,12 +8128,15 @@ def test_the_loss_of_vilt_is_the_sum_of_three_that_get_what_they_should(monkeypa
 
     for name in ("mlm_loss", "itm_loss", "wpa_loss"):
         monkeypatch.setattr(vilt, name, listen(name, getattr(vilt, name)))
-    (images, told), (shown, texts, labels) = world.vilt_world_batch(0, 1, 8)
+    recipe, plan = world.ViLTRecipe(), replace(world.ViLTRecipe.stages[-1], batch=8)
+    recipe.wpa_weight, samples = 0.7, recipe.batch(plan, 1)
+    masking, matching = samples
     with torch.no_grad():
-        total, _ = world.vilt_loss(model, (images, told), (shown, texts, labels), random.Random(0), 0.7)
+        total, _ = recipe.loss(model, samples, plan, 1)
         assert total.item() == pytest.approx(losses["mlm_loss"] + losses["itm_loss"] + 0.7 * losses["wpa_loss"])
+        labels = [label for _, _, label in matching]
         assert losses["wpa_loss"] > 0.1 and {*labels} == {0, 1}
-        hidden, ids = world.vilt_read(model, shown, texts)
+        hidden, ids = recipe.read(model, [(picture, text) for picture, text, _ in matching])
         T = ids.shape[1]
         logits, matched = given["itm_loss"]
         close(logits, model.itm_logits(hidden))
@@ -8095,9 +8144,11 @@ def test_the_loss_of_vilt_is_the_sum_of_three_that_get_what_they_should(monkeypa
         close(text[words], hidden[:, :T][vilt.text_words(ids, model.config)])
         close(image, hidden[:, T + 1 :])
         assert matched.tolist() == matched_too.tolist() == labels and patches.all()
-        rng, (pixels, _) = random.Random(0), vilt.preprocess(images, model.config)
-        holes, hidden_words = zip(*(vilt.mask_whole_words(*world.vilt_words(text), model.config, rng) for text in told))
-        (ids, mask), (hidden_words, _) = world.pad(holes), world.pad(hidden_words, vilt.IGNORE_INDEX)
+        assert given["wpa_loss"][5:] == (world.WPA_NEAR, world.WPA_FAR)
+        rng = world.rng_for(plan.seed, ("mask", 1))
+        rows = [vilt.mask_whole_words(*world.vilt_words(text), model.config, rng) for _, text in masking]
+        (ids, mask), (hidden_words, _) = (world.pad(column, value) for column, value in zip(zip(*rows), (496, -100)))
+        pixels, _ = vilt.preprocess([picture for picture, _ in masking], model.config)
         T, (logits, wanted) = ids.shape[1], given["mlm_loss"]
         close(logits[:, :T][mask], model.mlm_logits(model(pixels, ids, mask)[:, :T])[mask])
         assert torch.equal(wanted[:, :T], hidden_words) and (wanted[:, T:] == vilt.IGNORE_INDEX).all()
@@ -8133,13 +8184,22 @@ def test_words_landing_counts_what_it_says(monkeypatch):
     )
     scene = world.Scene(tuple(world.Thing(*thing) for thing in things))
     words = "a red circle and a blue circle and a blue ring".split()
-    plan = torch.zeros(len(words), 16)
+    plan = torch.zeros(len(words), 4, 4)
     for word, row in zip(words, plan, strict=True):
-        row[12 if word in ("circle", "blue") else 5] = 1
-    monkeypatch.setattr(world, "vilt_plan", lambda model, scene: (words, plan))
-    share, darts = world.words_landing(vilt.ViLT(vilt.PRESETS["tiny"]), [scene])
+        row.flatten()[12 if word in ("circle", "blue") else 5] = 1
+    monkeypatch.setattr(world.ViLTRecipe, "alignment", lambda self, model, scene: (words, plan))
+    share, darts = world.ViLTRecipe().words_landing(None, [scene])
     assert share == 0.5, "red lands on its thing, ring does not; the others are left out"
     assert darts == 4 / 16, "a small thing touches two by two patches here"
+
+
+@torch.no_grad()
+def test_the_alignment_is_that_of_the_words_without_the_special_tokens():
+    torch.manual_seed(0)
+    model, scene = vilt.ViLT(vilt.PRESETS["tiny"]).eval(), many_scenes(1, count=2)[0]
+    words, plan = world.ViLTRecipe().alignment(model, scene)
+    assert words == world.short_caption(scene).split() and plan.shape == (len(words), 4, 4)
+    close(plan.sum((1, 2)), torch.full((len(words),), 1 / len(words)))
 
 
 def test_a_recipe_is_done_when_its_last_step_is_not_when_a_file_is_there(runs, monkeypatch):
@@ -8165,37 +8225,40 @@ def test_steps_of_your_own_do_not_touch_the_finished_training(runs, monkeypatch)
     assert {path: path.read_bytes() for path in (runs / "clip").iterdir()} == before
 
 
-class Oracle:
-    """A ViLT that knows everything but for the first pair, where it believes the opposite; "hidden" is what it was
-    shown."""
+class Judge(vilt.ViLT):
+    """A ViLT that is asked through Judge.read: it knows everything but for the first pair, where it believes the
+    opposite; "hidden" is the pairs themselves."""
 
-    def __init__(self, right):
-        self.right = right  # (image bytes, text) -> does it belong together?
+    def __init__(self, truth):
+        super().__init__(vilt.PRESETS["tiny"])
+        self.truth = truth  # {(image bytes, text)} that belong together
 
     def itm_logits(self, pairs):
-        yes = torch.tensor([self.right(image, text) != (i == 0) for i, (image, text) in enumerate(pairs)]).float()
+        right = [(picture.tobytes(), text) in self.truth for picture, text in pairs]
+        yes = torch.tensor([right[0] != True, *right[1:]]).float()  # noqa: E712
         return torch.stack([1 - yes, yes], 1)
 
 
 def test_matching_and_preference_count_what_they_say(monkeypatch):
     items = world.near_misses(random.Random(0), 20)
-    truth = {(image.tobytes(), text) for image, text, _ in items}
-    monkeypatch.setattr(world, "vilt_read", lambda model, images, texts: (list(zip(images, texts, strict=True)), None))
-    model = Oracle(lambda image, text: (image.tobytes(), text) in truth)
-    assert world.matching_accuracy(model, items) == 1 - 2 / 40, "one right text and one wrong text are misjudged"
-    right, wrong = world.match_scores(model, items)
+    truth = {(picture.tobytes(), text) for picture, text, _ in items}
+    recipe = world.ViLTRecipe()
+    monkeypatch.setattr(world.ViLTRecipe, "read", lambda self, model, asked: (asked, None))
+    monkeypatch.setattr(world.ViLTRecipe, "words_landing", lambda *_: (0.7, 0.2))
+    monkeypatch.setattr(world, "near_misses", lambda rng, count: items)
+    model = Judge(truth)
+    assert recipe.matching_accuracy(model, items) == 1 - 2 / 40, "one right text and one wrong text are misjudged"
+    right, wrong = recipe.match_scores(model, items)
     assert [r > w for r, w in zip(right, wrong, strict=True)] == [False] + [True] * 19
+    assert recipe.measure(model) == [0.7, 19 / 20]
 
-    def features(
-        model, images, texts
-    ):  # the dot product is 1 for the right text, but for the first image, and 0 for the wrong
-        fits = torch.tensor(
-            [((image.tobytes(), text) in truth) != (i == 0) for i, (image, text) in enumerate(zip(images, texts))]
-        )
-        return torch.ones(len(images), 1), fits.float()[:, None]
+    def features(self, model, samples):
+        """The dot product is 1 for the right text and 0 for the wrong one; for the first picture it is the reverse."""
+        fits = [((picture.tobytes(), text) in truth) != (i == 0) for i, (picture, text) in enumerate(samples)]
+        return torch.ones(len(samples), 1), torch.tensor(fits).float()[:, None]
 
-    monkeypatch.setattr(world, "clip_features", features)
-    assert world.clip_prefers(None, items) == pytest.approx(19 / 20)
+    monkeypatch.setattr(world.CLIPRecipe, "features", features)
+    assert recipe.measure(fresh("clip")) == pytest.approx([19 / 20])
 
 
 def test_recovered_counts_words_and_shows_the_wrong_image_when_asked(monkeypatch):
@@ -8203,38 +8266,70 @@ def test_recovered_counts_words_and_shows_the_wrong_image_when_asked(monkeypatch
     items = world.masked_words(random.Random(0), 30)
     answers = {world.draw(scene).tobytes(): word for scene, _, word, _ in items}
 
-    def read(model, images, texts):
-        ids, _ = world.pad([world.vilt_words(text)[0] for text in texts])
-        said = torch.tensor([world.encode(" " + answers[image.tobytes()])[0] for image in images])
+    def read(self, model, asked):
+        ids, _ = world.pad([world.vilt_words(text)[0] for _, text in asked])
+        said = torch.tensor([world.encode(" " + answers[picture.tobytes()])[0] for picture, _ in asked])
         return F.one_hot(said, 512).float()[:, None].expand(-1, ids.shape[1] + 17, -1), ids
 
-    monkeypatch.setattr(world, "vilt_read", read)
-    model = type("M", (), {"mlm_logits": staticmethod(lambda hidden: hidden)})
-    assert world.recovered(model, items) == 1.0
+    monkeypatch.setattr(world.ViLTRecipe, "read", read)
+    recipe, model = world.ViLTRecipe(), type("M", (), {"mlm_logits": staticmethod(lambda hidden: hidden)})
+    assert recipe.recovered(model, items) == 1.0
     lucky = sum(a[2] == b[2] for a, b in zip(items, items[1:] + items[:1])) / 30
-    assert world.recovered(model, items, wrong_image=True) == pytest.approx(lucky) and lucky < 0.5
+    assert recipe.recovered(model, items, wrong_image=True) == pytest.approx(lucky) and lucky < 0.5
 
 
-def test_vilt_trains_on_own_data_of_any_shape(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(world, "untrained_vilt", lambda device, seed: fresh("vilt"))
-    rows = [
-        json.dumps({"file_name": name, "text": f"text {i} {'long ' * (60 * (i == 3))}"})
-        for i, name in enumerate(["a.png", "b.png"] * 11)
+def test_vilts_claims_put_each_figure_beside_its_chance(monkeypatch, capsys):
+    recipe, words = world.ViLTRecipe(), [(None, "", "", 4), (None, "", "", 2)]
+    monkeypatch.setattr(world, "masked_words", lambda rng, count: words)
+    monkeypatch.setattr(world.ViLTRecipe, "recovered", lambda self, model, items, wrong_image=False: 0.3 + wrong_image)
+    monkeypatch.setattr(world.ViLTRecipe, "matching_accuracy", lambda *_: 0.9)
+    monkeypatch.setattr(world.ViLTRecipe, "words_landing", lambda *_: (0.85, 0.25))
+    claims = recipe.claims(None, None)
+    assert [claim.chance for claim in claims] == pytest.approx([0.375, 0.625, 0.5, 0.25, 0])
+    assert [claim.measured for claim in claims] == pytest.approx([0.3, -0.3, 0.9, 0.85, 1.501], abs=1e-3)
+    assert claims[1].target == pytest.approx(0.9 - 0.375) and [claim.holds for claim in claims[2:]] == [
+        False,
+        True,
+        True,
     ]
-    folder = make_folder(tmp_path / "own", rows, ["a.png"])
-    world.draw(many_scenes(1)[0], 20, 50).save(folder / "b.png")
-    assert world.main(["vilt", "--data", str(folder), "--steps", "2"]) == 0
-    out = capsys.readouterr().out
-    assert (
-        "22 rows" in out
-        and "1 texts are longer than 40 tokens" in out
-        and "3 texts kept back" in out
-        and "to an image of another text" in out
-    )
-    one = make_folder(tmp_path / "one", rows[:1], ["a.png"])
-    assert world.main(["vilt", "--data", str(one), "--steps", "1"]) == 0, (
-        "one pair: nothing to mismatch, words to guess"
-    )
+    assert "67 times" in capsys.readouterr().out
+
+
+def test_vilts_ablations_train_what_they_say_and_compare_the_right_way_round(untaught, monkeypatch, capsys):
+    """The CLIP beside ViLT has as many pictures a step, the same tower, and a key of its own."""
+    trained, fit = [], fit_nothing
+
+    def watch(name, plan, model, loss_of, code, data="world", *_, **__):
+        trained.append((name, plan.steps, plan.batch, plan.seed, data))
+        return fit(name, plan, model, loss_of, code, data)
+
+    figures = {"with-WPA": [0.9, 0.8], "without-WPA": [0.6, 0.5], "clip": [0.7]}
+    measure = lambda self, model: figures[re.match("(.*?)(-seed.)?-steps2", model.folder.name)[1]]
+    monkeypatch.setattr(world, "fit", watch)
+    monkeypatch.setattr(world.ViLTRecipe, "measure", measure)
+    claims = world.ViLTRecipe().ablations(argparse.Namespace(device="cpu", steps=2))
+    assert [(c.chance, c.measured) for c in claims] == [pytest.approx(x) for x in ((0.6, 0.9), (0.7, 0.8))]
+    variants = [row for row in trained if row[0].startswith("vilt-ablations/")]
+    assert len({row[0] for row in variants}) == len(variants) == 9 and {row[1] for row in variants} == {2}
+    assert {row[2] for row in variants[:6]} == {32} and {row[2] for row in variants[6:]} == {64}
+    assert [row[3] for row in variants] == [0, 1, 2] * 3
+    assert {row[4] for row in variants[:3]} == {"world"} and "0.0" in variants[3][4] and "near misses" in variants[6][4]
+    tower, plan = world.toy_clip().vision, replace(world.ViLTRecipe.stages[-1], batch=16)
+    rival = world.ViLTRecipe().train(steps=2, name="x", rival=True)
+    assert all(torch.equal(a, b) for a, b in zip(tower.parameters(), rival.vision.parameters()))
+    pairs = world.near_miss_pairs(plan, 0)
+    assert len(pairs) == 16
+    for (_, one), (_, two) in zip(pairs[::2], pairs[1::2]):
+        assert sum(a != b for a, b in zip(one.split(), two.split(), strict=True)) == 1
+
+
+def test_vilt_starts_from_the_blocks_of_the_toy_clip_and_knows_it(untaught):
+    recipe = world.ViLTRecipe()
+    model, tower = recipe.start("cpu", 1), world.toy_clip().vision
+    assert all(torch.equal(a, b) for a, b in zip(model.blocks.parameters(), tower.blocks.parameters(), strict=True))
+    assert model.lineage == {"blocks": tower.blocks.lineage} and recipe.wpa_weight == world.WPA_WEIGHT
+    recipe.start("cpu", 1, wpa_weight=0.0)
+    assert recipe.wpa_weight == 0
 
 
 def test_the_world_sheet_is_drawn(runs):
