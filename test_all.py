@@ -2617,12 +2617,6 @@ def texts_with_start(batch=3, length=9, seed=3):
     return ids, torch.arange(length)[None] < lengths
 
 
-def shift_padding_left(ids, mask):
-    """The same texts with their padding on the left."""
-    rows = [row[m] for row, m in zip(ids, mask, strict=True)]
-    return blip2.pad_rows([row.tolist() for row in rows], 0, left=True)
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
 def test_blip2_logits_equal_the_published_model(oracles, batch):
@@ -2673,16 +2667,6 @@ def test_blip2_retrieval_equals_the_published_model_in_both_modes(oracles, batch
         close(ours.itc(pixels, ids, m), contrast.logits_per_image)
 
 
-@pytest.mark.parametrize("size", [(48, 48), (32, 64), (43, 27)])
-@torch.no_grad()
-def test_blip2_positions_interpolate_to_other_image_sizes_as_published(oracles, size):
-    """Whatever the size, the decoder gets as many vectors as there are queries."""
-    oracle, folder = oracles("blip2")
-    ids, pixels = row_with_queries(5)[None], torch.randn(1, 3, *size)
-    theirs = oracle(input_ids=ids, pixel_values=pixels, interpolate_pos_encoding=True)
-    close(blip2.BLIP2.from_pretrained(folder)(pixels, ids), theirs.logits)
-
-
 @pytest.mark.parametrize("preset", ["blip2-itm-vit-g", "blip2-opt-2.7b", "blip2-opt-6.7b"])
 def test_blip2_presets_have_the_shapes_of_the_published_classes(preset):
     """Name by name: our preset on the meta device against the class of transformers at the same sizes."""
@@ -2706,37 +2690,36 @@ def test_blip2_presets_have_the_shapes_of_the_published_classes(preset):
 
 
 @torch.no_grad()
-def test_blip2_padding_on_either_side_gives_the_unpadded_answer(oracles):
-    """Of the decoder, and of the Q-Former in each of its three modes."""
+def test_blip2_padding_gives_the_unpadded_answer(oracles):
+    """The decoder takes it on either side, but goes on only behind padding on the left; the Q-Former takes it on the
+    right."""
     model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
     ids, pixels = row_with_queries(20)[None], torch.randn(1, 3, 32, 32)
-    pad, off, on = (
-        torch.zeros(1, 5, dtype=torch.long),
-        torch.zeros(1, 5, dtype=torch.bool),
-        torch.ones(1, 26, dtype=torch.bool),
-    )
+    pad, on = torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 26, dtype=torch.bool)
     expected, words = model(pixels, ids), model.generate(ids, pixels, max_new_tokens=9)
-    left, left_mask = torch.cat([pad, ids], 1), torch.cat([off, on], 1)
-    right, right_mask = torch.cat([ids, pad], 1), torch.cat([on, off], 1)
+    left, left_mask = torch.cat([pad, ids], 1), torch.cat([pad > 0, on], 1)
+    right, right_mask = torch.cat([ids, pad], 1), torch.cat([on, pad > 0], 1)
     close(model(pixels, left, left_mask)[:, 5:], expected)
     close(model(pixels, right, right_mask)[:, :26], expected)
     assert torch.equal(model.generate(left, pixels, left_mask, max_new_tokens=9), words)
-    assert torch.equal(model.generate(right, pixels, right_mask, max_new_tokens=9), words)
+    with pytest.raises(ValueError, match="left"):
+        model.generate(right, pixels, right_mask, max_new_tokens=9)
 
     model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
     pixels, (ids, mask) = torch.randn(3, 3, 32, 32), texts_with_start()
     assert len({int(n) for n in mask.sum(1)}) > 1
-    image, (left, left_mask) = model.encode_image(pixels), shift_padding_left(ids, mask)
+    image = model.encode_image(pixels)
     for i in range(3):
         alone = ids[i : i + 1, : int(mask[i].sum())]
-        close(model.itc(pixels, left, left_mask)[:, i], model.itc(pixels, alone)[:, 0])
-        close(model.itm(pixels, left, left_mask)[i], model.itm(pixels[i : i + 1], alone)[0])
-        expected = model.write(image[i : i + 1], alone)[0]
-        close(model.write(image, left, left_mask)[i][left_mask[i]], expected)
-        close(model.write(image, ids, mask)[i][mask[i]], expected)
+        close(model.itc(pixels, ids, mask)[:, i], model.itc(pixels, alone)[:, 0])
+        close(model.itm(pixels, ids, mask)[i], model.itm(pixels[i : i + 1], alone)[0])
+        close(model.write(image, ids, mask)[i][mask[i]], model.write(image[i : i + 1], alone)[0])
         loss = model.itg_loss(pixels[i : i + 1], alone)[0]
-        close(model.itg_loss(pixels[i : i + 1], left[i : i + 1], left_mask[i : i + 1])[0], loss)
         close(model.itg_loss(pixels[i : i + 1], ids[i : i + 1], mask[i : i + 1])[0], loss)
+    left = torch.arange(9).expand(3, 9) > 0  # the first word is padding
+    for reads in (model.itc, model.itm, model.itg_loss, model.stage1_loss):
+        with pytest.raises(ValueError, match="right"):
+            reads(pixels, ids, left)
 
 
 @torch.no_grad()
@@ -2747,8 +2730,8 @@ def test_blip2_cached_logits_equal_uncached_ones(oracles):
     for m in (None, mask):
         cache, pieces = blip2.Cache(model.config, 2, 21, like=model.embed_tokens.weight), []
         for start, end in [(0, 9), (9, 10), (10, 14), (14, 21)]:
-            piece = None if m is None or start else m[:, start:end]
-            pieces.append(model.lm_head(model.hidden(model.embed_tokens(ids[:, start:end]), piece, cache)))
+            so_far = None if m is None else m[:, :end]  # covers the cached tokens too
+            pieces.append(model.lm_head(model.hidden(model.embed_tokens(ids[:, start:end]), so_far, cache)))
         whole, stepwise = model(ids, m), torch.cat(pieces, 1)
         real = torch.ones_like(mask) if m is None else m
         close(stepwise[real], whole[real])
@@ -2768,19 +2751,18 @@ def test_qformer_masks_against_tables_by_hand():
     }
     for (attends, real), text in hand.items():
         mask = torch.tensor([[c == "#" for c in real]])
-        assert torch.equal(allowed(5, 5, **blip2.qformer_rule(attends, 2, 3, mask))[0], table(text)), (attends, real)
+        assert torch.equal(allowed(5, 5, **blip2.qformer_rule(attends, 2, mask))[0], table(text)), (attends, real)
         if "." not in real:
-            assert torch.equal(allowed(5, 5, **blip2.qformer_rule(attends, 2, 3))[0], table(text))
             lines = [line.strip() for line in blip2.__doc__.splitlines()]  # and the head of the file shows the same
             assert text.replace(" ", "") in "".join(c for line in lines for c in pick_column(line, attends))
-    with pytest.raises(ValueError, match="unknown attention 'causal'; known: contrastive, matching, generation"):
-        blip2.qformer_rule("causal", 2, 3)
+    with pytest.raises(KeyError, match="causal"):
+        blip2.qformer_rule("causal", 2, mask)
 
 
 def pick_column(line, attends):
     """The five signs of a row of one of the three tables in blip2's docstring, which stand side by side."""
     tables = re.match(r"((?:[#.] ){4}[#.]) +((?:[#.] ){4}[#.]) +((?:[#.] ){4}[#.])", line)
-    return tables[1 + blip2.ATTENDS.index(attends)].replace(" ", "") if tables else ""
+    return tables[1 + ("contrastive", "matching", "generation").index(attends)].replace(" ", "") if tables else ""
 
 
 @torch.no_grad()
@@ -2794,7 +2776,7 @@ def test_blip2_itc_queries_and_words_do_not_meet_and_itg_words_see_no_later_word
     changed[:, 5] = 81
 
     def outputs(attends, image, ids):
-        return model.qformer(queries, image, ids, attends=attends)
+        return model.qformer(queries, model.qformer.embed(ids), image, attends=attends)
 
     for attends, query_sees_text, text_sees_image in (
         ("contrastive", False, False),
@@ -2814,7 +2796,8 @@ def test_blip2_itc_queries_and_words_do_not_meet_and_itg_words_see_no_later_word
     # side by side under the contrastive mask, queries and words give what they give alone
     together = outputs("contrastive", image, ids)
     close(together[0], model.query(image))
-    close(together[1], model.qformer(None, None, ids)[1])
+    words = model.qformer.embed(ids)
+    close(together[1], model.qformer(words[:, :0], words, image[:, :0], attends="contrastive")[1])
 
 
 @torch.no_grad()
@@ -2835,23 +2818,15 @@ def test_blip2_a_later_word_or_another_image_changes_only_what_follows(oracles):
 @torch.no_grad()
 def test_blip2_the_decoder_gets_as_many_vectors_as_there_are_queries(oracles):
     model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
-    for size in ((32, 32), (8, 8), (90, 41)):
-        pixels, ids = torch.randn(2, 3, *size), torch.stack([row_with_queries(3, 2, 1), row_with_queries(3, 2, 2)])
-        x = model.embed(ids, pixels)
-        assert blip2.num_image_tokens(*size, model.config) == 6
-        assert torch.equal(x[:, 2:8], model.language_projection(model.query(model.encode_image(pixels))))
-        for wrong, found in (
-            (ids.masked_fill(torch.arange(11) == 3, 5), 10),
-            (ids.masked_fill(torch.arange(11) == 9, 98), 14),
-        ):
-            with pytest.raises(
-                ValueError, match=rf"{found} image tokens.*2 image\(s\) need 12: 6 queries each.*{size[0]} x {size[1]}"
-            ):
-                model(pixels, wrong)
-    with pytest.raises(ValueError, match="6 image tokens in the ids, but no image"):
-        model(None, ids[:1])
-    with pytest.raises(ValueError, match="smaller than one patch"):
-        blip2.num_image_tokens(7, 32, model.config)
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.stack([row_with_queries(3, 2, 1), row_with_queries(3, 2, 2)])
+    x = model.embed(ids, model.image_tokens(pixels))
+    assert torch.equal(x[:, 2:8], model.language_projection(model.query(model.encode_image(pixels))))
+    assert torch.equal(x[:, 8:], model.language.embed_tokens(ids[:, 8:]))
+    assert blip2.num_image_tokens(8, 90, model.config) == 6  # whatever the size of an image
+    too_few, too_many = ids.masked_fill(torch.arange(11) == 3, 5), ids.masked_fill(torch.arange(11) == 9, 98)
+    for wrong, given, found, need in ((too_few, pixels, 10, 12), (too_many, pixels, 14, 12), (ids, None, 12, 0)):
+        with pytest.raises(ValueError, match=rf"\b{found}\b.*\b{need}\b"):
+            model(given, wrong)
 
 
 def toy_pairs(batch, seed=0):
@@ -2896,7 +2871,7 @@ def test_blip2_training_moves_what_freeze_says_and_not_one_bit_else(stage):
     for name, p in model.named_parameters():
         assert (p.grad is not None) == (name in moves), name
         assert torch.equal(p, before[name]) != (name in moves), name
-    with pytest.raises(ValueError, match="stages 1 and 2"):
+    with pytest.raises(KeyError, match="3"):
         blip2.freeze(model, 3)
 
 
@@ -2904,35 +2879,25 @@ def test_blip2_a_model_without_a_side_refuses_what_needs_it(oracles):
     generative = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
     retrieval = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
     pixels, ids = torch.randn(1, 3, 32, 32), torch.randint(3, 80, (1, 5))
-    with pytest.raises(ValueError, match="no text side"):
-        generative.qformer(None, None, ids)
     for needs_text in (generative.itc, generative.itm, generative.itg_loss, generative.stage1_loss):
-        with pytest.raises(ValueError, match="no text side"):
+        with pytest.raises(AttributeError):
             needs_text(pixels, ids)
-    with pytest.raises(ValueError, match="1 images and 2 texts: matching and generation read pairs"):
+    for needs_language in (lambda: retrieval.generate(ids, pixels), lambda: retrieval(pixels, ids)):
+        with pytest.raises(AttributeError):
+            needs_language()
+    with pytest.raises(RuntimeError, match=r"\b1\b.*\b2\b|\b2\b.*\b1\b"):  # one image and two texts are no pairs
         retrieval.itm(pixels, ids.repeat(2, 1))
-    for nothing in ({}, {"queries": retrieval.query_tokens}):
-        with pytest.raises(ValueError, match="queries with the features of an image"):
-            retrieval.qformer(**nothing)
-    with pytest.raises(ValueError, match=r"pixels must be \[n,3,H,W\], got \[3, 32, 32\]"):
+    with pytest.raises(RuntimeError):
         generative(pixels[0], ids)
-    with pytest.raises(ValueError, match="cannot train in stage 1: it has no text side"):
-        blip2.freeze(generative, 1)
-    with pytest.raises(ValueError, match="no language model"):
-        retrieval.generate(ids, pixels)
-    with pytest.raises(ValueError, match="cannot train in stage 2: it has no language model"):
-        blip2.freeze(retrieval, 2)
-    with pytest.raises(ValueError, match="nothing to train on"):
-        blip2.BLIP2Config(qformer=blip2.QFormerConfig(text=False))
 
 
 def test_blip2_a_text_longer_than_the_context_is_an_error_with_both_numbers(oracles):
     model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
-    with pytest.raises(ValueError, match="text of 21 tokens does not fit the Q-Former's context of 20"):
+    with pytest.raises(ValueError, match=r"\b21\b.*\b20\b"):
         model.itc(torch.randn(1, 3, 32, 32), torch.ones(1, 21, dtype=torch.long))
     model.itc(torch.randn(1, 3, 32, 32), torch.ones(1, 20, dtype=torch.long))
     model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
-    with pytest.raises(ValueError, match="65 tokens .* context of 64"):
+    with pytest.raises(ValueError, match=r"\b65\b.*\b64\b"):
         model(None, torch.ones(1, 65, dtype=torch.long))
 
 
@@ -2975,13 +2940,11 @@ def test_hard_negatives_are_drawn_in_proportion_to_similarity_and_never_the_same
     assert same.int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
     generator, counts = torch.Generator().manual_seed(0), torch.zeros(4, 4)
     for _ in range(4000):
-        index, found = blip2.draw_hard_negatives(cosines, same, generator)
-        counts[torch.arange(4), index] += 1
-        assert found.all()
+        counts[torch.arange(4), blip2.draw_hard_negatives(cosines, same, generator)] += 1
     expected = (cosines / blip2.ITC_TEMPERATURE).masked_fill(same, -torch.inf).softmax(-1)
     assert not counts[same].any() and (counts / 4000 - expected).abs().max() < 0.03
-    index, found = blip2.draw_hard_negatives(cosines, torch.ones(4, 4, dtype=torch.bool))
-    assert not found.any()
+    index = blip2.draw_hard_negatives(cosines, torch.ones(4, 4, dtype=torch.bool))
+    assert index.shape == (4,), "where all texts are the same it means nothing, and is no error"
 
 
 def test_blip2_every_loss_works_for_a_batch_of_one_and_for_equal_captions():
@@ -3064,7 +3027,8 @@ def test_blip2_the_qformers_own_caption_is_greedy_and_ends_with_sep():
     assert words.shape == (3, 6) and torch.equal(model.write(model.encode_image(pixels), ids)[:, :-1].argmax(-1), words)
     ids[:, 0] = c.dec_token_id  # which is what write puts in the place of [CLS]
     queries = model.query_tokens.expand(3, -1, -1)
-    _, told = model.qformer(queries, model.encode_image(pixels), ids[:, :-1], attends="generation")
+    words_before = model.qformer.embed(ids[:, :-1])
+    _, told = model.qformer(queries, words_before, model.encode_image(pixels), attends="generation")
     assert torch.equal(F.linear(told, model.qformer.word_embeddings.weight).argmax(-1), words)
     ended = int(words[0, 2])  # let a word it says be the end
     model.config = replace(model.config, qformer=replace(c, sep_token_id=ended))
@@ -3109,109 +3073,104 @@ def test_blip2_preprocessing_equals_the_published_processor():
 def test_blip2_prompts_are_the_papers():
     assert blip2.build_prompt("what is this?") == "Question: what is this? Answer:"
     assert blip2.build_prompt(" a photo of ") == "a photo of" and blip2.build_prompt("") == ""
-    with pytest.raises(ValueError, match="leave <image> out"):
+    with pytest.raises(ValueError, match="<image>"):
         blip2.build_prompt("<image> what is this?")
     assert blip2.prompt_ids([2, 7], blip2.PRESETS["blip2-opt-2.7b"]) == [50265] * 32 + [2, 7]
 
 
-def test_blip2_cross_attention_maps_are_of_the_layers_that_look_at_the_image():
+@torch.no_grad()
+def test_blip2_every_second_layer_of_the_qformer_attends_to_the_image():
     model = blip2.BLIP2(blip2.PRESETS["tiny"])
     pixels, ids = toy_pairs(2)
-    with torch.no_grad(), blip2.trace(maps=True) as t:
-        model.itm(pixels, ids)
-    crosses = [x for name, x in t.rows if name == "cross-attention weights"]
-    selves = [x for name, x in t.rows if name == "self-attention weights"]
-    assert [list(x.shape) for x in crosses] == [[2, 2, 16, 17]] * 2 and [list(x.shape) for x in selves] == [
-        [2, 2, 23, 23]
-    ] * 4
-    assert all(torch.allclose(x.sum(-1), torch.ones(()), atol=1e-5) for x in crosses + selves)
+    image = model.encode_image(pixels)
+    with attention_maps() as maps:
+        model.match(image, ids)
+    assert [list(x.shape[2:]) for x in maps] == [[23, 23], [16, 17], [23, 23], [23, 23], [16, 17], [23, 23]]
+    heats = world.query_attention(model, world.draw(many_scenes(1)[0]))
+    assert heats.shape == (16, 4, 4) and (heats.sum((1, 2)) < 1).all(), "some attention goes to the class token"
+    image = model.encode_image(blip2.preprocess([world.draw(many_scenes(1)[0])], model.config.vision))
+    with attention_maps() as maps:
+        model.query(image)
+    by_hand = (maps[1] + maps[4]).mean(1)[0] / 2  # [16,17]
+    close(heats.flatten(1), by_hand[:, 1:])
 
 
-BROKEN_BLIP2 = {
-    "tensor is missing": (
-        lambda t: {k: v for k, v in t.items() if k != "query_tokens"},
-        "1 tensors are missing.*query_tokens",
-    ),
+BROKEN_BLIP2 = {  # -> what the error must name
+    "tensor is missing": (lambda t: {k: v for k, v in t.items() if k != "query_tokens"}, ["query_tokens"]),
     "fused matrix is missing": (
         lambda t: {k: v for k, v in t.items() if k != "vision_model.encoder.layers.1.self_attn.qkv.weight"},
-        "3 tensors are missing.*vision.blocks.1.attn.k_proj.weight",
+        [f"vision.blocks.1.attn.{x}_proj.weight" for x in "qkv"],
     ),
-    "tensor is unknown": (lambda t: t | {"qformer.gate": torch.ones(2)}, "unknown tensor 'qformer.gate'"),
+    "tensor is unknown": (lambda t: t | {"qformer.gate": torch.ones(2)}, ["qformer.gate"]),
     "text side stands in a checkpoint of stage 2": (
         lambda t: t | {"qformer.encoder.layer.0.output.dense.bias": torch.ones(24)},
-        "unknown tensor 'qformer.encoder.layer.0.output.dense.bias'",
+        ["qformer.layers.0.mlp_text.fc2.bias"],
     ),
     "cross-attention stands in a layer without": (
         lambda t: t | {"qformer.encoder.layer.1.crossattention.output.dense.bias": torch.ones(24)},
-        "unknown tensor 'qformer.encoder.layer.1.crossattention.output.dense.bias'",
+        ["qformer.layers.1.cross_attn.out_proj.bias"],
     ),
-    "shape is wrong": (lambda t: t | {"query_tokens": torch.ones(1, 5, 24)}, r"has shape \[1, 5, 24\].*\[1, 6, 24\]"),
+    "shape is wrong": (
+        lambda t: t | {"query_tokens": torch.ones(1, 5, 24)},
+        ["query_tokens", "[1, 5, 24]", "[1, 6, 24]"],
+    ),
     "fused shape is wrong": (
         lambda t: t | {"vision_model.encoder.layers.0.self_attn.qkv.bias": torch.ones(93)},
-        r"'vision_model.encoder.layers.0.self_attn.qkv.bias' has shape \[31\].*\[32\]",
+        ["vision.blocks.0.attn.q_proj.bias", "[31]", "[32]"],
     ),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN_BLIP2)
 def test_a_blip2_checkpoint_is_refused_when_a(what, oracles, tmp_path):
-    change, message = BROKEN_BLIP2[what]
-    with pytest.raises(ValueError, match=message):
+    change, words = BROKEN_BLIP2[what]
+    with pytest.raises(RuntimeError) as error:
         blip2.BLIP2.from_pretrained(resave(oracles("blip2")[1], tmp_path / "broken", change))
+    names(error, words)
 
 
 def test_blip2_reads_old_files_and_refuses_other_language_models(oracles, tmp_path):
-    """Old files carry the output matrix a second time and a buffer of positions; sharded ones come in pieces."""
+    """Old files contain the output matrix a second time and a buffer of positions; sharded ones come in pieces."""
     oracle, folder = oracles("blip2")
     expected = dict(blip2.BLIP2.from_pretrained(folder).named_parameters())
 
     def old(tensors):
         table = tensors["language_model.model.decoder.embed_tokens.weight"]
-        return tensors | {
-            "language_model.lm_head.weight": table.clone(),
-            "embeddings.position_ids": torch.arange(20)[None],
-        }
+        again = {"language_model.lm_head.weight": table.clone(), "embeddings.position_ids": torch.arange(20)[None]}
+        return tensors | again
 
     oracle.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     for loaded in (resave(folder, tmp_path / "old", old), tmp_path / "shards"):
         for name, parameter in blip2.BLIP2.from_pretrained(loaded).named_parameters():
             assert torch.equal(parameter, expected[name]), name
-    wrong = resave(
-        folder,
-        tmp_path / "untied",
-        lambda tensors: {n: t + (n.endswith("lm_head.weight")) for n, t in old(tensors).items()},
-    )
-    with pytest.raises(ValueError, match="should equal the tensor it is tied to"):
-        blip2.BLIP2.from_pretrained(wrong)
     raw = json.loads((folder / "config.json").read_text())
-    for change, message in [
-        ({"model_type": "t5"}, "'t5' language model; blip2.py reads 'opt'"),
-        ({"do_layer_norm_before": False}, "norms after the layers"),
-        ({"word_embed_proj_dim": 16}, "word embeddings of width 16 in an OPT of 32"),
-        ({"tie_word_embeddings": False}, "output matrix is not its word embedding"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            blip2.config_from_published(raw | {"text_config": raw["text_config"] | change}, tmp_path)
-    with pytest.raises(ValueError, match="holds a 'llava' checkpoint; blip2.py reads 'blip-2'"):
+    for field, value in (
+        ("model_type", "t5"),
+        ("do_layer_norm_before", False),
+        ("word_embed_proj_dim", 16),
+        ("tie_word_embeddings", False),
+        ("activation_function", "gelu"),
+    ):
+        wrong = raw | {"text_config": raw["text_config"] | {field: value}}
+        with pytest.raises(ValueError, match=f"{field}.*{value}"):
+            blip2.config_from_published(write_config(tmp_path, wrong))
+    with pytest.raises(ValueError, match="hidden_act.*relu"):
+        wrong = raw | {"qformer_config": raw["qformer_config"] | {"hidden_act": "relu"}}
+        blip2.config_from_published(write_config(tmp_path, wrong))
+    with pytest.raises(ValueError, match="'llava'.*'blip-2'"):
         blip2.BLIP2.from_pretrained(oracles("llava")[1])
 
 
 def test_the_short_published_blip2_configs_mean_the_presets(tmp_path):
     text = dict(model_type="opt", hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32)
     text |= dict(word_embed_proj_dim=2560, eos_token_id=50118)
-    raw = {
-        "model_type": "blip-2",
-        "vision_config": {},
-        "qformer_config": {},
-        "text_config": text,
-        "image_token_index": 50265,
-    }
-    ours = blip2.config_from_published(raw, tmp_path)
-    assert replace(ours, qformer=blip2.QUERIES_ONLY) == blip2.PRESETS["blip2-opt-2.7b"]
+    raw = dict(model_type="blip-2", vision_config={}, qformer_config={}, text_config=text, image_token_index=50265)
+    ours, preset = blip2.config_from_published(write_config(tmp_path, raw)), blip2.PRESETS["blip2-opt-2.7b"]
+    assert replace(ours, qformer=preset.qformer) == preset
     assert not ours.qformer.text and ours.qformer.queries == 32
     raw = {"model_type": "blip-2", "qformer_config": {"vocab_size": 30523, "use_qformer_text_input": True}}
-    assert replace(blip2.config_from_published(raw, tmp_path), eos_token_id=50118) == blip2.PRESETS["blip2-itm-vit-g"]
+    assert blip2.config_from_published(write_config(tmp_path, raw)) == blip2.PRESETS["blip2-itm-vit-g"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6165,22 +6124,22 @@ def test_blip2_weights_from_the_command_line_say_what_the_published_model_says(o
         )
         expected.append(tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip())
     assert len(set(expected)) > 1 and min(map(len, expected)) > 20
-    blip2.main(["--weights", str(tmp_path), "--image", image])
+    main = lambda *options: world.workbench("blip2", ["--weights", str(tmp_path), *options])
+    main("--image", image)
     assert capsys.readouterr().out == expected[0] + "\n"
-    blip2.main(
-        ["--weights", str(tmp_path), "--image", image, "--prompt", "what is this?", "--prompt", "a red circle in"]
-    )
+    main("--image", image, "--prompt", "what is this?", "--prompt", "a red circle in")
     asked = [f"{image}: {prompt} -> " for prompt in ("Question: what is this? Answer:", "a red circle in")]
     assert capsys.readouterr().out == "".join(f"{a}{e}\n" for a, e in zip(asked, expected[1:], strict=True))
+    main("--image", image, "--image", image)  # BLIP-2 reads one image at a time: each gets its caption
+    assert capsys.readouterr().out == f"{image}:  -> {expected[0]}\n" * 2
 
-    def wrong(*options):
-        return lambda: blip2.main(["--weights", str(tmp_path), *options])
-
+    (tmp_path / "model.safetensors.index.json").unlink()  # what follows is found before the weights are read
+    wrong = lambda *options: lambda: main(*options)
     fails_in_one_line(wrong("--prompt", "what ?"), capsys, "--image")
-    fails_in_one_line(wrong("--image", image, "--prompt", "<image> what ?"), capsys, "leave <image> out")
-    fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "67 tokens, the context holds 64")
+    fails_in_one_line(wrong("--image", image, "--prompt", "<image> what ?"), capsys, "<image>")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "67 tokens", "64")
     (tmp_path / "tokenizer.json").unlink()
-    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json")
 
 
 def test_blip2_retrieval_weights_from_the_command_line_judge_as_the_published_model(oracles, tmp_path, capsys):
@@ -6201,22 +6160,53 @@ def test_blip2_retrieval_weights_from_the_command_line_judge_as_the_published_mo
             cosine = oracle(**given, use_image_text_matching_head=False).logits_per_image.item()
         rows.append((match, f"  {100 * match:5.1f} %  {cosine:6.3f}  {prompt}"))
     options = [option for prompt in prompts for option in ("--prompt", prompt)]
-    blip2.main(["--weights", str(tmp_path), "--image", image, *options])
+    main = lambda *options: world.workbench("blip2", ["--weights", str(tmp_path), "--image", image, *options])
+    main(*options)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == [line for _, line in sorted(rows, reverse=True)] and image in lines[0]
-    fails_in_one_line(lambda: blip2.main(["--weights", str(tmp_path), "--image", image]), capsys, "--prompt")
-    too_long = ["--weights", str(tmp_path), "--image", image, "--prompt", "red " * 19]
-    fails_in_one_line(lambda: blip2.main(too_long), capsys, "21 tokens, the context holds 20")
+    (tmp_path / "model.safetensors").unlink()  # what follows is found before the weights are read
+    fails_in_one_line(main, capsys, "--prompt")
+    fails_in_one_line(lambda: main("--prompt", "a red circle", "--prompt", " "), capsys, "--prompt")
+    fails_in_one_line(lambda: main("--prompt", "red " * 19), capsys, "21 tokens", "20")
+
+
+def test_blip2s_demo_refuses_a_prompt_that_does_not_fit_before_it_trains(runs, capsys):
+    ask = lambda prompt: lambda: world.workbench("blip2", ["--demo", "--prompt", prompt])
+    fails_in_one_line(ask("<image> what is it?"), capsys, "<image>")
+    fails_in_one_line(ask(" "), capsys, "empty")
+    short = len(world.BLIP2Recipe().prompt_row(""))
+    fails_in_one_line(ask("red " * (241 - short)), capsys, "tokens", "240")
+    assert not list(runs.iterdir())
+
+
+def test_blip2s_toy_answers_each_question_about_each_image(untaught, tmp_path, capsys):
+    names = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for name, colour in zip(names, ("red", "blue")):
+        Image.new("RGB", (50, 40), colour).save(name)
+    options = ["--image", names[0], "--image", names[1], "--prompt", "what is it?", "--prompt", "where?"]
+    world.workbench("blip2", options)
+    lines = re.findall("^(what is it|where).*-> ", capsys.readouterr().out, re.MULTILINE)
+    assert lines == ["what is it", "what is it", "where", "where"]
+
+
+def test_blip2s_demo_tells_of_both_stages_and_draws_what_the_queries_look_at(untaught, runs, monkeypatch, capsys):
+    fewer = lambda *span: range(12) if span == (200,) else range(*span)
+    monkeypatch.setattr(world, "range", fewer, raising=False)
+    world.workbench("blip2", ["--demo"])
+    out = capsys.readouterr().out
+    numbers = re.search("look in the first image.*\n((?:.*\n){4})", out)[1]  # 4 x 4 patches
+    assert sorted(map(int, re.findall(r"\d+", numbers))) == list(range(16)), "each query once"
+    assert out.count("stage 1: ") == out.count("stage 2: ") == 3 and "cut short" in out
+    assert re.search("after stage 1, of 200 .*after stage 2, of 200 ", out, re.DOTALL)
+    assert Image.open(runs / "blip2" / "demo.png").size == (9 * 68 + 280, 3 * (2 * 68 + 8) + 24)
 
 
 def test_blip2_anatomy_says_what_trains_and_what_an_image_costs(capsys):
-    blip2.main(["--anatomy", "blip2-opt-2.7b"])
+    world.workbench("blip2", ["--anatomy", "blip2-opt-2.7b"])
     out = capsys.readouterr().out
-    assert (
-        "stage 2: 107,133,696 trained (2.9 %)" in out and "257 features -> 32 queries" in out and "stage 1" not in out
-    )
-    assert "327,680 bytes a token" in out
-    blip2.main(["--anatomy", "blip2-itm-vit-g"])
+    assert "stage 2: 107,133,696 trained (2.9 %)" in out and "stage 1" not in out
+    assert "257 features -> 32 queries" in out and "327,680 bytes a token" in out
+    world.workbench("blip2", ["--anatomy", "blip2-itm-vit-g"])
     out = capsys.readouterr().out
     assert "stage 1: 186,082,818 trained (15.9 %)" in out and "stage 2" not in out
 
@@ -6977,17 +6967,88 @@ def test_towers_trained_otherwise_give_another_model(family, runs, monkeypatch):
     assert world.RECIPES[family]().start("cpu", 0).lineage != before
 
 
-def test_own_captions_train_stage_2_of_blip2(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(world, "toy_blip2", lambda *_: fresh("blip2"))
-    good = [json.dumps({"file_name": "a.png", "text": f"text {i} <image>"}) for i in range(5)]
-    long = json.dumps({"file_name": "a.png", "text": "word " * 200})
-    folder = make_folder(tmp_path / "own", [*good, long, '{"file_name": "a.png"}'], ["a.png"])
-    assert world.main(["blip2", "--data", str(folder), "--steps", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "6 rows, 1 left out" in out and "1 rows do not fit the context of 256 tokens" in out
-    with pytest.raises(SystemExit):
-        world.main(["blip2", "--data", str(make_folder(tmp_path / "long", [long], ["a.png"])), "--steps", "2"])
-    assert "short enough" in capsys.readouterr().err
+def test_blip2_starts_from_the_toy_towers_and_takes_its_stages_in_turn(runs, monkeypatch):
+    monkeypatch.setattr(world, "fit", fit_nothing)
+    tower, opt = clip.CLIP(clip.PRESETS["tiny"]).vision, blip2.OPT(blip2.PRESETS["tiny"].language)
+    tower.lineage, opt.lineage = 1, 2
+    torch.nn.init.uniform_(tower.ln_post.weight)
+    kept, trained = dict(tower.blocks[:3].named_parameters()), []
+    monkeypatch.setattr(world, "toy_clip", lambda device: argparse.Namespace(vision=copy.deepcopy(tower)))
+    monkeypatch.setattr(world, "toy_opt", lambda device: opt)
+    recipe = world.BLIP2Recipe()
+    model = recipe.start("cpu", 0)
+    assert model.lineage == {"vision": 1, "language": 2}
+    for name, parameter in model.vision.blocks.named_parameters():
+        assert torch.equal(parameter, kept[name]), name
+    for name in ("class_embedding", "ln_pre.weight", "patch_embedding.weight", "position_embedding.weight"):
+        assert torch.equal(model.vision.get_parameter(name), tower.get_parameter(name)), name
+    assert (model.vision.ln_post.weight == 1).all(), "the LayerNorm on top of the tower is new"
+    for name, parameter in opt.named_parameters():
+        assert torch.equal(model.language.get_parameter(name), parameter), name
+
+    def note(name, plan, model, *_, **__):
+        trained.append((name, plan.steps, sum(p.requires_grad for p in model.parameters())))
+        return model
+
+    monkeypatch.setattr(world, "fit", note)
+    one, two = (len(blip2.freeze(model, stage)) for stage in (1, 2))
+    recipe.train(seed=3, until="stage1")
+    recipe.train()
+    recipe.train(demo=True)
+    recipe.train(steps=7, name="v", **recipe.variants["stage 2 alone"])
+    assert trained == [
+        *[("blip2-stage1-seed3", 800, one), ("blip2-stage1", 800, one), ("blip2", 1200, two)],
+        *[("blip2-stage1-steps100", 100, one), ("blip2-steps300", 300, two), ("v-steps7", 7, two)],
+    ]
+
+
+def test_what_a_step_of_blip2_shows_is_true(monkeypatch):
+    """In both stages; a fourth of stage 1 are near misses: scenes with one property of one thing changed."""
+    recipe, shown, near, change_one = world.BLIP2Recipe(), [], [], world.change_one
+    draw, note = world.draw, lambda scene, other: near.append(scene) or other
+    monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
+    monkeypatch.setattr(world, "change_one", lambda scene, rng: note(scene, change_one(scene, rng)))
+    for plan in recipe.stages:
+        shown.clear()
+        for step in range(30):
+            samples = recipe.batch(plan, step)
+            scenes = shown[-16:]
+            assert [text for _, text in samples] == [world.caption(scene) for scene in scenes]
+            assert [picture.tobytes() for picture, _ in samples] == [draw(scene).tobytes() for scene in scenes]
+            for scene, other in zip(near, scenes[-4:]):
+                assert sum(a != b for a, b in zip(scene.things, other.things)) == 1
+            assert len(near) == (4 if plan.stage else 0)
+            near.clear()
+        assert len(shown) == 480 and not any(scene.is_test for scene in shown), plan
+        counts = [sum(len(scene.things) == n for scene in shown) / 480 for n in (1, 2, 3, 4)]
+        assert plan.stage or counts == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3], abs=0.08)
+
+
+def test_own_captions_of_blip2_are_plain_text_and_must_fit(monkeypatch):
+    recipe, picture = world.BLIP2Recipe(), Image.new("RGB", (32, 32))
+    assert recipe.own(picture, "a dax") == (picture, "a dax")
+    ids, labels = recipe.row("a <eos> <image> dax")
+    assert ids.count(world.EOS_ID) == 1 and ids.count(world.IMAGE_ID) == 16
+    longest = 256 - len(recipe.row("")[0])
+    recipe.own(picture, " red" * longest)
+    with pytest.raises(ValueError, match=r"\b257\b.*\b256\b"):
+        recipe.own(picture, " red" * (longest + 1))
+
+
+def test_blip2_claims_compare_after_stage_1_and_caption_after_stage_2(monkeypatch):
+    recipe, asked = world.BLIP2Recipe(), []
+    monkeypatch.setattr(recipe, "train", lambda *args, until=None: asked.append((*args, until)) or "after stage 1")
+    monkeypatch.setattr(world, "reranking", lambda model: (0.5, 0.75) if model == "after stage 1" else None)
+    captions = lambda model, scenes: [world.caption(scene) + "!" * (i < 100) for i, scene in enumerate(scenes)]
+    monkeypatch.setattr(recipe, "captions", lambda model, scenes: captions(model, scenes) if model == "whole" else [])
+    right, found, frozen = recipe.claims("whole", argparse.Namespace(device="cpu", seed=3))
+    assert asked == [("cpu", 3, "stage1")]
+    assert right.measured == 0.75, "100 of 400 captions say too much"
+    assert (found.chance, found.measured, found.target) == (0.5, 0.75, 0.505)
+    assert frozen.measured == pytest.approx(1 - 107_133_696 / 3_744_679_936)
+    assert recipe.measure("whole") == [0.75]
+    (claim,) = recipe.compare({"both stages": [0.9], "stage 2 alone": [0.4]})
+    assert (claim.chance, claim.measured, claim.target) == (0.4, 0.9, 0.4)
 
 
 def test_blip2_captions_are_counted_right_and_told_scenes_tell_all():
@@ -7001,23 +7062,41 @@ def test_blip2_captions_are_counted_right_and_told_scenes_tell_all():
         (told, no), (answer, yes) = world.told_scene(random.Random(i))
         pieces = told.removeprefix("USER: ").split(f"\n{world.DESCRIBE} ASSISTANT:")[0].split(", ")
         assert (no, yes) == (False, True) and sorted(pieces) == sorted(answer.removesuffix("<eos>").strip().split(", "))
-    assert world.blip2_prompt(blip2.PRESETS["tiny"]).count(world.IMAGE_ID) == 16
-    assert world.frozen_share("blip2-opt-2.7b", 2) == pytest.approx(1 - 107_133_696 / 3_744_679_936)
+    prompt = world.BLIP2Recipe().prompt_row(world.DESCRIBE)
+    assert prompt.count(world.IMAGE_ID) == 16
+    assert [i for i in prompt if i != world.IMAGE_ID] == world.encode(f"USER: \n{world.DESCRIBE} ASSISTANT:")
 
 
 def test_blip2_stage_2_learns_to_write_the_caption_behind_the_prompt(monkeypatch):
     scenes = [world.make_scene(random.Random(i), count) for i, count in enumerate((1, 4, 2))]
     texts, read, wanted = [world.caption(scene) for scene in scenes], [], []
-    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    model, recipe = blip2.BLIP2(blip2.PRESETS["tiny"]), world.BLIP2Recipe()
     monkeypatch.setattr(model, "forward", lambda pixels, ids: read.extend(ids) or ids)
     monkeypatch.setattr(blip2, "language_loss", lambda logits, labels: wanted.extend(labels))
-    world.blip2_loss(model, 2, [world.draw(scene) for scene in scenes], texts)
-    prompt = world.blip2_prompt(model.config)
+    recipe.loss(model, [(world.draw(scene), text) for scene, text in zip(scenes, texts)], recipe.stages[1], 0)
+    prompt = recipe.prompt_row(world.DESCRIBE)
     for ids, labels, text in zip(read, wanted, texts, strict=True):
         counts = labels != blip2.IGNORE_INDEX
         assert ids[: len(prompt)].tolist() == prompt and not counts[: len(prompt)].any()
         assert torch.equal(ids[counts], labels[counts]), "what is to be said is what is read, unshifted"
         assert ids[len(prompt) :][: counts.sum()].tolist() == world.encode(f" {text}<eos>") == labels[counts].tolist()
+
+
+def test_blip2_stage_1_reads_texts_as_bert_does_and_draws_negatives_by_seed_and_step(monkeypatch):
+    scenes = [world.make_scene(random.Random(i), count) for i, count in enumerate((1, 4, 2))]
+    texts, drawn = [world.caption(scene) for scene in scenes], []
+    model, recipe = blip2.BLIP2(blip2.PRESETS["tiny"]), world.BLIP2Recipe()
+
+    def stage1_loss(pixels, ids, mask, generator):
+        for row, real, text in zip(ids, mask, texts, strict=True):
+            assert row[real].tolist() == [world.CLS_ID, *world.encode(text), world.SEP_ID] and real[0]
+        drawn.append(float(torch.rand(1, generator=generator)))
+
+    monkeypatch.setattr(model, "stage1_loss", stage1_loss)
+    for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        plan = replace(recipe.stages[0], seed=seed)
+        recipe.loss(model, [(world.draw(scene), text) for scene, text in zip(scenes, texts)], plan, step)
+    assert drawn[0] == drawn[1] and len({*drawn}) == 3
 
 
 def test_reranking_lets_matching_choose_among_what_contrast_finds(monkeypatch):
