@@ -4042,9 +4042,11 @@ def test_cogvlm_generates_the_greedy_tokens_of_the_naive_implementation(publishe
     assert len({tuple(row) for row in expected}) == 3
     for row, given, right in zip(rows, images, expected, strict=True):
         assert model.generate(torch.tensor([row]), given if len(given) else None, max_new_tokens=8)[0].tolist() == right
-    for left in (False, True):
-        ids, mask = cogvlm.pad_rows(rows, 0, left)
-        assert model.generate(ids, pixels, mask, max_new_tokens=8).tolist() == expected
+    ids, mask = cogvlm.pad_rows(rows, 0, left=True)
+    assert model.generate(ids, pixels, mask, max_new_tokens=8).tolist() == expected
+    ids, mask = cogvlm.pad_rows(rows, 0)
+    with pytest.raises(ValueError, match="left"):
+        model.generate(ids, pixels, mask, max_new_tokens=8)
 
 
 def test_cogvlm_loads_from_shards_and_ignores_the_buffers_of_old_files(published_cogvlm, tmp_path):
@@ -4056,55 +4058,63 @@ def test_cogvlm_loads_from_shards_and_ignores_the_buffers_of_old_files(published
             assert torch.equal(parameter, expected[name]), name
 
 
-BROKEN_COGVLM = {
-    "tensor is missing": (lambda t: {k: v for k, v in t.items() if k != "model.vision.boi"}, "1 tensors are missing.*adapter.boi"),
+def without(name):
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+BROKEN_COGVLM = {  # -> what the error must contain
+    "tensor is missing": (without("model.vision.boi"), ["adapter.boi"]),
     "fused matrix is missing": (
-        lambda t: {k: v for k, v in t.items() if k != "model.vision.transformer.layers.1.attention.query_key_value.weight"},
-        "3 tensors are missing.*vision.blocks.1.attn.k_proj.weight",
+        without("model.vision.transformer.layers.1.attention.query_key_value.weight"),
+        [f"vision.blocks.1.attn.{name}_proj.weight" for name in "qkv"],
     ),
     "vision expert is missing": (
-        lambda t: {k: v for k, v in t.items() if k != "model.layers.1.mlp.vision_mlp.up_proj.weight"},
-        "1 tensors are missing.*layers.1.vision_expert.mlp.up_proj",
+        without("model.layers.1.mlp.vision_mlp.up_proj.weight"),
+        ["language.layers.1.vision_expert.mlp.up_proj.weight"],
     ),
-    "tensor is unknown": (lambda t: t | {"model.vision.gate": torch.ones(2)}, "unknown tensor 'model.vision.gate'"),
+    "tensor is unknown": (lambda t: t | {"model.vision.gate": torch.ones(2)}, ["adapter.gate"]),
     "convolution stands in a first CogVLM": (
         lambda t: t | {"model.vision.conv.bias": torch.ones(16)},
-        "unknown tensor 'model.vision.conv.bias'",
+        ["adapter.conv.bias"],
     ),
     "layer is one too many": (
         lambda t: t | {"model.layers.2.input_layernorm.weight": torch.ones(24)},
-        "unknown tensor 'model.layers.2.input_layernorm.weight'",
+        ["language.layers.2.input_layernorm.weight"],
     ),
-    "shape is wrong": (lambda t: t | {"lm_head.weight": torch.ones(61, 24)}, r"has shape \[61, 24\].*\[60, 24\]"),
+    "shape is wrong": (
+        lambda t: t | {"lm_head.weight": torch.ones(61, 24)},
+        ["lm_head.weight", "[61, 24]", "[60, 24]"],
+    ),
     "fused shape is wrong": (
         lambda t: t | {"model.vision.transformer.layers.0.attention.query_key_value.bias": torch.ones(45)},
-        r"query_key_value.bias' has shape \[15\].*\[16\]",
+        ["vision.blocks.0.attn.q_proj.bias", "[15]", "[16]"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BROKEN_COGVLM)
 def test_a_cogvlm_checkpoint_is_refused_when_a(what, published_cogvlm, tmp_path):
-    change, message = BROKEN_COGVLM[what]
+    change, words = BROKEN_COGVLM[what]
     tensors, raw, _ = published_cogvlm["first"]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError) as error:
         cogvlm.CogVLM.from_pretrained(save_cogvlm(tmp_path / "broken", raw, change(tensors)))
+    names(error, words)
 
 
-def test_cogvlm_refuses_damaged_files_and_other_families(published_cogvlm, oracles, tmp_path):
-    tensors, raw, folder = published_cogvlm["first"]
-    cut = save_cogvlm(tmp_path / "cut", raw, tensors)
-    data = (cut / "model.safetensors").read_bytes()
-    for keep in (len(data) // 2, 100, 0):
-        (cut / "model.safetensors").write_bytes(data[:keep])
-        with pytest.raises(ValueError, match="no complete safetensors file"):
-            cogvlm.CogVLM.from_pretrained(cut)
-    with pytest.raises(ValueError, match="holds a 'llava' checkpoint; cogvlm.py reads 'CogVLMForCausalLM'"):
+def test_cogvlm_refuses_other_families_and_configs_it_does_not_follow(published_cogvlm, oracles, tmp_path):
+    with pytest.raises(ValueError, match="llava.*'CogVLMForCausalLM'"):
         cogvlm.CogVLM.from_pretrained(oracles("llava")[1])
-    with pytest.raises(ValueError, match="holds a 'CogVLMForCausalLM' checkpoint"):
-        llava.config_from_published({"model_type": "CogVLMForCausalLM"}, folder)
-    with pytest.raises(ValueError, match="unknown activation 'quicker_gelu'"):
-        cogvlm.config_from_published(raw | {"vision_config": {"hidden_act": "quicker_gelu"}}, folder)
+    _, raw, folder = published_cogvlm["first"]
+    with pytest.raises(ValueError):
+        llava.config_from_published(folder)
+    tower = {"vision_config": raw["vision_config"] | {"hidden_act": "quick_gelu"}}
+    for change, value in (({"hidden_act": "relu"}, "'relu'"), (tower, "'quick_gelu'")):
+        with pytest.raises(ValueError, match=f"hidden_act = {value}"):
+            cogvlm.config_from_published(write_config(tmp_path, raw | change))
+    for field, value in (("do_center_crop", True), ("do_pad", True), ("resample", 2)):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({field: value}))
+        with pytest.raises(ValueError, match=f"{field} = {value}"):
+            cogvlm.config_from_published(write_config(tmp_path, raw))
 
 
 def test_the_published_cogvlm_configs_mean_the_presets(tmp_path):
@@ -4128,33 +4138,27 @@ def test_the_published_cogvlm_configs_mean_the_presets(tmp_path):
     raw |= dict(
         num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=2048, vocab_size=32000, hidden_act="silu"
     )
-    assert cogvlm.config_from_published(raw, tmp_path) == cogvlm.PRESETS["cogvlm-chat-17b"]
+    assert cogvlm.config_from_published(write_config(tmp_path, raw)) == cogvlm.PRESETS["cogvlm-chat-17b"]
     raw |= dict(num_multi_query_heads=8, intermediate_size=14336, max_position_embeddings=8192, vocab_size=128256)
     raw |= dict(
         vision_config=vision | dict(image_size=1344, num_positions=9217), bos_token_id=128000, eos_token_id=128001
     )
-    assert cogvlm.config_from_published(raw, tmp_path) == cogvlm.PRESETS["cogvlm2-llama3-19b"]
+    assert cogvlm.config_from_published(write_config(tmp_path, raw)) == cogvlm.PRESETS["cogvlm2-llama3-19b"]
 
 
 def test_what_a_cogvlm_config_says_is_read_and_silence_means_the_first_models_defaults(tmp_path):
     raw = cogvlm_fields()
-    read = lambda raw: cogvlm.config_from_published(raw, tmp_path)
+    read = lambda raw: cogvlm.config_from_published(write_config(tmp_path, raw))
     silent = read(
         {key: raw[key] for key in raw if key not in ("rms_norm_eps", "bos_token_id", "eos_token_id", "architectures")}
         | {"model_type": "cogvlm"}
     )
     assert (silent.language.norm_eps, silent.bos_token_id, silent.eos_token_id) == (1e-6, 1, 2)
-    said = read(
-        raw | {"tie_word_embeddings": True, "vision_config": raw["vision_config"] | {"hidden_act": "quick_gelu"}}
-    )
-    assert (
-        said.language.tie_embeddings
-        and not read(raw).language.tie_embeddings
-        and said.vision.activation == "quick_gelu"
-    )
+    said = read(raw | {"tie_word_embeddings": True})
+    assert said.language.tie_embeddings and not read(raw).language.tie_embeddings
     assert (said.image_token_id, said.bos_token_id, said.eos_token_id, said.language.context) == (60, 4, 5, 64)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 2]}))
-    assert (read(raw).vision.mean, read(raw).vision.std, read(raw).vision.resize) == ((0, 0, 0), (1, 1, 2), "squash")
+    assert (read(raw).vision.mean, read(raw).vision.std) == ((0, 0, 0), (1, 1, 2))
 
 
 def test_cogvlm_counts_its_tokens():
@@ -4162,15 +4166,9 @@ def test_cogvlm_counts_its_tokens():
     assert cogvlm.num_image_tokens(490, 490, first) == 35 * 35 + 2 == 1227
     assert cogvlm.num_image_tokens(1344, 1344, second) == 48 * 48 + 2 == 2306
     assert cogvlm.num_image_tokens(28, 70, first) == 2 * 5 + 2 and cogvlm.num_image_tokens(43, 70, second) == 1 * 2 + 2
-    with pytest.raises(ValueError, match="smaller than one patch"):
-        cogvlm.num_image_tokens(13, 490, first)
-    with pytest.raises(ValueError, match="no 2 x 2 patches"):
-        cogvlm.num_image_tokens(14, 490, second)
     for config in (cogvlm.PRESETS["tiny"], replace(cogvlm.PRESETS["tiny"], strided=True, expert_bias=True)):
-        model = cogvlm.CogVLM(config)
-        for height, width in ((32, 32), (32, 64), (43, 27)):
-            made = model.encode_image(torch.randn(1, 3, height, width)).shape[1]
-            assert made == cogvlm.num_image_tokens(height, width, config), (height, width)
+        made = cogvlm.CogVLM(config).image_tokens(torch.randn(1, 3, 32, 32)).shape[1]
+        assert made == cogvlm.num_image_tokens(32, 32, config) == (6 if config.strided else 18)
 
 
 ROLES_BY_HAND = {  # ids with I an image token -> (images of so many tokens, expert of each token, position of each token)
@@ -4203,16 +4201,16 @@ def test_cogvlm_experts_and_positions_against_tables_by_hand(tokens):
 
 
 @torch.no_grad()
-def test_cogvlm2_joins_patches_that_lie_together_on_an_oblong_grid_too():
-    """Each token of a 4 x 6 grid is what the adapter makes of its own 2 x 2 patches alone."""
+def test_cogvlm2_joins_patches_that_lie_together():
+    """Each token of a 4 x 4 grid is what the adapter makes of its own 2 x 2 patches alone."""
     torch.manual_seed(0)
     adapter = cogvlm.Adapter(replace(cogvlm.PRESETS["tiny"], strided=True))
-    patches = torch.randn(1, 4, 6, 96)
-    tokens = adapter(patches.view(1, 24, 96), 4, 6)[0, 1:-1].view(2, 3, -1)
+    patches = torch.randn(1, 4, 4, 96)
+    tokens = adapter(patches.view(1, 16, 96))[0, 1:-1].view(2, 2, -1)
     for row in range(2):
-        for column in range(3):
+        for column in range(2):
             four = patches[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(1, 4, 96)
-            close(tokens[row, column], adapter(four, 2, 2)[0, 1])
+            close(tokens[row, column], adapter(four)[0, 1])
 
 
 def test_cogvlm_a_torn_image_is_an_error_that_says_where():
@@ -4224,23 +4222,19 @@ def test_cogvlm_a_torn_image_is_an_error_that_says_where():
         model(torch.tensor([[5] + [I] * 19 + [6] + [I] * 17]), pixels)
     with pytest.raises(ValueError, match="row 0, column 11 is torn"):  # half in one row, half in the next
         model(torch.tensor([[5] * 11 + [I] * 9, [I] * 9 + [5] * 11]), pixels[:1])
-    with pytest.raises(
-        ValueError, match="35 image tokens in the ids, but 2 image.* need 36: .* 4 x 4, with boi and eoi 18"
-    ):
+    with pytest.raises(ValueError, match="35 image tokens in the ids, but 2 image.* need 36: 18 each"):
         model(torch.tensor([[5] + [I] * 35]), pixels)
     with pytest.raises(ValueError, match="36 image tokens in the ids, but 1 image.* need 18"):
         model(torch.tensor([[5] + [I] * 36]), pixels[:1])
-    with pytest.raises(ValueError, match="18 image tokens in the ids, but no image was given"):
+    with pytest.raises(ValueError, match="18 image tokens in the ids, but 0 image"):
         model(torch.tensor([[5] + [I] * 18]))
     with pytest.raises(ValueError, match="0 image tokens in the ids, but 1 image.* need 18"):
         model(torch.tensor([[5, 6]]), pixels[:1])
     ids = torch.tensor([[5] + [I] * 18 + [6]])
-    with pytest.raises(ValueError, match="image tokens are padding"):
-        model(ids, pixels[:1], torch.arange(20)[None] > 3)
     with pytest.raises(ValueError, match="257 tokens .* do not fit the context of 256"):
         model(torch.cat([ids, torch.full((1, 237), 7)], 1), pixels[:1])
-    with pytest.raises(ValueError, match=r"pixels must be \[B,3,H,W\]"):
-        model.vision(pixels[0])
+    with pytest.raises(ValueError, match=r"\[1, 3, 16, 64\].*\[2, 8\].* 4 x 4"):
+        model.vision(torch.randn(1, 3, 16, 64))
 
 
 def untied_experts(seed=0, **changes):
@@ -4279,11 +4273,10 @@ def test_cogvlm_with_copied_experts_is_its_language_model():
     model = untied_experts()
     model.language.copy_experts()
     ids, pixels = tiny_rows()
-    x, roles = model.embed(ids, pixels)
+    x, roles = model.embed(ids, model.image_tokens(pixels))
     plain = plain_decoder(model)
-    words_only = torch.where(
-        roles == cogvlm.PATCH, cogvlm.BOI, roles
-    )  # the same experts, every token a position of its own
+    # the same experts, every token a position of its own
+    words_only = torch.where(roles == cogvlm.PATCH, cogvlm.BOI, roles)
     close(model.language.hidden(x, roles=words_only), plain.hidden(x), 2e-6)
     assert (model.language.hidden(x, roles=roles) - plain.hidden(x)).abs().max() > 1e-3  # the positions do matter
     close(model.language.hidden(x, roles=roles), reposition(plain, x, cogvlm.position_ids(roles)), 2e-6)
@@ -4291,18 +4284,18 @@ def test_cogvlm_with_copied_experts_is_its_language_model():
 
 def reposition(plain, x, positions):
     """LLaVA's decoder at positions that are not 0, 1, 2 ..."""
-    angles = rope_1d(positions, plain.config.head_width, plain.config.rope_base)
+    rotation = rope_1d(positions, plain.config.head_width, plain.config.rope_base)
     for layer in plain.layers:
-        x = layer(x, angles, dict(causal=True))
+        x = layer(x, rotation, dict(causal=True))
     return plain.norm(x)
 
 
 @torch.no_grad()
 def test_cogvlm_text_never_touches_a_vision_weight():
-    """With every vision weight NaN a text is read as before, to the bit, in one piece, padded, and word by word."""
+    """With every vision weight NaN the logits of a text are bit-identical, in one piece, padded, and word by word."""
     model = untied_experts()
     ids = torch.randint(0, 400, (3, 9))
-    mask = torch.arange(9) < torch.tensor([[9], [4], [7]])
+    mask = torch.arange(9) >= torch.tensor([[0], [5], [2]])
     before = model(ids), model(ids, mask=mask), model.generate(ids, mask=mask, max_new_tokens=5)
     close(before[0], plain_decoder(model)(ids), 1e-6)
     calls = []
@@ -4362,24 +4355,17 @@ def test_cogvlm_cached_logits_equal_uncached_ones_and_positions_go_on():
         if given is not None and not given[1, 0]:  # the same rows, padded on the left
             rows = torch.stack([torch.cat([row[~real], row[real]]) for row, real in zip(ids, mask, strict=True)])
         full = model(rows, pixels, m)
-        x, roles = model.embed(rows, pixels, m)
+        x, roles = model.embed(rows, model.image_tokens(pixels))
         for cut in (26, 27) if m is None or m[1, 0] else (25, 27):
-            cache = cogvlm.Cache(model.config.language, 3, 28, like=x)
-            parts = [(0, cut)] + [(t, t + 1) for t in range(cut, 28)]
-            h = []
-            for a, b in parts:
-                h.append(
-                    model.language.hidden(
-                        x[:, a:b], None if m is None else m[:, a:b], cache, roles[:, a:b] if a == 0 else None
-                    )
-                )
+            cache, h = cogvlm.Cache(model.config.language, 3, 28, like=x), []
+            for start, end in [(0, cut)] + [(t, t + 1) for t in range(cut, 28)]:
+                so_far = None if m is None else m[:, :end]
+                h.append(model.language.hidden(x[:, start:end], so_far, cache, roles[:, :end]))
             logits = model.language.lm_head(torch.cat(h, 1))
             keep = torch.ones_like(ids, dtype=torch.bool) if m is None else m
             close(logits[keep], full[keep], 1e-5)
-            last = cogvlm.position_ids(roles, m)[:, -1:]
-            assert (
-                torch.equal(cache.last, last) and cache.length == 28 and last[0] == 28 - 15 - 1
-            )  # 16 patches, one position
+            assert cache.length == 28
+            assert cogvlm.position_ids(roles, m)[0, -1] == 28 - 15 - 1  # 16 patches share one
 
 
 @torch.no_grad()
@@ -4495,9 +4481,7 @@ def test_cogvlm_preprocessing_is_a_bicubic_squash_with_clips_statistics():
 def test_cogvlm_prompts_are_the_published_ones():
     assert cogvlm.build_prompt("what is this?") == "Question: what is this? Answer:"
     assert cogvlm.build_prompt("what is this?", "vqa") == "Question: what is this? Short answer:"
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        cogvlm.build_prompt(" ")
-    with pytest.raises(ValueError, match="leave <image> out"):
+    with pytest.raises(ValueError, match="<image>"):
         cogvlm.build_prompt("<image> what is this?")
     config = cogvlm.PRESETS["cogvlm-chat-17b"]
     assert cogvlm.prompt_row([7, 8], config) == [1] + [32000] * 1227 + [7, 8]
@@ -4507,8 +4491,11 @@ def test_cogvlm_prompts_are_the_published_ones():
     )
     assert ids[:19] == [497] + [499] * 18 and labels[:19] == [-100] * 19 and len(ids) == len(labels)
     assert [i for i, label in zip(ids, labels, strict=True) if label != -100] == [32, 98, 498, 32, 100, 498]
-    with pytest.raises(ValueError, match="2048 tokens, the context holds 2048"):
-        cogvlm.check_room(2048, 1, config)
+    words = lambda count: lambda text: [7] * count
+    for images, count in (([], 255), ([Image.new("RGB", (9, 9))], 237)):  # <bos>, 18 image tokens and these fill it
+        with pytest.raises(ValueError, match="256 tokens, the context holds 256"):
+            cogvlm.answer(fresh("cogvlm"), images, "what?", words(count), str)
+        assert cogvlm.answer(fresh("cogvlm"), images, "what?", words(count - 1), lambda ids: str(len(ids))) == "1"
 
 
 MALFORMED = [
@@ -6227,28 +6214,31 @@ def test_cogvlm_weights_from_the_command_line_say_what_the_naive_implementation_
     expected = tokenizer.decode(expected[: expected.index(5)] if 5 in expected else expected).strip()
     image = str(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
-    cogvlm.main(["--weights", str(tmp_path), "--image", image, "--prompt", "what is in the image ?"])
+    ask = ["--weights", str(tmp_path), "--image", image, "--prompt", "what is in the image ?"]
+    world.workbench("cogvlm", ask)
     assert capsys.readouterr().out == expected + "\n" and len(expected) > 20 and not (tmp_path / "runs").exists()
-    cogvlm.tell("where?", "at [[100,200,500,400]]", [picture])
-    assert "runs/cogvlm/box.png" in capsys.readouterr().out.replace(os.sep, "/")
+    with monkeypatch.context() as patch:
+        patch.setattr(cogvlm, "answer", lambda *_, **__: "at [[100,200,500,400]]")
+        world.workbench("cogvlm", ask)
+    out = capsys.readouterr().out.replace(os.sep, "/")
+    assert out.endswith("at [[100,200,500,400]]\n") and "runs/cogvlm/box.png" in out
     drawn = Image.open(tmp_path / "runs" / "cogvlm" / "box.png")
     assert drawn.size == (256, 183) and drawn.getpixel((26, 60)) == (255, 0, 255)  # on the left edge of the box
 
     def wrong(*options):
-        return lambda: cogvlm.main(["--weights", str(tmp_path), *options])
+        return lambda: world.workbench("cogvlm", ["--weights", str(tmp_path), *options])
 
     fails_in_one_line(wrong("--image", image, "--prompt", "<image> what ?"), capsys, "leave <image> out")
     fails_in_one_line(wrong("--image", image, "--prompt", "  "), capsys, "empty")
     fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "tokens, the context holds 64")
     fails_in_one_line(wrong("--image", image), capsys, "--prompt")
     (tmp_path / "tokenizer.json").unlink()
-    fails_in_one_line(
-        wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing", "lmsys/vicuna-7b-v1.5"
-    )
+    monkeypatch.setattr(cogvlm.CogVLM, "from_pretrained", None)  # found before the weights are loaded
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json", "lmsys/vicuna-7b-v1.5")
 
 
 def test_cogvlm_anatomy_says_how_its_count_comes_about(capsys):
-    cogvlm.main(["--anatomy", "cogvlm-chat-17b"])
+    world.workbench("cogvlm", ["--anatomy", "cogvlm-chat-17b"])
     out = capsys.readouterr().out
     assert "trained: 6,618,628,096 (37.5 %)" in out and "1227 tokens" in out and "524,288 bytes a token" in out
     parts = re.search(
@@ -6259,19 +6249,23 @@ def test_cogvlm_anatomy_says_how_its_count_comes_about(capsys):
 
 
 def test_cogvlm_shows_which_expert_and_position_each_token_takes(capsys):
-    cogvlm.main(["--show-mask"])
-    out = capsys.readouterr().out
-    table = [tuple(line.split()) for line in out.splitlines()[2:11]]
+    world.workbench("cogvlm", ["--show-mask"])
+    lines = [tuple(line.split()) for line in capsys.readouterr().out.splitlines()]
+    table = lines[lines.index(("token", "expert", "position")) + 1 :]
     assert table[2:7] == [("boi", "vision", "2"), *[("patch", "vision", "3")] * 3, ("eoi", "language", "4")]
 
 
-def test_cogvlms_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(runs, capsys):
-    fails_in_one_line(
-        lambda: cogvlm.main(["--demo", "--prompt", "red " * 240]), capsys, "tokens, the context holds 256"
-    )
-    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", " "]), capsys, "empty")
-    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", "<image> where?"]), capsys, "leave <image> out")
-    assert not list(runs.iterdir())
+def test_cogvlms_demo_refuses_a_prompt_that_does_not_fit_before_it_trains(runs, tmp_path, capsys):
+    ask = lambda *options: lambda: world.workbench("cogvlm", ["--demo", *options])
+    prompt = world.encode(cogvlm.build_prompt("red", "vqa"))
+    words = 256 - 24 + 1 - len(cogvlm.prompt_row(prompt, cogvlm.PRESETS["tiny"]))  # one too many behind the first
+    fails_in_one_line(ask("--prompt", "red" + " red" * words), capsys, "233 tokens", "232")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    two = ("--image", str(tmp_path / "a.png")) * 2  # a second image takes 18 tokens more
+    fails_in_one_line(ask(*two, "--prompt", "red" + " red" * (words - 18)), capsys, "233 tokens", "232")
+    fails_in_one_line(ask("--prompt", " "), capsys, "empty")
+    fails_in_one_line(ask("--prompt", "<image> where?"), capsys, "leave <image> out")
+    assert not list(runs.iterdir()) or [path.name for path in runs.iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize("kind", ["vilt mlm", "vilt vqa", "vilt rank"])
@@ -7133,23 +7127,18 @@ def test_reranking_lets_matching_choose_among_what_contrast_finds(monkeypatch):
 # CogVLM's recipe
 
 
-def fresh_cogvlm(*_, **options):
-    torch.manual_seed(0)
-    return cogvlm.CogVLM(replace(cogvlm.PRESETS["tiny"], **options))
-
-
 def test_cogvlm_repeats_itself_to_the_bit_and_forgets_nothing(runs):
-    before = fresh_cogvlm()
-    once, again = (world.train_cogvlm(fresh_cogvlm(), name, 3) for name in ("once", "again"))
+    recipe, before = world.CogVLMRecipe(), fresh("cogvlm")
+    plan = replace(recipe.stages[0], steps=3, batch=4)
+    once, again = (recipe.fit(name, fresh("cogvlm"), plan) for name in ("once", "again"))
     for (name, a), (_, b), (_, c) in zip(
         once.named_parameters(), again.named_parameters(), before.named_parameters(), strict=True
     ):
         assert torch.equal(a, b), name
         if not name.startswith("adapter.") and ".vision_expert." not in name:
             assert torch.equal(a, c), name
-    assert torch.equal(world.text_logits(once), world.text_logits(before)) and world.text_loss(once) == world.text_loss(
-        before
-    )
+    assert torch.equal(world.text_logits(once), world.text_logits(before))
+    assert world.text_loss(once) == world.text_loss(before)
     asked = world.box_questions(random.Random(0), 2)
     pixels = cogvlm.preprocess([world.draw(scene) for scene, _, _ in asked], once.config.vision)
     ids = torch.tensor([cogvlm.prompt_row([], once.config)] * 2)
@@ -7199,87 +7188,113 @@ def test_grounding_and_its_guess_count_what_they_say(monkeypatch):
     asked = world.box_questions(random.Random(0), 60)
     assert all(scene.is_test and cogvlm.parse_box(box) for scene, _, box in asked)
     said = [box for _, _, box in asked]
-    monkeypatch.setattr(world, "cogvlm_answers", lambda *_, **__: said)
-    assert world.grounding(None, asked) == 1
+    recipe = world.CogVLMRecipe()
+    monkeypatch.setattr(recipe, "answers", lambda model, asked, longest: said)
+    assert recipe.grounding(None, asked) == 1
     said[:30] = ["no idea", "[[900,900,901,901]]", "[[5]]"] * 10
-    assert world.grounding(None, asked) == 0.5
+    assert recipe.grounding(None, asked) == 0.5
     one = [row for row in asked if len(row[0].things) == 2]  # a detector that cannot read is right once in two
     assert world.guess_box(one) == pytest.approx(0.5, abs=0.1) and world.guess_box(one[:1]) == 1
 
 
-def test_cogvlms_towers_are_what_it_starts_from_and_what_the_cache_asks_for(runs, monkeypatch, capsys):
-    monkeypatch.setattr(world, "train_clip", lambda name, **options: argparse.Namespace(vision=options))
-    eva = world.toy_eva()
-    assert str(eva["vision"].config) in eva["data"] and eva["steps"] == world.EVA_STEPS
-    seen = []
-    monkeypatch.setattr(world, "toy_eva", lambda *given: seen.append(given) or fresh_cogvlm().vision)
-    monkeypatch.setattr(world, "toy_vicuna", lambda *given: seen.append(given) or fresh_cogvlm().language)
-    model = world.untrained_cogvlm(seed=1, towers=(3, 5))
-    assert seen == [("cpu", 3), ("cpu", 5)]
-    for name, parameter in fresh_cogvlm().named_parameters():
-        assert name.startswith("adapter.") or torch.equal(model.get_parameter(name), parameter), name
-    monkeypatch.setattr(world, "DEMO_COGVLM_STEPS", 1)
-    seen.clear()
-    world.demo_cogvlm()[1]()
-    assert seen == [("cpu", steps) for steps in world.DEMO_TOWERS] * 2
-    capsys.readouterr()
-    for name, changed in (
-        ("towers", dict(towers=(3, 6))),
-        ("data", dict(data="other")),
-        ("EVA_STEPS", {}),
-        ("VICUNA_STEPS", {}),
-    ):
-        if name.isupper():
-            monkeypatch.setattr(world, name, "another number of")
-        world.train_cogvlm(fresh_cogvlm(), "keyed", 1, **changed)
-        assert ("other settings" in capsys.readouterr().out) == (name != "towers"), name  # nothing is there at first
-    world.toy_cogvlm(steps=1, towers=(3, 5))
-    capsys.readouterr()
-    world.toy_cogvlm(steps=1, towers=(3, 6))
-    assert "other settings" in capsys.readouterr().out
+@pytest.fixture
+def fits(monkeypatch, runs):
+    """[(name, steps, model)] of all trainings asked for; none of them is done."""
+    asked = []
+
+    def fit(name, plan, model, *rest, **options):
+        asked.append((name, plan.steps, model))
+        return fit_nothing(name, plan, model, *rest, **options)
+
+    monkeypatch.setattr(world, "fit", fit)
+    return asked
+
+
+def test_cogvlms_towers_are_what_it_starts_from_and_what_the_cache_asks_for(fits, monkeypatch):
+    recipe = world.CogVLMRecipe()
+    model = recipe.start("cpu", seed=1)
+    parts = ("vicuna-part1", "vicuna-part2", "vicuna")
+    assert [fit[:2] for fit in fits] == [("eva", world.EVA_STEPS), *zip(parts, world.VICUNA_STEPS, strict=True)]
+    tower = fits[0][2].vision
+    assert isinstance(tower, cogvlm.EVATower) and isinstance(fits[0][2], clip.CLIP)
+    for ours, given in ((model.vision, tower), (model.language, fits[-1][2])):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), given.parameters(), strict=True))
+    assert model.lineage == {"vision": tower.lineage, "language": fits[-1][2].lineage}
+    seen = [model.lineage]
+    for name, value in (("EVA_STEPS", 3), ("VICUNA_STEPS", (1, 500, 450))):  # the first part is in all that follow
+        monkeypatch.setattr(world, name, value)
+        seen.append(recipe.start("cpu", 1).lineage)
+    assert seen[0]["vision"] != seen[1]["vision"] == seen[2]["vision"]
+    assert seen[1]["language"] != seen[2]["language"]
+    for change in (dict(lr=1.0), dict(batch=3)):  # CLIP's, by which the tower is trained
+        plan = replace(world.CLIPRecipe.stages[-1], **change)
+        monkeypatch.setattr(world.CLIPRecipe, "stages", (plan,))
+        seen.append(recipe.start("cpu", 1).lineage)
+        assert seen[-1]["vision"] != seen[-2]["vision"] and seen[-1]["language"] == seen[-2]["language"]
+
+
+def test_cogvlms_demo_stands_on_towers_of_fewer_steps_until_the_standard_training_is_there(fits, monkeypatch):
+    recipe = world.CogVLMRecipe()
+    recipe.train(demo=True)
+    eva, vicuna = world.DEMO_TOWERS
+    short = recipe.stages[-1].demo
+    expected = [(f"eva-steps{eva}", eva), (f"vicuna-steps{vicuna}", vicuna), (f"cogvlm-steps{short}", short)]
+    assert [fit[:2] for fit in fits] == expected
+    fits.clear()
+    monkeypatch.setattr(recipe, "done", lambda: True)
+    recipe.train(demo=True)
+    assert [fit[0] for fit in fits] == ["eva", "vicuna-part1", "vicuna-part2", "vicuna", "cogvlm"]
+    assert fits[-1][1] == recipe.stages[-1].steps
 
 
 def test_the_toy_vicuna_learns_its_parts_in_turn_and_its_experts_begin_as_copies(monkeypatch):
-    plans, parts, rows = [], [], torch.zeros(1, 4).long()
+    parts, lineages, rows = [], [], torch.zeros(1, 4).long()
     monkeypatch.setattr(world, "vicuna_rows", lambda rngs, part: parts.append(part) or (rows, rows))
 
-    def fit(plan, model, loss_of, expected, data):
+    def fit(name, plan, model, loss_of, code, expected):
         loss_of(0)[0].backward()
         assert all(
             (p.grad is None) == (".vision_expert." in name) for name, p in model.named_parameters() if p.requires_grad
         )
         assert not any(p.requires_grad for layer in model.layers for p in layer.vision_expert.parameters())
-        plans.append((plan.name, plan.steps, data))
+        assert (expected is not None) == (len(parts) == 1)
+        fit_nothing(name, plan, model, loss_of, code)
+        lineages.append(model.lineage)
         with torch.no_grad():
             model.layers[0].language_expert.dense.weight.add_(1.0)
 
     monkeypatch.setattr(world, "fit", fit)
     model = world.toy_vicuna()
-    assert parts == [1, 2, 3] and [plan[:2] for plan in plans] == [
-        *zip(("vicuna-part1", "vicuna-part2", "vicuna"), world.VICUNA_STEPS)
-    ]
-    assert len({data for _, _, data in plans}) == 3, "the cache knows the parts apart"
+    assert parts == [1, 2, 3] and len(set(lineages)) == 3 and model.lineage == lineages[-1]
     for layer in model.layers:
         for a, b in zip(layer.vision_expert.parameters(), layer.language_expert.parameters(), strict=True):
             assert torch.equal(a, b)
-    before = plans[-1]
-    monkeypatch.setattr(world, "VICUNA_STEPS", (world.VICUNA_STEPS[0] + 1, *world.VICUNA_STEPS[1:]))
-    world.toy_vicuna()
-    assert plans[-1][2] != before[2], "and what came before them"
-    world.toy_vicuna(steps=7)
-    assert plans[6:] == [("vicuna-steps7", 7, plans[0][2])] and parts[-1] == 1
 
 
 def test_a_step_of_cogvlm_asks_each_picture_about_itself(monkeypatch):
-    batches = []
     monkeypatch.setattr(world, "draw", lambda scene: scene)
-    monkeypatch.setattr(
-        world, "cogvlm_loss", lambda model, images, turns: batches.extend(zip(images, turns, strict=True))
-    )
-    monkeypatch.setattr(world, "fit", lambda plan, model, loss_of, **_: [loss_of(step) for step in range(3)])
-    world.train_cogvlm(fresh_cogvlm(), "", 3)
-    assert len(batches) == 3 * world.COGVLM_BATCH and not any(scene.is_test for scene, _ in batches)
-    assert all(len(turns) == 5 and (world.DESCRIBE, world.caption(scene)) in turns for scene, turns in batches)
+    recipe = world.CogVLMRecipe()
+    (plan,) = recipe.stages
+    for step in range(3):
+        samples = recipe.batch(plan, step)
+        assert len(samples) == plan.batch and not any(scene.is_test for scene, _ in samples)
+        assert len({len(scene.things) for scene, _ in samples}) == 1
+        assert all(len(turns) == 5 and (world.DESCRIBE, world.caption(scene)) in turns for scene, turns in samples)
+
+
+def test_cogvlms_loss_counts_the_answers_and_reads_special_tokens_of_own_data_as_words(monkeypatch):
+    model, recipe, seen = fresh("cogvlm"), world.CogVLMRecipe(), []
+    language_loss = cogvlm.language_loss
+    monkeypatch.setattr(cogvlm, "language_loss", lambda *given: seen.append(given) or language_loss(*given))
+    pictures = [world.draw(scene) for scene in many_scenes(2)]
+    samples = [(pictures[0], [("a?", "one"), ("b?", "two")]), recipe.own(pictures[1], "<eos>?", "three <image>")]
+    recipe.loss(model, samples, recipe.stages[0], 0)
+    logits, labels = seen[0]
+    said = [world.tokenizer().decode(row[row >= 0].tolist()) for row in labels]
+    assert said == [" one<eos> two<eos>", " three <image><eos>"] and logits.shape[:2] == labels.shape
+    assert recipe.own(pictures[0], "", "it")[1] == [(world.DESCRIBE, "it")]
+    with pytest.raises(ValueError, match="256"):
+        recipe.own(pictures[0], "what?", "word " * 300)
 
 
 @pytest.mark.parametrize("family", ["cogvlm", "qwen2vl"])
@@ -7296,7 +7311,7 @@ def test_answers_come_in_the_order_of_the_questions(family, monkeypatch):
     words = [f"what {'is ' * (i % 3)}{i}" for i in range(140)]
     scene = many_scenes(1)[0]
     if family == "cogvlm":
-        said = world.cogvlm_answers(model, [scene] * 140, words)
+        said = world.CogVLMRecipe().answers(model, [(scene, text) for text in words])
     else:
         said = world.qwen_answers(model, [(world.draw(scene), [(text, "")]) for text in words])
     assert len(said) == 140
@@ -7304,61 +7319,58 @@ def test_answers_come_in_the_order_of_the_questions(family, monkeypatch):
         assert re.search(rf"\b{text.split()[-1]}\b", echo), (text, echo)
 
 
-def test_cogvlms_claims_and_recipe_measure_what_they_say(monkeypatch, tmp_path):
-    monkeypatch.setattr(world, "RUNS", tmp_path)
-    monkeypatch.setattr(world, "untrained_cogvlm", lambda *_: "before")
-    monkeypatch.setattr(world, "toy_cogvlm", lambda *_: "after")
-    monkeypatch.setattr(world, "cogvlm_samples", lambda *_: None)
+def test_cogvlms_claims_measure_what_they_say(monkeypatch):
+    recipe = world.CogVLMRecipe()
+    monkeypatch.setattr(recipe, "start", lambda device, seed: {("cpu", 3): "before"}[device, seed])
     logits = {"before": torch.zeros(4), "after": torch.tensor([0.0, 0.0, 0.0, 1.0])}
     monkeypatch.setattr(world, "text_logits", lambda model: logits[model])
-    monkeypatch.setattr(world, "cogvlm_accuracy", lambda model, asked: {"after": 0.7}[model])
-    monkeypatch.setattr(world, "grounding", lambda model, asked: {"after": 0.6}[model])
+    monkeypatch.setattr(recipe, "accuracy", lambda model, asked: {"after": 0.7}[model])
+    monkeypatch.setattr(recipe, "grounding", lambda model, asked: {"after": 0.6}[model])
     monkeypatch.setattr(world, "guess", lambda asked: 0.3)
     monkeypatch.setattr(world, "guess_box", lambda asked: 0.2)
-    claims = world.cogvlm_recipe(argparse.Namespace(device="cpu", seed=0, steps=None))
+    claims = recipe.claims("after", argparse.Namespace(device="cpu", seed=3))
     assert [(c.chance, c.measured, c.holds) for c in claims] == [
         (0.0, 0.75, False),
         (0.2, 0.6, False),
         (0.3, 0.7, False),
     ]
-    assert claims[0].target == 1.0, "to the bit"
+    assert claims[0].target == 1.0, "every bit"
 
 
-def test_cogvlms_ablations_train_what_they_say_and_compare_the_right_way_round(monkeypatch, capsys):
-    trained, score = (
-        [],
-        {"visual-experts": (0.9, 0.8, 1.5), "adapter-alone": (0.5, 0.4, 1.5), "all-trained": (0.6, 0.5, 1.9)},
-    )
-    monkeypatch.setattr(world, "untrained_cogvlm", lambda device, seed=0: fresh_cogvlm())
+def test_cogvlms_ablations_train_what_they_say_and_compare_the_right_way_round(fits, monkeypatch):
+    recipe, trained, seen = world.CogVLMRecipe(), [], set()
+    score = {"visual-experts": (0.9, 0.8, 1.5), "adapter-alone": (0.5, 0.4, 1.5), "all-trained": (0.6, 0.5, 1.9)}
 
-    def train(model, name, steps, seed, bar, freeze=None):
-        variant = name.split("/")[1].split("-seed")[0]
-        (freeze or cogvlm.freeze)(model)
+    def measure(model):
+        name = fits[-1][0]
+        variant = re.fullmatch(r"cogvlm-ablations/(.*?)(-seed\d)?-steps2", name)[1]
         layer = model.language.layers[0]
-        trains = {
-            part: next(getattr(layer, part).parameters()).requires_grad for part in ("language_expert", "vision_expert")
-        }
-        trained.append((variant, layer.vision_expert is layer.language_expert, *trains.values(), name))
-        model.score = score[variant]
+        trains = [next(part.parameters()).requires_grad for part in (layer.language_expert, layer.vision_expert)]
+        assert all(p.requires_grad for p in model.adapter.parameters())
+        assert not any(p.requires_grad for p in model.vision.parameters())
+        assert model.language.norm.weight.requires_grad == (variant == "all-trained")
+        trained.append((variant, layer.vision_expert is layer.language_expert, *trains))
+        seen.add((name, model.adapter.boi[0].item()))
+        return score[variant]
 
-    monkeypatch.setattr(world, "train_cogvlm", train)
-    monkeypatch.setattr(world, "cogvlm_accuracy", lambda model, asked: model.score[0])
-    monkeypatch.setattr(world, "grounding", lambda model, asked: model.score[1])
-    monkeypatch.setattr(world, "text_loss", lambda model: getattr(model, "score", (0, 0, 1.5))[2])
-    claims = world.cogvlm_ablations(argparse.Namespace(device="cpu", steps=2))
-    assert {what[:4] for what in trained} == {("visual-experts", False, False, True), ("adapter-alone", True, False, False),
-                                              ("all-trained", True, True, True)}  # fmt: skip
-    assert len({name for *_, name in trained}) == len(trained) == 9
+    monkeypatch.setattr(recipe, "measure", measure)
+    claims = recipe.ablations(argparse.Namespace(device="cpu", steps=2))
+    assert {*trained} == {("visual-experts", False, False, True), ("adapter-alone", True, False, False),
+                          ("all-trained", True, True, True)}  # fmt: skip
+    assert len(trained) == len(seen) == 9 and len({first for _, first in seen}) == 3, "three seeds each"
     assert [(c.chance, c.measured, c.target) for c in claims] == [
         pytest.approx(x) for x in ((0.5, 0.9, 0.5), (0.4, 0.8, 0.4), (0, 0.4, 0.01))
     ]
-    assert "text loss before: 1.500" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(world.Recipe, "answers", lambda self, model, asked, longest=8: [item[2] for item in asked])
+    model = fresh("cogvlm").eval()
+    assert recipe.measure(model) == [1.0, 1.0, world.text_loss(model)]
 
 
 def test_the_texts_that_measure_what_cogvlm_forgets_are_of_test_scenes(monkeypatch):
     scenes, rows = [], world.vicuna_rows
     monkeypatch.setattr(world, "vicuna_rows", lambda rngs: scenes.extend(scene for scene, _ in rngs) or rows(rngs[:2]))
-    model = fresh_cogvlm().eval()
+    model = fresh("cogvlm").eval()
     world.text_logits(model), world.text_loss(model)
     assert len(scenes) == 4 * 32 and all(scene.is_test for scene in scenes)
     monkeypatch.setattr(cogvlm, "language_loss", lambda logits, labels: (logits.is_meta and labels.is_meta,))
@@ -7366,18 +7378,23 @@ def test_the_texts_that_measure_what_cogvlm_forgets_are_of_test_scenes(monkeypat
 
 
 def test_a_shallow_cogvlm_reads_images_with_the_words_weights_and_trains_what_it_should(runs):
-    model = world.shallow(fresh_cogvlm())
+    recipe, started = world.CogVLMRecipe(), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "fit", fit_nothing)
+        for frozen in (False, True):
+            started[frozen] = recipe.start("cpu", 0, experts=False, frozen=frozen)
+            recipe.freeze(started[frozen], recipe.stages[0])
+    parts = lambda model: {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert parts(started[False]) == {"adapter", "language"}, "LLaVA's way: what the words use trains too"
+    assert parts(started[True]) == {"adapter"}
+    model = started[True]
     for layer in model.language.layers:
         assert layer.vision_expert is layer.language_expert
+    words = copy.deepcopy(model.language.state_dict())
+    recipe.fit("adapter alone", model, replace(recipe.stages[0], steps=1, batch=2))
+    assert all(torch.equal(words[name], weight) for name, weight in model.language.state_dict().items())
+    assert log_of(runs / "adapter alone")
     pixels, ids = torch.randn(1, 3, 32, 32), torch.tensor([cogvlm.prompt_row([5, 6], model.config)])
-    world.freeze_the_tower_only(model)  # LLaVA's way: what the words go through learns, too
-    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"adapter", "language"}
-    assert not any(p.requires_grad for p in model.vision.parameters())
-    world.freeze_all_but_adapter(model)
-    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"adapter"}
-    world.train_cogvlm(model, "adapter alone", 1, freeze=world.freeze_all_but_adapter)
-    assert not any(p.requires_grad for p in model.language.parameters())
-    model.eval()
     before = model(ids, pixels)
     with torch.no_grad():
         model.language.layers[0].language_expert.dense.weight.zero_()
@@ -7386,12 +7403,12 @@ def test_a_shallow_cogvlm_reads_images_with_the_words_weights_and_trains_what_it
 
 @torch.no_grad()
 def test_boxes_asked_of_an_empty_scene_are_a_box_or_none_and_no_exception():
-    model = fresh_cogvlm().eval()
+    model = fresh("cogvlm").eval()
     for image in (Image.new("RGB", (32, 32)), Image.new("RGB", (1, 1)), Image.new("RGB", (300, 7), "white")):
         text = cogvlm.answer(model, [image], "where is the red circle?", world.encode, world.decode, "vqa", 24)
         box = cogvlm.parse_box(text)
         assert isinstance(text, str) and (box is None or len(box) == 4)
-    assert world.cogvlm_answers(model, [world.Scene(())], ["where is the red circle?"], longest=3)[0] is not None
+    assert len(world.CogVLMRecipe().answers(model, [(world.Scene(()), "where is the red circle?")], 3)) == 1
 
 
 def test_clip_starts_near_ln_b(runs):
