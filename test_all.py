@@ -3607,12 +3607,14 @@ def test_flamingo_media_that_do_not_fit_the_ids_are_an_error_with_both_counts(or
     ids, media_mask = rows_with_media()
     media = media_of(ids, media_mask)
     none, left_out = torch.zeros_like(media_mask), torch.tensor([[True, True], [False, False], [True, False]])
+    exchanged = media_mask[[0, 2, 1]]  # as many in all as there are <image>
     text = torch.ones(1, 4, dtype=torch.long)
     for given, placed, images in (
         (dict(ids=ids, media=media), [2, 2, 1], [2, 2, 2]),
         (dict(ids=ids, media=media[:, :1]), [2, 2, 1], [1, 1, 1]),
         (dict(ids=ids, media=media, media_mask=left_out), [2, 2, 1], [2, 0, 1]),
         (dict(ids=ids, media=media, media_mask=none), [2, 2, 1], [0, 0, 0]),
+        (dict(ids=ids, media=media, media_mask=exchanged), [2, 2, 1], [2, 1, 2]),
         (dict(ids=ids), [2, 2, 1], [0, 0, 0]),
         (dict(ids=text, media=media[:1, :1]), [0], [1]),
     ):
