@@ -299,7 +299,7 @@ def find_roles(is_image, each):
     T = is_image.shape[1]
     # The batch is read row by row, and its image tokens are taken `each` at a time: one line of `images` holds the
     # places of one image, so two images may stand side by side. The first token of an image is boi, the last eoi.
-    images = is_image.flatten().nonzero().view(-1, each)  # [n,each]
+    images = is_image.flatten().nonzero().view(-1, max(1, each))  # [n,each]; without an image `each` is 0
     first = images[:, 0]
     last = images[:, -1]
     torn = (last - first >= each) | (first // T != last // T)  # a word between them, or the end of a row

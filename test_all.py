@@ -1374,10 +1374,17 @@ def test_generate_is_the_same_in_all_decoders_but_for_one_argument(family, own):
     assert all(line.startswith(("def generate", "h = self.hidden")) for line in missing), missing
 
 
-def test_flamingos_language_model_differs_in_nothing_but_the_look_before_each_layer():
-    ours, theirs = (definitions(family)["LanguageModel"].replace(", look=None", "") for family in ("flamingo", "llava"))
-    kept = [line for line in ours.splitlines() if "look(i, x)" not in line]
-    assert kept == theirs.splitlines() and len(kept) == len(ours.splitlines()) - 2
+def test_flamingos_language_model_differs_from_llavas_in_nothing_but_the_media_before_each_layer():
+    def lines(family):
+        tree = ast.parse(definitions(family)["LanguageModel"])
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                node.body = node.body[1:]
+        return ast.unparse(tree).replace(" (text and image)", "").splitlines()  # llava.py has both in one row
+
+    ours = [re.sub(r", media(=None)?(?=[,)])", "", line) for line in lines("flamingo")]  # the argument
+    inserted = [line for line in ours if "media" in line]
+    assert [line for line in ours if line not in inserted] == lines("llava") and len(inserted) == 4
 
 
 def test_a_family_file_imports_no_other_and_only_the_five_packages():
@@ -1913,6 +1920,7 @@ def vilt_batch(seed=0):
     return pixels, pixel_mask, ids, mask
 
 
+VILT_TASKS = ("mlm", "itm", "vqa", "rank")
 VILT_HEADS = {
     "vilt mlm": lambda model, hidden, T: model.mlm_logits(hidden[:, :T]),
     "vilt vqa": lambda model, hidden, T: model.vqa_logits(hidden),
@@ -1985,8 +1993,7 @@ def test_a_thin_image_keeps_at_least_one_patch_where_the_published_processor_fai
 
 @torch.no_grad()
 def test_vilt_padding_of_words_and_patches_changes_nothing(oracles):
-    """A pair alone, and the same pair in a batch beside a longer text and a larger image; text padded left and
-    right."""
+    """A pair alone, and the same pair in a batch beside a longer text and a larger image."""
     model = vilt.ViLT.from_pretrained(oracles("vilt mlm")[1])
     pixels, ids = torch.randn(1, 3, 16, 24), torch.randint(5, 90, (1, 6))
     alone = model(pixels, ids)
@@ -1994,14 +2001,12 @@ def test_vilt_padding_of_words_and_patches_changes_nothing(oracles):
     wide[:1, :, :16, :24] = pixels
     pixel_mask = torch.zeros(2, 40, 32, dtype=torch.bool)
     pixel_mask[0, :16, :24], pixel_mask[1] = True, True
-    for start in (0, 5):
-        long, mask = torch.randint(5, 90, (2, 11)), torch.ones(2, 11, dtype=torch.bool)
-        long[0, start : start + 6], mask[0] = ids[0], False
-        mask[0, start : start + 6] = True
-        hidden = model(wide, long, mask, pixel_mask)
-        close(hidden[0, start : start + 6], alone[0, :6])
-        close(hidden[0, 11 : 11 + 7], alone[0, 6:])  # the class token and 2 x 3 patches
-        close(model.pooled(hidden, mask)[:1], model.pooled(alone))
+    long, mask = torch.randint(5, 90, (2, 11)), torch.ones(2, 11, dtype=torch.bool)
+    long[0, :6], mask[0, 6:] = ids[0], False
+    hidden = model(wide, long, mask, pixel_mask)
+    close(hidden[0, :6], alone[0, :6])
+    close(hidden[0, 11 : 11 + 7], alone[0, 6:])  # the class token and 2 x 3 patches
+    close(model.pooled(hidden)[:1], model.pooled(alone))
 
 
 @torch.no_grad()
@@ -2046,29 +2051,27 @@ def test_vilt_patches_are_in_reading_order():
         assert (x[0] != x[1]).any(-1).nonzero()[:, 0].tolist() == [6 * row + column]
 
 
-def test_vilt_bad_input_is_an_error_that_says_what_is_wrong():
+def test_vilt_bad_input_is_an_error_that_names_what_is_wrong():
     model = vilt.ViLT(vilt.PRESETS["tiny"])
     pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(0, 400, (2, 7))
-    with pytest.raises(ValueError, match="the text has 41 tokens, the context holds 40"):
+    with pytest.raises(ValueError, match="41.*40"):
         model(pixels, torch.zeros(2, 41, dtype=torch.long))
-    with pytest.raises(ValueError, match="2 images and 1 texts"):
-        model(pixels, ids[:1])
-    with pytest.raises(ValueError, match=r"pixel_mask must be \[2, 32, 32\], one value per pixel, got \[2, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"pixel_mask.*\[2, 32, 32\].*\[2, 4, 4\]"):
         model(pixels, ids, pixel_mask=torch.ones(2, 4, 4))
-    with pytest.raises(ValueError, match=r"mask must be \[2, 7\] like ids"):
-        model(pixels, ids, torch.ones(2, 6))
-    with pytest.raises(ValueError, match="no rank head"):
-        model.start_rank_head()
-    with pytest.raises(ValueError, match="leaves no patch of image 1"):
-        model(pixels, ids, pixel_mask=torch.arange(2)[:, None, None].expand(2, 32, 32) == 0)
-    with pytest.raises(ValueError, match="smaller than one patch"):
-        model(torch.randn(2, 3, 7, 32), ids)
-    with pytest.raises(ValueError, match="no vqa head; it has: mlm, itm"):
+    with pytest.raises(ValueError, match="padded on the right"):
+        model(pixels, ids, torch.arange(7) >= torch.tensor([[0], [3]]))
+    nothing, hole, corner = (torch.ones(2, 32, 32, dtype=torch.bool) for _ in range(3))
+    nothing[1], hole[1, 8:16, 8:16], corner[1, :8] = False, False, False
+    for pixel_mask in (nothing, hole, corner):
+        with pytest.raises(ValueError, match="image 1 "):
+            model(pixels, ids, pixel_mask=pixel_mask)
+    with pytest.raises(AttributeError, match="vqa_head"):
         model.vqa_logits(model(pixels, ids))
-    with pytest.raises(ValueError, match="unknown task 'itn'"):
-        replace(model.config, tasks=("itn",))
-    with pytest.raises(ValueError, match="at least one image"):
-        vilt.preprocess([], model.config)
+    with pytest.raises(AttributeError, match="rank_head"):
+        model.start_rank_head()
+    for wrong in ((pixels, ids[:1]), (torch.randn(2, 3, 7, 32), ids)):  # found by torch
+        with pytest.raises(RuntimeError):
+            model(*wrong)
 
 
 def test_whole_word_masking_never_splits_a_word_and_hides_what_it_says():
@@ -2162,7 +2165,7 @@ def test_wpa_loss_pulls_matches_together_and_pushes_mismatches_apart():
 
 
 def test_every_vilt_loss_works_for_a_batch_of_one():
-    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=vilt.TASKS, answers=5))
+    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=VILT_TASKS, answers=5))
     ids = torch.tensor([[504, 10, 11, 12, 505]])
     hidden = model(torch.randn(1, 3, 32, 32), ids)
     labels = torch.tensor([[-100, 10, -100, -100, -100]])
@@ -2188,7 +2191,7 @@ def test_every_vilt_loss_works_for_a_batch_of_one():
 
 def test_vilt_losses_start_where_they_should_and_equal_the_published_one(oracles):
     torch.manual_seed(0)
-    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=vilt.TASKS)).eval()
+    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=VILT_TASKS)).eval()
     hidden = model(torch.randn(8, 3, 32, 32), torch.randint(0, 400, (8, 9)))
     assert vilt.mlm_loss(model.mlm_logits(hidden[:, :9]), torch.randint(0, 400, (8, 9)))[0].item() == pytest.approx(
         math.log(512), abs=0.3
@@ -2212,7 +2215,7 @@ def test_vilt_losses_start_where_they_should_and_equal_the_published_one(oracles
 
 
 def test_vilts_rank_head_starts_from_the_yes_of_the_matching_head():
-    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=vilt.TASKS))
+    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=VILT_TASKS))
     model.start_rank_head()
     hidden = model(torch.randn(3, 3, 32, 32), torch.randint(0, 400, (3, 9)))
     close(model.rank_score(hidden), model.itm_logits(hidden)[:, 1])
@@ -2248,39 +2251,42 @@ def test_vilt_in_sixteen_bits_stays_finite_and_near_float32(oracles, dtype):
 
 
 def test_vilt_reads_old_files_and_refuses_what_it_does_not_know(oracles, tmp_path):
-    """Old files hold the tied output matrix under a name of its own, its bias under two, and buffers of positions."""
+    """Old files hold the tied output matrix under a name of its own, its bias under two, and buffers of positions. If
+    the output matrix of a file is another one, the word embeddings win, as in transformers."""
     _, folder = oracles("vilt mlm")
     expected = dict(vilt.ViLT.from_pretrained(folder).named_parameters())
 
-    def old(tensors):
-        tensors["mlm_score.decoder.weight"] = tensors["vilt.embeddings.text_embeddings.word_embeddings.weight"].clone()
+    def old(tensors, change=0):
+        words = tensors["vilt.embeddings.text_embeddings.word_embeddings.weight"]
+        tensors["mlm_score.decoder.weight"] = words + change
         tensors["mlm_score.bias"] = tensors["mlm_score.decoder.bias"].clone()
         tensors["vilt.embeddings.text_embeddings.position_ids"] = torch.arange(14)[None]
 
-    for name, parameter in vilt.ViLT.from_pretrained(resave(folder, tmp_path / "old", old)).named_parameters():
-        assert torch.equal(parameter, expected[name]), name
-
-    def untied(tensors):
-        old(tensors)
-        tensors["mlm_score.decoder.weight"] += 1
-
-    with pytest.raises(ValueError, match="should equal the tensor it is tied to"):
-        vilt.ViLT.from_pretrained(resave(folder, tmp_path / "untied", untied))
-    with pytest.raises(ValueError, match="unknown tensor 'vilt.gate'"):
-        vilt.ViLT.from_pretrained(resave(folder, tmp_path / "gate", lambda t: t | {"vilt.gate": torch.ones(2)}))
-    with pytest.raises(ValueError, match="1 tensors are missing.*pooler.bias"):
-        vilt.ViLT.from_pretrained(
-            resave(folder, tmp_path / "less", lambda t: {n: x for n, x in t.items() if n != "vilt.pooler.dense.bias"})
-        )
+    for change in (0, 1):
+        saved = resave(folder, tmp_path / f"old{change}", lambda tensors: old(tensors, change))
+        for name, parameter in vilt.ViLT.from_pretrained(saved).named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+    for name, broken in {
+        "gate": lambda tensors: tensors | {"vilt.gate": torch.ones(2)},
+        "pooler.bias": lambda tensors: {n: x for n, x in tensors.items() if n != "vilt.pooler.dense.bias"},
+        "blocks.0.mlp.fc1.bias": lambda tensors: (
+            tensors | {"vilt.encoder.layer.0.intermediate.dense.bias": torch.ones(63)}
+        ),
+    }.items():
+        with pytest.raises(RuntimeError, match=name):
+            vilt.ViLT.from_pretrained(resave(folder, tmp_path / "broken", broken))
     raw = json.loads((folder / "config.json").read_text())
-    for change, message in [
-        ({"model_type": "vit"}, "holds a 'vit' checkpoint; vilt.py reads 'vilt'"),
-        ({"architectures": ["ViltForImagesAndTextClassification"]}, "holds a ViltForImagesAndTextClassification"),
-        ({"modality_type_vocab_size": 3}, "third modality"),
-        ({"hidden_act": "swish"}, "unknown activation 'swish'"),
+    for change, words in [
+        ({"model_type": "vit"}, "'vit'.*'vilt'"),
+        ({"architectures": ["ViltForImagesAndTextClassification"]}, "ViltForImagesAndTextClassification"),
+        ({"modality_type_vocab_size": 3}, "modality_type_vocab_size = 3"),
+        ({"type_vocab_size": 1}, "type_vocab_size = 1"),
+        ({"qkv_bias": False}, "qkv_bias = False"),
+        ({"hidden_act": "swish"}, "hidden_act = 'swish'"),
+        ({"max_image_length": 0}, "max_image_length = 0"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            vilt.config_from_published(raw | change, tmp_path)
+        with pytest.raises(ValueError, match=words):
+            vilt.config_from_published(write_config(tmp_path, raw | change))
 
 
 def test_the_short_published_vilt_configs_mean_the_presets(tmp_path):
@@ -2288,29 +2294,35 @@ def test_the_short_published_vilt_configs_mean_the_presets(tmp_path):
     for preset, raw in [
         ("vilt-b32-mlm", {"architectures": ["ViltForMaskedLM"]}),
         ("vilt-b32-finetuned-vqa", {"architectures": ["ViltForQuestionAnswering"], "id2label": labels}),
-        ("vilt-b32-finetuned-coco", {"architectures": ["ViltForImageAndTextRetrieval"]}),
+        ("vilt-b32-finetuned-coco", {"architectures": ["ViltForImageAndTextRetrieval"], "max_image_length": None}),
     ]:
-        assert vilt.config_from_published({"model_type": "vilt"} | raw, tmp_path) == vilt.PRESETS[preset]
-    config = vilt.PRESETS["vilt-b32-mlm"]
-    (tmp_path / "preprocessor_config.json").write_text(
-        '{"size": {"shortest_edge": 384}, "size_divisor": 32, "image_mean": [0.4, 0.5, 0.6]}'
-    )
-    assert vilt.image_config_from_published(config, tmp_path) == replace(config, mean=(0.4, 0.5, 0.6))
-    for wrong in ('{"size": 224}', '{"size_divisor": 16}'):
-        (tmp_path / "preprocessor_config.json").write_text(wrong)
+        config = vilt.config_from_published(write_config(tmp_path, {"model_type": "vilt"} | raw))
+        assert config == vilt.PRESETS[preset]
+    processor = tmp_path / "preprocessor_config.json"
+    processor.write_text('{"size": {"shortest_edge": 384}, "size_divisor": 32, "image_mean": [0.4, 0.5, 0.6]}')
+    assert vilt.config_from_published(tmp_path) == replace(config, mean=(0.4, 0.5, 0.6))
+    for wrong in ('{"size": 224}', '{"size_divisor": 16}', '{"resample": 2}'):
+        processor.write_text(wrong)
         with pytest.raises(ValueError, match="preprocessor_config.json"):
-            vilt.image_config_from_published(config, tmp_path)
+            vilt.config_from_published(tmp_path)
 
 
-def test_a_resnet_stem_has_the_published_shape_and_costs_more_than_vilts_encoder():
-    stem = vilt.ResNetStem().eval()
-    assert vilt.count_parameters(stem) == 44_549_160 - 2_049_000  # ResNet-101 without its classifier of 1000 classes
-    with torch.no_grad():
-        assert stem(torch.zeros(1, 3, 64, 96)).shape == (1, 2048, 2, 3)
-    costs = vilt.embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 224, 224)
-    assert costs["patches"] == 2 * 49 * 3 * 32 * 32 * 768
-    assert costs["resnet"] == pytest.approx(2 * 7.8e9, rel=0.02)  # 7.8 billion multiply-adds
-    assert 30 * costs["patches"] < costs["encoder"] < costs["resnet"]
+@pytest.mark.parametrize("height, width", [(384, 608), (224, 224), (70, 333)])
+def test_the_costs_of_vilt_and_of_a_resnet_are_those_that_torch_counts(height, width):
+    transformers = quiet_transformers()
+    config = vilt.PRESETS["vilt-b32-mlm"]
+    with torch.device("meta"):
+        model, resnet = vilt.ViLT(config), transformers.ResNetModel(transformers.ResNetConfig(depths=[3, 4, 23, 3]))
+        pixels = torch.empty(1, 3, height, width)
+        x = torch.empty(1, 40 + vilt.num_image_tokens(height, width, config), config.width)
+    counted = [
+        world.count_flops(lambda: model.image.patch_embedding(pixels)),
+        world.count_flops(lambda: [block(x, {}) for block in model.blocks]),
+        world.count_flops(lambda: resnet(pixels)),
+    ]
+    patches, encoder, stem = world.embedding_costs(config, height, width)
+    assert [patches, encoder, stem] == counted and 30 * patches < encoder
+    assert encoder < stem or height < 100, "of a small image there is less than of its text"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2605,12 +2617,6 @@ def texts_with_start(batch=3, length=9, seed=3):
     return ids, torch.arange(length)[None] < lengths
 
 
-def shift_padding_left(ids, mask):
-    """The same texts with their padding on the left."""
-    rows = [row[m] for row, m in zip(ids, mask, strict=True)]
-    return blip2.pad_rows([row.tolist() for row in rows], 0, left=True)
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
 def test_blip2_logits_equal_the_published_model(oracles, batch):
@@ -2661,16 +2667,6 @@ def test_blip2_retrieval_equals_the_published_model_in_both_modes(oracles, batch
         close(ours.itc(pixels, ids, m), contrast.logits_per_image)
 
 
-@pytest.mark.parametrize("size", [(48, 48), (32, 64), (43, 27)])
-@torch.no_grad()
-def test_blip2_positions_interpolate_to_other_image_sizes_as_published(oracles, size):
-    """Whatever the size, the decoder gets as many vectors as there are queries."""
-    oracle, folder = oracles("blip2")
-    ids, pixels = row_with_queries(5)[None], torch.randn(1, 3, *size)
-    theirs = oracle(input_ids=ids, pixel_values=pixels, interpolate_pos_encoding=True)
-    close(blip2.BLIP2.from_pretrained(folder)(pixels, ids), theirs.logits)
-
-
 @pytest.mark.parametrize("preset", ["blip2-itm-vit-g", "blip2-opt-2.7b", "blip2-opt-6.7b"])
 def test_blip2_presets_have_the_shapes_of_the_published_classes(preset):
     """Name by name: our preset on the meta device against the class of transformers at the same sizes."""
@@ -2694,37 +2690,36 @@ def test_blip2_presets_have_the_shapes_of_the_published_classes(preset):
 
 
 @torch.no_grad()
-def test_blip2_padding_on_either_side_gives_the_unpadded_answer(oracles):
-    """Of the decoder, and of the Q-Former in each of its three modes."""
+def test_blip2_padding_gives_the_unpadded_answer(oracles):
+    """The decoder takes it on either side, but goes on only behind padding on the left; the Q-Former takes it on the
+    right."""
     model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
     ids, pixels = row_with_queries(20)[None], torch.randn(1, 3, 32, 32)
-    pad, off, on = (
-        torch.zeros(1, 5, dtype=torch.long),
-        torch.zeros(1, 5, dtype=torch.bool),
-        torch.ones(1, 26, dtype=torch.bool),
-    )
+    pad, on = torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 26, dtype=torch.bool)
     expected, words = model(pixels, ids), model.generate(ids, pixels, max_new_tokens=9)
-    left, left_mask = torch.cat([pad, ids], 1), torch.cat([off, on], 1)
-    right, right_mask = torch.cat([ids, pad], 1), torch.cat([on, off], 1)
+    left, left_mask = torch.cat([pad, ids], 1), torch.cat([pad > 0, on], 1)
+    right, right_mask = torch.cat([ids, pad], 1), torch.cat([on, pad > 0], 1)
     close(model(pixels, left, left_mask)[:, 5:], expected)
     close(model(pixels, right, right_mask)[:, :26], expected)
     assert torch.equal(model.generate(left, pixels, left_mask, max_new_tokens=9), words)
-    assert torch.equal(model.generate(right, pixels, right_mask, max_new_tokens=9), words)
+    with pytest.raises(ValueError, match="left"):
+        model.generate(right, pixels, right_mask, max_new_tokens=9)
 
     model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
     pixels, (ids, mask) = torch.randn(3, 3, 32, 32), texts_with_start()
     assert len({int(n) for n in mask.sum(1)}) > 1
-    image, (left, left_mask) = model.encode_image(pixels), shift_padding_left(ids, mask)
+    image = model.encode_image(pixels)
     for i in range(3):
         alone = ids[i : i + 1, : int(mask[i].sum())]
-        close(model.itc(pixels, left, left_mask)[:, i], model.itc(pixels, alone)[:, 0])
-        close(model.itm(pixels, left, left_mask)[i], model.itm(pixels[i : i + 1], alone)[0])
-        expected = model.write(image[i : i + 1], alone)[0]
-        close(model.write(image, left, left_mask)[i][left_mask[i]], expected)
-        close(model.write(image, ids, mask)[i][mask[i]], expected)
+        close(model.itc(pixels, ids, mask)[:, i], model.itc(pixels, alone)[:, 0])
+        close(model.itm(pixels, ids, mask)[i], model.itm(pixels[i : i + 1], alone)[0])
+        close(model.write(image, ids, mask)[i][mask[i]], model.write(image[i : i + 1], alone)[0])
         loss = model.itg_loss(pixels[i : i + 1], alone)[0]
-        close(model.itg_loss(pixels[i : i + 1], left[i : i + 1], left_mask[i : i + 1])[0], loss)
         close(model.itg_loss(pixels[i : i + 1], ids[i : i + 1], mask[i : i + 1])[0], loss)
+    left = torch.arange(9).expand(3, 9) > 0  # the first word is padding
+    for reads in (model.itc, model.itm, model.itg_loss, model.stage1_loss):
+        with pytest.raises(ValueError, match="right"):
+            reads(pixels, ids, left)
 
 
 @torch.no_grad()
@@ -2735,8 +2730,8 @@ def test_blip2_cached_logits_equal_uncached_ones(oracles):
     for m in (None, mask):
         cache, pieces = blip2.Cache(model.config, 2, 21, like=model.embed_tokens.weight), []
         for start, end in [(0, 9), (9, 10), (10, 14), (14, 21)]:
-            piece = None if m is None or start else m[:, start:end]
-            pieces.append(model.lm_head(model.hidden(model.embed_tokens(ids[:, start:end]), piece, cache)))
+            so_far = None if m is None else m[:, :end]  # covers the cached tokens too
+            pieces.append(model.lm_head(model.hidden(model.embed_tokens(ids[:, start:end]), so_far, cache)))
         whole, stepwise = model(ids, m), torch.cat(pieces, 1)
         real = torch.ones_like(mask) if m is None else m
         close(stepwise[real], whole[real])
@@ -2756,19 +2751,18 @@ def test_qformer_masks_against_tables_by_hand():
     }
     for (attends, real), text in hand.items():
         mask = torch.tensor([[c == "#" for c in real]])
-        assert torch.equal(allowed(5, 5, **blip2.qformer_rule(attends, 2, 3, mask))[0], table(text)), (attends, real)
+        assert torch.equal(allowed(5, 5, **blip2.qformer_rule(attends, 2, mask))[0], table(text)), (attends, real)
         if "." not in real:
-            assert torch.equal(allowed(5, 5, **blip2.qformer_rule(attends, 2, 3))[0], table(text))
             lines = [line.strip() for line in blip2.__doc__.splitlines()]  # and the head of the file shows the same
             assert text.replace(" ", "") in "".join(c for line in lines for c in pick_column(line, attends))
-    with pytest.raises(ValueError, match="unknown attention 'causal'; known: contrastive, matching, generation"):
-        blip2.qformer_rule("causal", 2, 3)
+    with pytest.raises(KeyError, match="causal"):
+        blip2.qformer_rule("causal", 2, mask)
 
 
 def pick_column(line, attends):
     """The five signs of a row of one of the three tables in blip2's docstring, which stand side by side."""
     tables = re.match(r"((?:[#.] ){4}[#.]) +((?:[#.] ){4}[#.]) +((?:[#.] ){4}[#.])", line)
-    return tables[1 + blip2.ATTENDS.index(attends)].replace(" ", "") if tables else ""
+    return tables[1 + ("contrastive", "matching", "generation").index(attends)].replace(" ", "") if tables else ""
 
 
 @torch.no_grad()
@@ -2782,7 +2776,7 @@ def test_blip2_itc_queries_and_words_do_not_meet_and_itg_words_see_no_later_word
     changed[:, 5] = 81
 
     def outputs(attends, image, ids):
-        return model.qformer(queries, image, ids, attends=attends)
+        return model.qformer(queries, model.qformer.embed(ids), image, attends=attends)
 
     for attends, query_sees_text, text_sees_image in (
         ("contrastive", False, False),
@@ -2802,7 +2796,8 @@ def test_blip2_itc_queries_and_words_do_not_meet_and_itg_words_see_no_later_word
     # side by side under the contrastive mask, queries and words give what they give alone
     together = outputs("contrastive", image, ids)
     close(together[0], model.query(image))
-    close(together[1], model.qformer(None, None, ids)[1])
+    words = model.qformer.embed(ids)
+    close(together[1], model.qformer(words[:, :0], words, image[:, :0], attends="contrastive")[1])
 
 
 @torch.no_grad()
@@ -2823,23 +2818,15 @@ def test_blip2_a_later_word_or_another_image_changes_only_what_follows(oracles):
 @torch.no_grad()
 def test_blip2_the_decoder_gets_as_many_vectors_as_there_are_queries(oracles):
     model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
-    for size in ((32, 32), (8, 8), (90, 41)):
-        pixels, ids = torch.randn(2, 3, *size), torch.stack([row_with_queries(3, 2, 1), row_with_queries(3, 2, 2)])
-        x = model.embed(ids, pixels)
-        assert blip2.num_image_tokens(*size, model.config) == 6
-        assert torch.equal(x[:, 2:8], model.language_projection(model.query(model.encode_image(pixels))))
-        for wrong, found in (
-            (ids.masked_fill(torch.arange(11) == 3, 5), 10),
-            (ids.masked_fill(torch.arange(11) == 9, 98), 14),
-        ):
-            with pytest.raises(
-                ValueError, match=rf"{found} image tokens.*2 image\(s\) need 12: 6 queries each.*{size[0]} x {size[1]}"
-            ):
-                model(pixels, wrong)
-    with pytest.raises(ValueError, match="6 image tokens in the ids, but no image"):
-        model(None, ids[:1])
-    with pytest.raises(ValueError, match="smaller than one patch"):
-        blip2.num_image_tokens(7, 32, model.config)
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.stack([row_with_queries(3, 2, 1), row_with_queries(3, 2, 2)])
+    x = model.embed(ids, model.image_tokens(pixels))
+    assert torch.equal(x[:, 2:8], model.language_projection(model.query(model.encode_image(pixels))))
+    assert torch.equal(x[:, 8:], model.language.embed_tokens(ids[:, 8:]))
+    assert blip2.num_image_tokens(8, 90, model.config) == 6  # whatever the size of an image
+    too_few, too_many = ids.masked_fill(torch.arange(11) == 3, 5), ids.masked_fill(torch.arange(11) == 9, 98)
+    for wrong, given, found, need in ((too_few, pixels, 10, 12), (too_many, pixels, 14, 12), (ids, None, 12, 0)):
+        with pytest.raises(ValueError, match=rf"\b{found}\b.*\b{need}\b"):
+            model(given, wrong)
 
 
 def toy_pairs(batch, seed=0):
@@ -2884,7 +2871,7 @@ def test_blip2_training_moves_what_freeze_says_and_not_one_bit_else(stage):
     for name, p in model.named_parameters():
         assert (p.grad is not None) == (name in moves), name
         assert torch.equal(p, before[name]) != (name in moves), name
-    with pytest.raises(ValueError, match="stages 1 and 2"):
+    with pytest.raises(KeyError, match="3"):
         blip2.freeze(model, 3)
 
 
@@ -2892,35 +2879,25 @@ def test_blip2_a_model_without_a_side_refuses_what_needs_it(oracles):
     generative = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
     retrieval = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
     pixels, ids = torch.randn(1, 3, 32, 32), torch.randint(3, 80, (1, 5))
-    with pytest.raises(ValueError, match="no text side"):
-        generative.qformer(None, None, ids)
     for needs_text in (generative.itc, generative.itm, generative.itg_loss, generative.stage1_loss):
-        with pytest.raises(ValueError, match="no text side"):
+        with pytest.raises(AttributeError):
             needs_text(pixels, ids)
-    with pytest.raises(ValueError, match="1 images and 2 texts: matching and generation read pairs"):
+    for needs_language in (lambda: retrieval.generate(ids, pixels), lambda: retrieval(pixels, ids)):
+        with pytest.raises(AttributeError):
+            needs_language()
+    with pytest.raises(RuntimeError, match=r"\b1\b.*\b2\b|\b2\b.*\b1\b"):  # one image and two texts are no pairs
         retrieval.itm(pixels, ids.repeat(2, 1))
-    for nothing in ({}, {"queries": retrieval.query_tokens}):
-        with pytest.raises(ValueError, match="queries with the features of an image"):
-            retrieval.qformer(**nothing)
-    with pytest.raises(ValueError, match=r"pixels must be \[n,3,H,W\], got \[3, 32, 32\]"):
+    with pytest.raises(RuntimeError):
         generative(pixels[0], ids)
-    with pytest.raises(ValueError, match="cannot train in stage 1: it has no text side"):
-        blip2.freeze(generative, 1)
-    with pytest.raises(ValueError, match="no language model"):
-        retrieval.generate(ids, pixels)
-    with pytest.raises(ValueError, match="cannot train in stage 2: it has no language model"):
-        blip2.freeze(retrieval, 2)
-    with pytest.raises(ValueError, match="nothing to train on"):
-        blip2.BLIP2Config(qformer=blip2.QFormerConfig(text=False))
 
 
 def test_blip2_a_text_longer_than_the_context_is_an_error_with_both_numbers(oracles):
     model = blip2.BLIP2.from_pretrained(oracles("blip2 retrieval")[1])
-    with pytest.raises(ValueError, match="text of 21 tokens does not fit the Q-Former's context of 20"):
+    with pytest.raises(ValueError, match=r"\b21\b.*\b20\b"):
         model.itc(torch.randn(1, 3, 32, 32), torch.ones(1, 21, dtype=torch.long))
     model.itc(torch.randn(1, 3, 32, 32), torch.ones(1, 20, dtype=torch.long))
     model = blip2.BLIP2.from_pretrained(oracles("blip2")[1])
-    with pytest.raises(ValueError, match="65 tokens .* context of 64"):
+    with pytest.raises(ValueError, match=r"\b65\b.*\b64\b"):
         model(None, torch.ones(1, 65, dtype=torch.long))
 
 
@@ -2963,13 +2940,11 @@ def test_hard_negatives_are_drawn_in_proportion_to_similarity_and_never_the_same
     assert same.int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
     generator, counts = torch.Generator().manual_seed(0), torch.zeros(4, 4)
     for _ in range(4000):
-        index, found = blip2.draw_hard_negatives(cosines, same, generator)
-        counts[torch.arange(4), index] += 1
-        assert found.all()
+        counts[torch.arange(4), blip2.draw_hard_negatives(cosines, same, generator)] += 1
     expected = (cosines / blip2.ITC_TEMPERATURE).masked_fill(same, -torch.inf).softmax(-1)
     assert not counts[same].any() and (counts / 4000 - expected).abs().max() < 0.03
-    index, found = blip2.draw_hard_negatives(cosines, torch.ones(4, 4, dtype=torch.bool))
-    assert not found.any()
+    index = blip2.draw_hard_negatives(cosines, torch.ones(4, 4, dtype=torch.bool))
+    assert index.shape == (4,), "where all texts are the same it means nothing, and is no error"
 
 
 def test_blip2_every_loss_works_for_a_batch_of_one_and_for_equal_captions():
@@ -3052,7 +3027,8 @@ def test_blip2_the_qformers_own_caption_is_greedy_and_ends_with_sep():
     assert words.shape == (3, 6) and torch.equal(model.write(model.encode_image(pixels), ids)[:, :-1].argmax(-1), words)
     ids[:, 0] = c.dec_token_id  # which is what write puts in the place of [CLS]
     queries = model.query_tokens.expand(3, -1, -1)
-    _, told = model.qformer(queries, model.encode_image(pixels), ids[:, :-1], attends="generation")
+    words_before = model.qformer.embed(ids[:, :-1])
+    _, told = model.qformer(queries, words_before, model.encode_image(pixels), attends="generation")
     assert torch.equal(F.linear(told, model.qformer.word_embeddings.weight).argmax(-1), words)
     ended = int(words[0, 2])  # let a word it says be the end
     model.config = replace(model.config, qformer=replace(c, sep_token_id=ended))
@@ -3097,109 +3073,104 @@ def test_blip2_preprocessing_equals_the_published_processor():
 def test_blip2_prompts_are_the_papers():
     assert blip2.build_prompt("what is this?") == "Question: what is this? Answer:"
     assert blip2.build_prompt(" a photo of ") == "a photo of" and blip2.build_prompt("") == ""
-    with pytest.raises(ValueError, match="leave <image> out"):
+    with pytest.raises(ValueError, match="<image>"):
         blip2.build_prompt("<image> what is this?")
     assert blip2.prompt_ids([2, 7], blip2.PRESETS["blip2-opt-2.7b"]) == [50265] * 32 + [2, 7]
 
 
-def test_blip2_cross_attention_maps_are_of_the_layers_that_look_at_the_image():
+@torch.no_grad()
+def test_blip2_every_second_layer_of_the_qformer_attends_to_the_image():
     model = blip2.BLIP2(blip2.PRESETS["tiny"])
     pixels, ids = toy_pairs(2)
-    with torch.no_grad(), blip2.trace(maps=True) as t:
-        model.itm(pixels, ids)
-    crosses = [x for name, x in t.rows if name == "cross-attention weights"]
-    selves = [x for name, x in t.rows if name == "self-attention weights"]
-    assert [list(x.shape) for x in crosses] == [[2, 2, 16, 17]] * 2 and [list(x.shape) for x in selves] == [
-        [2, 2, 23, 23]
-    ] * 4
-    assert all(torch.allclose(x.sum(-1), torch.ones(()), atol=1e-5) for x in crosses + selves)
+    image = model.encode_image(pixels)
+    with attention_maps() as maps:
+        model.match(image, ids)
+    assert [list(x.shape[2:]) for x in maps] == [[23, 23], [16, 17], [23, 23], [23, 23], [16, 17], [23, 23]]
+    heats = world.query_attention(model, world.draw(many_scenes(1)[0]))
+    assert heats.shape == (16, 4, 4) and (heats.sum((1, 2)) < 1).all(), "some attention goes to the class token"
+    image = model.encode_image(blip2.preprocess([world.draw(many_scenes(1)[0])], model.config.vision))
+    with attention_maps() as maps:
+        model.query(image)
+    by_hand = (maps[1] + maps[4]).mean(1)[0] / 2  # [16,17]
+    close(heats.flatten(1), by_hand[:, 1:])
 
 
-BROKEN_BLIP2 = {
-    "tensor is missing": (
-        lambda t: {k: v for k, v in t.items() if k != "query_tokens"},
-        "1 tensors are missing.*query_tokens",
-    ),
+BROKEN_BLIP2 = {  # -> what the error must name
+    "tensor is missing": (lambda t: {k: v for k, v in t.items() if k != "query_tokens"}, ["query_tokens"]),
     "fused matrix is missing": (
         lambda t: {k: v for k, v in t.items() if k != "vision_model.encoder.layers.1.self_attn.qkv.weight"},
-        "3 tensors are missing.*vision.blocks.1.attn.k_proj.weight",
+        [f"vision.blocks.1.attn.{x}_proj.weight" for x in "qkv"],
     ),
-    "tensor is unknown": (lambda t: t | {"qformer.gate": torch.ones(2)}, "unknown tensor 'qformer.gate'"),
+    "tensor is unknown": (lambda t: t | {"qformer.gate": torch.ones(2)}, ["qformer.gate"]),
     "text side stands in a checkpoint of stage 2": (
         lambda t: t | {"qformer.encoder.layer.0.output.dense.bias": torch.ones(24)},
-        "unknown tensor 'qformer.encoder.layer.0.output.dense.bias'",
+        ["qformer.layers.0.mlp_text.fc2.bias"],
     ),
     "cross-attention stands in a layer without": (
         lambda t: t | {"qformer.encoder.layer.1.crossattention.output.dense.bias": torch.ones(24)},
-        "unknown tensor 'qformer.encoder.layer.1.crossattention.output.dense.bias'",
+        ["qformer.layers.1.cross_attn.out_proj.bias"],
     ),
-    "shape is wrong": (lambda t: t | {"query_tokens": torch.ones(1, 5, 24)}, r"has shape \[1, 5, 24\].*\[1, 6, 24\]"),
+    "shape is wrong": (
+        lambda t: t | {"query_tokens": torch.ones(1, 5, 24)},
+        ["query_tokens", "[1, 5, 24]", "[1, 6, 24]"],
+    ),
     "fused shape is wrong": (
         lambda t: t | {"vision_model.encoder.layers.0.self_attn.qkv.bias": torch.ones(93)},
-        r"'vision_model.encoder.layers.0.self_attn.qkv.bias' has shape \[31\].*\[32\]",
+        ["vision.blocks.0.attn.q_proj.bias", "[31]", "[32]"],
     ),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN_BLIP2)
 def test_a_blip2_checkpoint_is_refused_when_a(what, oracles, tmp_path):
-    change, message = BROKEN_BLIP2[what]
-    with pytest.raises(ValueError, match=message):
+    change, words = BROKEN_BLIP2[what]
+    with pytest.raises(RuntimeError) as error:
         blip2.BLIP2.from_pretrained(resave(oracles("blip2")[1], tmp_path / "broken", change))
+    names(error, words)
 
 
 def test_blip2_reads_old_files_and_refuses_other_language_models(oracles, tmp_path):
-    """Old files carry the output matrix a second time and a buffer of positions; sharded ones come in pieces."""
+    """Old files contain the output matrix a second time and a buffer of positions; sharded ones come in pieces."""
     oracle, folder = oracles("blip2")
     expected = dict(blip2.BLIP2.from_pretrained(folder).named_parameters())
 
     def old(tensors):
         table = tensors["language_model.model.decoder.embed_tokens.weight"]
-        return tensors | {
-            "language_model.lm_head.weight": table.clone(),
-            "embeddings.position_ids": torch.arange(20)[None],
-        }
+        again = {"language_model.lm_head.weight": table.clone(), "embeddings.position_ids": torch.arange(20)[None]}
+        return tensors | again
 
     oracle.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     for loaded in (resave(folder, tmp_path / "old", old), tmp_path / "shards"):
         for name, parameter in blip2.BLIP2.from_pretrained(loaded).named_parameters():
             assert torch.equal(parameter, expected[name]), name
-    wrong = resave(
-        folder,
-        tmp_path / "untied",
-        lambda tensors: {n: t + (n.endswith("lm_head.weight")) for n, t in old(tensors).items()},
-    )
-    with pytest.raises(ValueError, match="should equal the tensor it is tied to"):
-        blip2.BLIP2.from_pretrained(wrong)
     raw = json.loads((folder / "config.json").read_text())
-    for change, message in [
-        ({"model_type": "t5"}, "'t5' language model; blip2.py reads 'opt'"),
-        ({"do_layer_norm_before": False}, "norms after the layers"),
-        ({"word_embed_proj_dim": 16}, "word embeddings of width 16 in an OPT of 32"),
-        ({"tie_word_embeddings": False}, "output matrix is not its word embedding"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            blip2.config_from_published(raw | {"text_config": raw["text_config"] | change}, tmp_path)
-    with pytest.raises(ValueError, match="holds a 'llava' checkpoint; blip2.py reads 'blip-2'"):
+    for field, value in (
+        ("model_type", "t5"),
+        ("do_layer_norm_before", False),
+        ("word_embed_proj_dim", 16),
+        ("tie_word_embeddings", False),
+        ("activation_function", "gelu"),
+    ):
+        wrong = raw | {"text_config": raw["text_config"] | {field: value}}
+        with pytest.raises(ValueError, match=f"{field}.*{value}"):
+            blip2.config_from_published(write_config(tmp_path, wrong))
+    with pytest.raises(ValueError, match="hidden_act.*relu"):
+        wrong = raw | {"qformer_config": raw["qformer_config"] | {"hidden_act": "relu"}}
+        blip2.config_from_published(write_config(tmp_path, wrong))
+    with pytest.raises(ValueError, match="'llava'.*'blip-2'"):
         blip2.BLIP2.from_pretrained(oracles("llava")[1])
 
 
 def test_the_short_published_blip2_configs_mean_the_presets(tmp_path):
     text = dict(model_type="opt", hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32)
     text |= dict(word_embed_proj_dim=2560, eos_token_id=50118)
-    raw = {
-        "model_type": "blip-2",
-        "vision_config": {},
-        "qformer_config": {},
-        "text_config": text,
-        "image_token_index": 50265,
-    }
-    ours = blip2.config_from_published(raw, tmp_path)
-    assert replace(ours, qformer=blip2.QUERIES_ONLY) == blip2.PRESETS["blip2-opt-2.7b"]
+    raw = dict(model_type="blip-2", vision_config={}, qformer_config={}, text_config=text, image_token_index=50265)
+    ours, preset = blip2.config_from_published(write_config(tmp_path, raw)), blip2.PRESETS["blip2-opt-2.7b"]
+    assert replace(ours, qformer=preset.qformer) == preset
     assert not ours.qformer.text and ours.qformer.queries == 32
     raw = {"model_type": "blip-2", "qformer_config": {"vocab_size": 30523, "use_qformer_text_input": True}}
-    assert replace(blip2.config_from_published(raw, tmp_path), eos_token_id=50118) == blip2.PRESETS["blip2-itm-vit-g"]
+    assert blip2.config_from_published(write_config(tmp_path, raw)) == blip2.PRESETS["blip2-itm-vit-g"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3297,13 +3268,13 @@ def test_flamingo_loads_shards_folds_the_new_rows_and_keeps_ties(oracles, tmp_pa
     table, rows = oracle.model.embed_tokens.weight, oracle.model.embed_tokens.additional_embedding.weight
     assert torch.equal(whole.language.embed_tokens.weight, torch.cat([table, rows]))
     assert whole.language.lm_head.weight.shape == (98, 40) and whole.config.new_token_ids == (96, 97)
-    assert flamingo.count_parameters(whole) == sum(p.numel() for p in oracle.parameters())
+    assert world.count_parameters(whole) == sum(p.numel() for p in oracle.parameters())
     tied = flamingo.Flamingo.from_pretrained(oracles("flamingo with tied embeddings")[1]).language
     assert tied.lm_head.weight is tied.embed_tokens.weight
 
 
 @pytest.mark.parametrize("preset", ["idefics-9b", "idefics-80b"])
-def test_flamingo_presets_have_the_shapes_of_the_published_class(preset):
+def test_flamingo_presets_have_the_shapes_of_the_published_class(preset, tmp_path):
     """Parameter by parameter: the class of transformers at the sizes of the published config.json, on the meta
     device."""
     transformers = quiet_transformers()
@@ -3322,35 +3293,44 @@ def test_flamingo_presets_have_the_shapes_of_the_published_class(preset):
     raw |= dict(perceiver_config={"qk_layer_norms_perceiver": True}, vision_config={"embed_dim": 1280})
     with torch.device("meta"):
         theirs = transformers.IdeficsForVisionText2Text(transformers.IdeficsConfig(**raw))
-    theirs = {flamingo.our_name(name): list(p.shape) for name, p in theirs.named_parameters()}
-    for new, table in (("new_embeddings", "embed_tokens"), ("new_head", "lm_head")):
-        rows, width = theirs.pop(f"{new}.weight")
+    pairs = [pair for name, p in theirs.named_parameters() for pair in flamingo.our_tensors(name, p)]
+    theirs = {name: list(p.shape) for name, p in pairs}
+    for table in ("embed_tokens", "lm_head"):
+        rows, width = theirs.pop(f"language.{table}.additional")
         theirs[f"language.{table}.weight"][0] += rows
     with torch.device("meta"):
         ours = flamingo.Flamingo(config)
     assert {name: list(p.shape) for name, p in ours.named_parameters()} == theirs
-    published = flamingo.config_from_published(raw | {"model_type": "idefics"}, Path("nowhere"))[0]
-    assert published == config
+    assert flamingo.config_from_published(write_config(tmp_path, raw | {"model_type": "idefics"})) == config
 
 
 def test_flamingo_reads_old_flat_configs_and_refuses_what_it_cannot(oracles, tmp_path):
     flat = {"model_type": "idefics", "use_resampler": True, "vision_embed_dim": 1280, "vision_image_size": 224,
             "vision_patch_size": 14, "vision_num_hidden_layers": 30, "resampler_n_latents": 48,
             "qk_layer_norms_perceiver": True, "cross_layer_interval": 4, "alpha_type": "vector"}  # fmt: skip
-    config, new = flamingo.config_from_published(flat, tmp_path)
+    read = lambda **change: flamingo.config_from_published(write_config(tmp_path, flat | change))
+    config = read()
     assert (config.vision.width, config.vision.layers, config.resampler.latents) == (1280, 30, 48)
-    assert config.resampler.qk_norm and not config.qk_norm and config.gate == "vector" and new == 0
-    for change, message in (({"use_resampler": False}, "no resampler"), ({"hidden_act": "gelu"}, "'gelu' in its decoder"),
-                            ({"model_type": "llava"}, "holds a 'llava' checkpoint; flamingo.py reads 'idefics'"),
-                            ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions"),
-                            ({"alpha_type": "matrix"}, "unknown type 'matrix'")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            flamingo.config_from_published(flat | change, tmp_path)
+    assert config.resampler.qk_norm and not config.qk_norm and config.gate == "vector" and config.new_token_ids == ()
+    for change, words in (({"use_resampler": False}, ["use_resampler"]), ({"hidden_act": "gelu"}, ["'gelu'", "'silu'"]),
+                          ({"model_type": "llava"}, ["'llava'", "'idefics'"]),
+                          ({"vision_hidden_act": "swish"}, ["hidden_act", "'swish'", "quick_gelu"]),
+                          ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "2.0"]),
+                          ({"alpha_type": "matrix"}, ["alpha_type", "'matrix'", "vector"])):  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            read(**change)
+        names(error, words)
+    for change in ({"do_center_crop": True}, {"do_pad": True}, {"resample": 2}):  # all that is not squashing
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))
+        with pytest.raises(ValueError) as error:
+            read()
+        names(error, list(change))
+    (tmp_path / "preprocessor_config.json").unlink()
 
     # taught to chat: a third new token, which ends an utterance; and the forms that eos_token_id and no new tokens take
-    chat = flamingo.config_from_published(flat | {"additional_vocab_size": 3, "eos_token_id": [2, 3]}, tmp_path)[0]
+    chat = read(additional_vocab_size=3, eos_token_id=[2, 3])
     assert (chat.image_token_id, chat.eos_token_id, chat.language.vocab_size) == (32001, 32002, 32003)
-    plain = flamingo.config_from_published(flat | {"additional_vocab_size": None, "eos_token_id": [2, 3]}, tmp_path)[0]
+    plain = read(additional_vocab_size=None, eos_token_id=[2, 3])
     assert (plain.eos_token_id, plain.language.vocab_size) == (2, 32000)
     folder = resave(oracles("flamingo")[1], tmp_path / "flat", lambda t: None)
     raw = json.loads((folder / "config.json").read_text())
@@ -3362,11 +3342,12 @@ def test_flamingo_reads_old_flat_configs_and_refuses_what_it_cannot(oracles, tmp
     def without_gate(tensors):
         return {name: t for name, t in tensors.items() if name != "model.gated_cross_attn_layers.1.alpha_dense"}
 
-    with pytest.raises(ValueError, match="1 tensors are missing.*gated_blocks.1.ffw_gate"):
-        flamingo.Flamingo.from_pretrained(resave(oracles("flamingo")[1], tmp_path / "gate", without_gate))
-    with pytest.raises(ValueError, match="1 tensors are missing.*new_head"):
-        drop = lambda t: {name: x for name, x in t.items() if "additional_fc" not in name}
-        flamingo.Flamingo.from_pretrained(resave(oracles("flamingo")[1], tmp_path / "rows", drop))
+    drop = lambda t: {name: x for name, x in t.items() if "additional_fc" not in name}
+    cases = ((without_gate, ["gated_blocks.1.ffw_gate"]), (drop, ["language.lm_head.weight", "[96,", "[98,"]))
+    for change, words in cases:
+        with pytest.raises(RuntimeError) as error:
+            flamingo.Flamingo.from_pretrained(resave(oracles("flamingo")[1], tmp_path / "broken", change))
+        names(error, words)
 
 
 def open_flamingo_helpers():
@@ -3425,7 +3406,7 @@ def test_resampler_and_gated_block_equal_open_flamingos():
     where = torch.zeros(2, 9, dtype=torch.bool)
     where[0, [2, 6]] = where[1, [0, 1]] = True
     k, v = ours.cross_attn.keys_values(media.flatten(1, 2))
-    ours = ours(x, where.cumsum(1) - 1, (k, v, torch.tensor([[0] * 5 + [1] * 5] * 2)))
+    ours = ours(x, k, v, where.cumsum(1) - 1, torch.tensor([[0] * 5 + [1] * 5] * 2))
     close(ours, theirs(x, media, where))
 
 
@@ -3494,9 +3475,9 @@ def test_flamingo_a_word_depends_on_the_images_it_should_and_on_no_other(oracles
     ids, media = ids[:1], media_of(ids, media_mask)[:1]  # images at 4 and 11 of 18 tokens
 
     def states(media):
-        with flamingo.trace() as t:
+        with world.trace(model) as rows:
             model(ids, media)
-        return [(name, x) for name, x in t.rows if name.startswith(("gated", "language", "logits"))]
+        return [(name, x) for name, x in rows if re.match(r"gated_blocks\.\d$|language.layers\.\d$|the whole", name)]
 
     other = media.clone()
     other[0, 1] += 1
@@ -3540,15 +3521,13 @@ def test_flamingo_padding_of_words_and_media_changes_nothing(oracles):
     ids, media_mask = rows_with_media()
     ids, media = ids[:1], media_of(ids, media_mask)[:1]
     expected, words = model(ids, media), model.generate(ids, media, max_new_tokens=9)
-    pad, off, on = (
-        torch.zeros(1, 5, dtype=torch.long),
-        torch.zeros(1, 5, dtype=torch.bool),
-        torch.ones(1, 18, dtype=torch.bool),
-    )
-    for row, mask, real in ((torch.cat([pad, ids], 1), torch.cat([off, on], 1), slice(5, None)),
-                            (torch.cat([ids, pad], 1), torch.cat([on, off], 1), slice(0, 18))):  # fmt: skip
-        close(model(row, media, mask)[:, real], expected)
-        assert torch.equal(model.generate(row, media, mask, max_new_tokens=9), words)
+    pad, off, on = torch.zeros(1, 5).long(), torch.zeros(1, 5).bool(), torch.ones(1, 18).bool()
+    left, right = torch.cat([off, on], 1), torch.cat([on, off], 1)
+    close(model(torch.cat([pad, ids], 1), media, left)[:, 5:], expected)
+    close(model(torch.cat([ids, pad], 1), media, right)[:, :18], expected)
+    assert torch.equal(model.generate(torch.cat([pad, ids], 1), media, left, max_new_tokens=9), words)
+    with pytest.raises(ValueError, match="left"):
+        model.generate(torch.cat([ids, pad], 1), media, right, max_new_tokens=9)
     hole = torch.tensor([[False, True, False, True]])  # padding between the media, holding nonsense
     spread = torch.full((1, 4, 3, 32, 32), torch.nan)
     spread[:, [1, 3]] = media
@@ -3557,18 +3536,18 @@ def test_flamingo_padding_of_words_and_media_changes_nothing(oracles):
 
 @torch.no_grad()
 def test_flamingo_cached_logits_equal_uncached_ones(oracles):
-    """Piece by piece against the cache, on logits: new words look where the last word of the prompt looked."""
+    """Piece by piece against the cache, on logits: new words attend to the image of the last word of the prompt."""
     model = flamingo.Flamingo.from_pretrained(oracles("flamingo with vectors")[1])
     ids, media_mask = rows_with_media()
     media, mask = media_of(ids, media_mask), torch.ones_like(ids, dtype=torch.bool)
     mask[0, :3] = False
-    whole, decoder = model(ids, media, mask, media_mask), model.look(ids[:, :16], media, mask[:, :16], media_mask)
+    whole, decoder = model(ids, media, mask, media_mask), model.language
+    read = model.read_media(ids[:, :16], media, mask[:, :16], media_mask)
     cache = flamingo.Cache(decoder.config, 3, 18, like=media)
     pieces = []
     for start, end in ((0, 16), (16, 17), (17, 18)):
-        pieces.append(
-            decoder.lm_head(decoder.hidden(decoder.embed_tokens(ids[:, start:end]), mask[:, start:end], cache))
-        )
+        x = decoder.embed_tokens(ids[:, start:end])
+        pieces.append(decoder.lm_head(decoder.hidden(x, mask[:, :end], cache, read)))
     close(torch.cat(pieces, 1)[mask], whole[mask])
 
 
@@ -3590,10 +3569,9 @@ def test_a_video_of_any_length_becomes_as_many_latents():
     model.encode_media(video)
     assert sum(biggest) == 200 and max(biggest) == 64  # the tower never sees the whole video at once
     assert (model.encode_media(video.flip(2)) - model.encode_media(video)).abs().max() > 1e-3
-    table, real = model.connector.time_embeddings, torch.ones(1, 15, dtype=torch.bool)
-    assert torch.equal(model.connector.times(real[:, :3])[0], table[:3])
-    assert torch.equal(model.connector.times(real[:, :8])[0], table)
-    long = model.connector.times(real)[0]
+    table = model.connector.time_embeddings
+    assert torch.equal(model.connector.times(3), table[:3]) and torch.equal(model.connector.times(8), table)
+    long = model.connector.times(15)
     close(long[[0, 14]], table[[0, 7]])
     close(long[1], (table[0] + table[1]) / 2)
     image = flamingo.PerceiverResampler(96, replace(config.resampler, frames=0))
@@ -3628,39 +3606,26 @@ def test_flamingo_media_that_do_not_fit_the_ids_are_an_error_with_both_counts(or
     model = flamingo.Flamingo.from_pretrained(oracles("flamingo")[1])
     ids, media_mask = rows_with_media()
     media = media_of(ids, media_mask)
-    with pytest.raises(ValueError, match=r"row 2 has 1 <image> in its ids, but 2 image\(s\)"):
-        model(ids, media)
-    with pytest.raises(ValueError, match=r"row 0 has 2 <image> in its ids, but 1 image\(s\)"):
-        model(ids, media[:, :1])
-    with pytest.raises(ValueError, match="row 1 has 2 <image> in its ids, but 0 image"):
-        model(ids, media, media_mask=torch.tensor([[True, True], [False, False], [True, False]]))
-    with pytest.raises(ValueError, match="5 <image> in the ids, but no image was given"):
-        model(ids)
-    for wrong in (
-        dict(ids=ids[0]),
-        dict(ids=ids[:, :0]),
-        dict(ids=ids, mask=torch.ones(3, 18)),
-        dict(ids=ids, mask=torch.ones(3, 5, dtype=torch.bool)),
+    none, left_out = torch.zeros_like(media_mask), torch.tensor([[True, True], [False, False], [True, False]])
+    text = torch.ones(1, 4, dtype=torch.long)
+    for given, placed, images in (
+        (dict(ids=ids, media=media), [2, 2, 1], [2, 2, 2]),
+        (dict(ids=ids, media=media[:, :1]), [2, 2, 1], [1, 1, 1]),
+        (dict(ids=ids, media=media, media_mask=left_out), [2, 2, 1], [2, 0, 1]),
+        (dict(ids=ids, media=media, media_mask=none), [2, 2, 1], [0, 0, 0]),
+        (dict(ids=ids), [2, 2, 1], [0, 0, 0]),
+        (dict(ids=text, media=media[:1, :1]), [0], [1]),
     ):
-        with pytest.raises(ValueError, match=r"(ids|mask) must be"):
-            model(media=media, media_mask=media_mask, **wrong)
-    with pytest.raises(ValueError, match="no image was given"):
-        model(ids, media_mask=media_mask)
-    with pytest.raises(ValueError, match="hold no image and no frame"):
-        model(ids[2:], torch.zeros(1, 1, 0, 3, 32, 32))
-    with pytest.raises(ValueError, match="row 0 has 0 <image> in its ids, but 1"):
-        model(torch.ones(1, 4, dtype=torch.long), media[:1, :1])
-    with pytest.raises(ValueError, match=r"media must be \[B,M,F,3,H,W\] with B = 3"):
-        model(ids, media[:2])
-    for wrong in (torch.ones(3, 3, dtype=torch.bool), media_mask.int()):
-        with pytest.raises(ValueError, match=r"media_mask must be bool \[B,M\] or \[B,M,F\]"):
-            model(ids, media, media_mask=wrong)
+        for run in (model, lambda **given: model.generate(**given, max_new_tokens=1)):
+            with pytest.raises(ValueError) as error:
+                run(**given)
+            names(error, [f"{placed} <image>", f"{images} images"])
     tiny = flamingo.Flamingo(replace(flamingo.PRESETS["tiny"], connector="mlp"))
     with pytest.raises(ValueError, match="need the resampler"):
         tiny.encode_media(torch.randn(1, 1, 2, 3, 32, 32), torch.ones(1, 1, 2, dtype=torch.bool))
-    for wrong in (dict(gate="ajar"), dict(dense="relu"), dict(connector="wire"), dict(cross_every=0)):
-        with pytest.raises(ValueError, match="unknown|cross_every"):
-            replace(flamingo.PRESETS["tiny"], **wrong)
+    for field, value in (("gate", "ajar"), ("dense", "relu"), ("connector", "wire")):
+        with pytest.raises(AssertionError, match=value):
+            flamingo.Flamingo(replace(flamingo.PRESETS["tiny"], **{field: value}))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -3709,10 +3674,9 @@ def test_flamingo_prompts_place_one_image_each():
     assert flamingo.build_prompt("A photo of", 2) == "<image><image>A photo of"
     assert flamingo.build_prompt("Once upon", 0) == "Once upon"
     for text, images in (("<image> a", 2), ("<image><image> a", 1), ("<image> a", 0)):
-        with pytest.raises(ValueError, match=rf"for {images} image"):
+        with pytest.raises(ValueError, match=rf"{text.count('<image>')} <image> for {images} image"):
             flamingo.build_prompt(text, images)
-    with pytest.raises(ValueError, match="empty"):
-        flamingo.build_prompt(" ", 1)
+    assert flamingo.build_prompt("", 2) == "<image><image>"
     fake, image = "<fake_token_around_image>", "<image>"
     assert flamingo.surround_images("User:<image>What?") == f"User:{fake}{image}{fake}What?"
     assert flamingo.surround_images("<image><image> two") == f"{fake}{image}{fake}{image}{fake} two"
@@ -3752,7 +3716,7 @@ def test_the_gated_block_of_the_paper_by_hand():
     block = randomise(flamingo.GatedBlock(replace(config, vision=replace(config.vision, width=12))))
     x, latents = torch.randn(1, 1, 8), torch.randn(1, 3, 12)
     k, v = block.cross_attn.keys_values(latents)
-    ours = block(x, torch.tensor([[0]]), (k, v, torch.tensor([[0, 0, 0]])))
+    ours = block(x, k, v, torch.tensor([[0]]), torch.tensor([[0, 0, 0]]))
     state, norm = (
         block.state_dict(),
         lambda y, name: F.layer_norm(y, (8,), block.state_dict()[f"{name}.weight"], block.state_dict()[f"{name}.bias"]),
@@ -4078,9 +4042,11 @@ def test_cogvlm_generates_the_greedy_tokens_of_the_naive_implementation(publishe
     assert len({tuple(row) for row in expected}) == 3
     for row, given, right in zip(rows, images, expected, strict=True):
         assert model.generate(torch.tensor([row]), given if len(given) else None, max_new_tokens=8)[0].tolist() == right
-    for left in (False, True):
-        ids, mask = cogvlm.pad_rows(rows, 0, left)
-        assert model.generate(ids, pixels, mask, max_new_tokens=8).tolist() == expected
+    ids, mask = cogvlm.pad_rows(rows, 0, left=True)
+    assert model.generate(ids, pixels, mask, max_new_tokens=8).tolist() == expected
+    ids, mask = cogvlm.pad_rows(rows, 0)
+    with pytest.raises(ValueError, match="left"):
+        model.generate(ids, pixels, mask, max_new_tokens=8)
 
 
 def test_cogvlm_loads_from_shards_and_ignores_the_buffers_of_old_files(published_cogvlm, tmp_path):
@@ -4092,55 +4058,63 @@ def test_cogvlm_loads_from_shards_and_ignores_the_buffers_of_old_files(published
             assert torch.equal(parameter, expected[name]), name
 
 
-BROKEN_COGVLM = {
-    "tensor is missing": (lambda t: {k: v for k, v in t.items() if k != "model.vision.boi"}, "1 tensors are missing.*adapter.boi"),
+def without(name):
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+BROKEN_COGVLM = {  # -> what the error must contain
+    "tensor is missing": (without("model.vision.boi"), ["adapter.boi"]),
     "fused matrix is missing": (
-        lambda t: {k: v for k, v in t.items() if k != "model.vision.transformer.layers.1.attention.query_key_value.weight"},
-        "3 tensors are missing.*vision.blocks.1.attn.k_proj.weight",
+        without("model.vision.transformer.layers.1.attention.query_key_value.weight"),
+        [f"vision.blocks.1.attn.{name}_proj.weight" for name in "qkv"],
     ),
     "vision expert is missing": (
-        lambda t: {k: v for k, v in t.items() if k != "model.layers.1.mlp.vision_mlp.up_proj.weight"},
-        "1 tensors are missing.*layers.1.vision_expert.mlp.up_proj",
+        without("model.layers.1.mlp.vision_mlp.up_proj.weight"),
+        ["language.layers.1.vision_expert.mlp.up_proj.weight"],
     ),
-    "tensor is unknown": (lambda t: t | {"model.vision.gate": torch.ones(2)}, "unknown tensor 'model.vision.gate'"),
+    "tensor is unknown": (lambda t: t | {"model.vision.gate": torch.ones(2)}, ["adapter.gate"]),
     "convolution stands in a first CogVLM": (
         lambda t: t | {"model.vision.conv.bias": torch.ones(16)},
-        "unknown tensor 'model.vision.conv.bias'",
+        ["adapter.conv.bias"],
     ),
     "layer is one too many": (
         lambda t: t | {"model.layers.2.input_layernorm.weight": torch.ones(24)},
-        "unknown tensor 'model.layers.2.input_layernorm.weight'",
+        ["language.layers.2.input_layernorm.weight"],
     ),
-    "shape is wrong": (lambda t: t | {"lm_head.weight": torch.ones(61, 24)}, r"has shape \[61, 24\].*\[60, 24\]"),
+    "shape is wrong": (
+        lambda t: t | {"lm_head.weight": torch.ones(61, 24)},
+        ["lm_head.weight", "[61, 24]", "[60, 24]"],
+    ),
     "fused shape is wrong": (
         lambda t: t | {"model.vision.transformer.layers.0.attention.query_key_value.bias": torch.ones(45)},
-        r"query_key_value.bias' has shape \[15\].*\[16\]",
+        ["vision.blocks.0.attn.q_proj.bias", "[15]", "[16]"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BROKEN_COGVLM)
 def test_a_cogvlm_checkpoint_is_refused_when_a(what, published_cogvlm, tmp_path):
-    change, message = BROKEN_COGVLM[what]
+    change, words = BROKEN_COGVLM[what]
     tensors, raw, _ = published_cogvlm["first"]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError) as error:
         cogvlm.CogVLM.from_pretrained(save_cogvlm(tmp_path / "broken", raw, change(tensors)))
+    names(error, words)
 
 
-def test_cogvlm_refuses_damaged_files_and_other_families(published_cogvlm, oracles, tmp_path):
-    tensors, raw, folder = published_cogvlm["first"]
-    cut = save_cogvlm(tmp_path / "cut", raw, tensors)
-    data = (cut / "model.safetensors").read_bytes()
-    for keep in (len(data) // 2, 100, 0):
-        (cut / "model.safetensors").write_bytes(data[:keep])
-        with pytest.raises(ValueError, match="no complete safetensors file"):
-            cogvlm.CogVLM.from_pretrained(cut)
-    with pytest.raises(ValueError, match="holds a 'llava' checkpoint; cogvlm.py reads 'CogVLMForCausalLM'"):
+def test_cogvlm_refuses_other_families_and_configs_it_does_not_follow(published_cogvlm, oracles, tmp_path):
+    with pytest.raises(ValueError, match="llava.*'CogVLMForCausalLM'"):
         cogvlm.CogVLM.from_pretrained(oracles("llava")[1])
-    with pytest.raises(ValueError, match="holds a 'CogVLMForCausalLM' checkpoint"):
-        llava.config_from_published({"model_type": "CogVLMForCausalLM"}, folder)
-    with pytest.raises(ValueError, match="unknown activation 'quicker_gelu'"):
-        cogvlm.config_from_published(raw | {"vision_config": {"hidden_act": "quicker_gelu"}}, folder)
+    _, raw, folder = published_cogvlm["first"]
+    with pytest.raises(ValueError):
+        llava.config_from_published(folder)
+    tower = {"vision_config": raw["vision_config"] | {"hidden_act": "quick_gelu"}}
+    for change, value in (({"hidden_act": "relu"}, "'relu'"), (tower, "'quick_gelu'")):
+        with pytest.raises(ValueError, match=f"hidden_act = {value}"):
+            cogvlm.config_from_published(write_config(tmp_path, raw | change))
+    for field, value in (("do_center_crop", True), ("do_pad", True), ("resample", 2)):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({field: value}))
+        with pytest.raises(ValueError, match=f"{field} = {value}"):
+            cogvlm.config_from_published(write_config(tmp_path, raw))
 
 
 def test_the_published_cogvlm_configs_mean_the_presets(tmp_path):
@@ -4164,33 +4138,27 @@ def test_the_published_cogvlm_configs_mean_the_presets(tmp_path):
     raw |= dict(
         num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=2048, vocab_size=32000, hidden_act="silu"
     )
-    assert cogvlm.config_from_published(raw, tmp_path) == cogvlm.PRESETS["cogvlm-chat-17b"]
+    assert cogvlm.config_from_published(write_config(tmp_path, raw)) == cogvlm.PRESETS["cogvlm-chat-17b"]
     raw |= dict(num_multi_query_heads=8, intermediate_size=14336, max_position_embeddings=8192, vocab_size=128256)
     raw |= dict(
         vision_config=vision | dict(image_size=1344, num_positions=9217), bos_token_id=128000, eos_token_id=128001
     )
-    assert cogvlm.config_from_published(raw, tmp_path) == cogvlm.PRESETS["cogvlm2-llama3-19b"]
+    assert cogvlm.config_from_published(write_config(tmp_path, raw)) == cogvlm.PRESETS["cogvlm2-llama3-19b"]
 
 
 def test_what_a_cogvlm_config_says_is_read_and_silence_means_the_first_models_defaults(tmp_path):
     raw = cogvlm_fields()
-    read = lambda raw: cogvlm.config_from_published(raw, tmp_path)
+    read = lambda raw: cogvlm.config_from_published(write_config(tmp_path, raw))
     silent = read(
         {key: raw[key] for key in raw if key not in ("rms_norm_eps", "bos_token_id", "eos_token_id", "architectures")}
         | {"model_type": "cogvlm"}
     )
     assert (silent.language.norm_eps, silent.bos_token_id, silent.eos_token_id) == (1e-6, 1, 2)
-    said = read(
-        raw | {"tie_word_embeddings": True, "vision_config": raw["vision_config"] | {"hidden_act": "quick_gelu"}}
-    )
-    assert (
-        said.language.tie_embeddings
-        and not read(raw).language.tie_embeddings
-        and said.vision.activation == "quick_gelu"
-    )
+    said = read(raw | {"tie_word_embeddings": True})
+    assert said.language.tie_embeddings and not read(raw).language.tie_embeddings
     assert (said.image_token_id, said.bos_token_id, said.eos_token_id, said.language.context) == (60, 4, 5, 64)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 2]}))
-    assert (read(raw).vision.mean, read(raw).vision.std, read(raw).vision.resize) == ((0, 0, 0), (1, 1, 2), "squash")
+    assert (read(raw).vision.mean, read(raw).vision.std) == ((0, 0, 0), (1, 1, 2))
 
 
 def test_cogvlm_counts_its_tokens():
@@ -4198,15 +4166,9 @@ def test_cogvlm_counts_its_tokens():
     assert cogvlm.num_image_tokens(490, 490, first) == 35 * 35 + 2 == 1227
     assert cogvlm.num_image_tokens(1344, 1344, second) == 48 * 48 + 2 == 2306
     assert cogvlm.num_image_tokens(28, 70, first) == 2 * 5 + 2 and cogvlm.num_image_tokens(43, 70, second) == 1 * 2 + 2
-    with pytest.raises(ValueError, match="smaller than one patch"):
-        cogvlm.num_image_tokens(13, 490, first)
-    with pytest.raises(ValueError, match="no 2 x 2 patches"):
-        cogvlm.num_image_tokens(14, 490, second)
     for config in (cogvlm.PRESETS["tiny"], replace(cogvlm.PRESETS["tiny"], strided=True, expert_bias=True)):
-        model = cogvlm.CogVLM(config)
-        for height, width in ((32, 32), (32, 64), (43, 27)):
-            made = model.encode_image(torch.randn(1, 3, height, width)).shape[1]
-            assert made == cogvlm.num_image_tokens(height, width, config), (height, width)
+        made = cogvlm.CogVLM(config).image_tokens(torch.randn(1, 3, 32, 32)).shape[1]
+        assert made == cogvlm.num_image_tokens(32, 32, config) == (6 if config.strided else 18)
 
 
 ROLES_BY_HAND = {  # ids with I an image token -> (images of so many tokens, expert of each token, position of each token)
@@ -4239,16 +4201,16 @@ def test_cogvlm_experts_and_positions_against_tables_by_hand(tokens):
 
 
 @torch.no_grad()
-def test_cogvlm2_joins_patches_that_lie_together_on_an_oblong_grid_too():
-    """Each token of a 4 x 6 grid is what the adapter makes of its own 2 x 2 patches alone."""
+def test_cogvlm2_joins_patches_that_lie_together():
+    """Each token of a 4 x 4 grid is what the adapter makes of its own 2 x 2 patches alone."""
     torch.manual_seed(0)
     adapter = cogvlm.Adapter(replace(cogvlm.PRESETS["tiny"], strided=True))
-    patches = torch.randn(1, 4, 6, 96)
-    tokens = adapter(patches.view(1, 24, 96), 4, 6)[0, 1:-1].view(2, 3, -1)
+    patches = torch.randn(1, 4, 4, 96)
+    tokens = adapter(patches.view(1, 16, 96))[0, 1:-1].view(2, 2, -1)
     for row in range(2):
-        for column in range(3):
+        for column in range(2):
             four = patches[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(1, 4, 96)
-            close(tokens[row, column], adapter(four, 2, 2)[0, 1])
+            close(tokens[row, column], adapter(four)[0, 1])
 
 
 def test_cogvlm_a_torn_image_is_an_error_that_says_where():
@@ -4260,23 +4222,19 @@ def test_cogvlm_a_torn_image_is_an_error_that_says_where():
         model(torch.tensor([[5] + [I] * 19 + [6] + [I] * 17]), pixels)
     with pytest.raises(ValueError, match="row 0, column 11 is torn"):  # half in one row, half in the next
         model(torch.tensor([[5] * 11 + [I] * 9, [I] * 9 + [5] * 11]), pixels[:1])
-    with pytest.raises(
-        ValueError, match="35 image tokens in the ids, but 2 image.* need 36: .* 4 x 4, with boi and eoi 18"
-    ):
+    with pytest.raises(ValueError, match="35 image tokens in the ids, but 2 image.* need 36: 18 each"):
         model(torch.tensor([[5] + [I] * 35]), pixels)
     with pytest.raises(ValueError, match="36 image tokens in the ids, but 1 image.* need 18"):
         model(torch.tensor([[5] + [I] * 36]), pixels[:1])
-    with pytest.raises(ValueError, match="18 image tokens in the ids, but no image was given"):
+    with pytest.raises(ValueError, match="18 image tokens in the ids, but 0 image"):
         model(torch.tensor([[5] + [I] * 18]))
     with pytest.raises(ValueError, match="0 image tokens in the ids, but 1 image.* need 18"):
         model(torch.tensor([[5, 6]]), pixels[:1])
     ids = torch.tensor([[5] + [I] * 18 + [6]])
-    with pytest.raises(ValueError, match="image tokens are padding"):
-        model(ids, pixels[:1], torch.arange(20)[None] > 3)
     with pytest.raises(ValueError, match="257 tokens .* do not fit the context of 256"):
         model(torch.cat([ids, torch.full((1, 237), 7)], 1), pixels[:1])
-    with pytest.raises(ValueError, match=r"pixels must be \[B,3,H,W\]"):
-        model.vision(pixels[0])
+    with pytest.raises(ValueError, match=r"\[1, 3, 16, 64\].*\[2, 8\].* 4 x 4"):
+        model.vision(torch.randn(1, 3, 16, 64))
 
 
 def untied_experts(seed=0, **changes):
@@ -4315,11 +4273,10 @@ def test_cogvlm_with_copied_experts_is_its_language_model():
     model = untied_experts()
     model.language.copy_experts()
     ids, pixels = tiny_rows()
-    x, roles = model.embed(ids, pixels)
+    x, roles = model.embed(ids, model.image_tokens(pixels))
     plain = plain_decoder(model)
-    words_only = torch.where(
-        roles == cogvlm.PATCH, cogvlm.BOI, roles
-    )  # the same experts, every token a position of its own
+    # the same experts, every token a position of its own
+    words_only = torch.where(roles == cogvlm.PATCH, cogvlm.BOI, roles)
     close(model.language.hidden(x, roles=words_only), plain.hidden(x), 2e-6)
     assert (model.language.hidden(x, roles=roles) - plain.hidden(x)).abs().max() > 1e-3  # the positions do matter
     close(model.language.hidden(x, roles=roles), reposition(plain, x, cogvlm.position_ids(roles)), 2e-6)
@@ -4327,18 +4284,18 @@ def test_cogvlm_with_copied_experts_is_its_language_model():
 
 def reposition(plain, x, positions):
     """LLaVA's decoder at positions that are not 0, 1, 2 ..."""
-    angles = rope_1d(positions, plain.config.head_width, plain.config.rope_base)
+    rotation = rope_1d(positions, plain.config.head_width, plain.config.rope_base)
     for layer in plain.layers:
-        x = layer(x, angles, dict(causal=True))
+        x = layer(x, rotation, dict(causal=True))
     return plain.norm(x)
 
 
 @torch.no_grad()
 def test_cogvlm_text_never_touches_a_vision_weight():
-    """With every vision weight NaN a text is read as before, to the bit, in one piece, padded, and word by word."""
+    """With every vision weight NaN the logits of a text are bit-identical, in one piece, padded, and word by word."""
     model = untied_experts()
     ids = torch.randint(0, 400, (3, 9))
-    mask = torch.arange(9) < torch.tensor([[9], [4], [7]])
+    mask = torch.arange(9) >= torch.tensor([[0], [5], [2]])
     before = model(ids), model(ids, mask=mask), model.generate(ids, mask=mask, max_new_tokens=5)
     close(before[0], plain_decoder(model)(ids), 1e-6)
     calls = []
@@ -4398,24 +4355,17 @@ def test_cogvlm_cached_logits_equal_uncached_ones_and_positions_go_on():
         if given is not None and not given[1, 0]:  # the same rows, padded on the left
             rows = torch.stack([torch.cat([row[~real], row[real]]) for row, real in zip(ids, mask, strict=True)])
         full = model(rows, pixels, m)
-        x, roles = model.embed(rows, pixels, m)
+        x, roles = model.embed(rows, model.image_tokens(pixels))
         for cut in (26, 27) if m is None or m[1, 0] else (25, 27):
-            cache = cogvlm.Cache(model.config.language, 3, 28, like=x)
-            parts = [(0, cut)] + [(t, t + 1) for t in range(cut, 28)]
-            h = []
-            for a, b in parts:
-                h.append(
-                    model.language.hidden(
-                        x[:, a:b], None if m is None else m[:, a:b], cache, roles[:, a:b] if a == 0 else None
-                    )
-                )
+            cache, h = cogvlm.Cache(model.config.language, 3, 28, like=x), []
+            for start, end in [(0, cut)] + [(t, t + 1) for t in range(cut, 28)]:
+                so_far = None if m is None else m[:, :end]
+                h.append(model.language.hidden(x[:, start:end], so_far, cache, roles[:, :end]))
             logits = model.language.lm_head(torch.cat(h, 1))
             keep = torch.ones_like(ids, dtype=torch.bool) if m is None else m
             close(logits[keep], full[keep], 1e-5)
-            last = cogvlm.position_ids(roles, m)[:, -1:]
-            assert (
-                torch.equal(cache.last, last) and cache.length == 28 and last[0] == 28 - 15 - 1
-            )  # 16 patches, one position
+            assert cache.length == 28
+            assert cogvlm.position_ids(roles, m)[0, -1] == 28 - 15 - 1  # 16 patches share one
 
 
 @torch.no_grad()
@@ -4531,9 +4481,7 @@ def test_cogvlm_preprocessing_is_a_bicubic_squash_with_clips_statistics():
 def test_cogvlm_prompts_are_the_published_ones():
     assert cogvlm.build_prompt("what is this?") == "Question: what is this? Answer:"
     assert cogvlm.build_prompt("what is this?", "vqa") == "Question: what is this? Short answer:"
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        cogvlm.build_prompt(" ")
-    with pytest.raises(ValueError, match="leave <image> out"):
+    with pytest.raises(ValueError, match="<image>"):
         cogvlm.build_prompt("<image> what is this?")
     config = cogvlm.PRESETS["cogvlm-chat-17b"]
     assert cogvlm.prompt_row([7, 8], config) == [1] + [32000] * 1227 + [7, 8]
@@ -4543,8 +4491,11 @@ def test_cogvlm_prompts_are_the_published_ones():
     )
     assert ids[:19] == [497] + [499] * 18 and labels[:19] == [-100] * 19 and len(ids) == len(labels)
     assert [i for i, label in zip(ids, labels, strict=True) if label != -100] == [32, 98, 498, 32, 100, 498]
-    with pytest.raises(ValueError, match="2048 tokens, the context holds 2048"):
-        cogvlm.check_room(2048, 1, config)
+    words = lambda count: lambda text: [7] * count
+    for images, count in (([], 255), ([Image.new("RGB", (9, 9))], 237)):  # <bos>, 18 image tokens and these fill it
+        with pytest.raises(ValueError, match="256 tokens, the context holds 256"):
+            cogvlm.answer(fresh("cogvlm"), images, "what?", words(count), str)
+        assert cogvlm.answer(fresh("cogvlm"), images, "what?", words(count - 1), lambda ids: str(len(ids))) == "1"
 
 
 MALFORMED = [
@@ -5725,9 +5676,36 @@ def test_odd_videos_cost_one_line_that_names_them(untaught, tmp_path, capsys, mo
 
 
 def test_vilts_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(runs, capsys):
-    fails_in_one_line(lambda: vilt.main(["--demo", "--prompt", "red " * 60]), capsys, "63 tokens, the context holds 40")
-    fails_in_one_line(lambda: vilt.main(["--demo", "--prompt", " "]), capsys, "empty")
+    main = lambda prompt: lambda: world.workbench("vilt", ["--demo", "--prompt", prompt])
+    fails_in_one_line(main("red " * 60), capsys, "63 tokens", "40")
+    fails_in_one_line(main(" "), capsys, "empty")
     assert not list(runs.iterdir())
+
+
+def test_vilts_toy_fills_masks_and_judges_texts_and_prints_nothing_else(untaught, tmp_path, capsys):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
+    image = ["--image", str(tmp_path / "a.png")]
+    world.workbench("vilt", [*image, *image, "--prompt", "a [MASK] ring", "--prompt", "a <mask>", "--prompt", "a ring"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[0] == lines[4] == str(tmp_path / "a.png") and lines[1:4] == lines[5:]
+    for line, pattern in zip(lines[1:4], (r"a \[.*\] ring", r"a \[.*\]", r" ?\d+% yes: a ring")):
+        assert re.fullmatch(" {4}" + pattern, line), line
+
+
+def test_the_trace_of_vilt_shows_words_and_patches_in_one_row(capsys):
+    world.workbench("vilt", ["--trace"])
+    out = capsys.readouterr().out
+    assert re.search(r"0 +504 +'<cls>'", out) and re.search(r"503 +'<mask>'", out)
+    words = int(re.search(r"^ids +\[2, (\d+)\]", out, re.MULTILINE)[1])
+    assert re.search(rf"^blocks.3 +\[2, {words + 17}, 96\]", out, re.MULTILINE)
+
+
+def test_vilts_anatomy_compares_the_encoder_with_a_resnet(capsys):
+    world.workbench("vilt", ["--anatomy", "vilt-b32-mlm"])
+    out = capsys.readouterr().out
+    assert "384 x 576: 217" in out and "384 x 608" not in out, "in whole patches"
+    patches, encoder, stem = world.embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 576)
+    assert f"{patches:,}" in out and f"{encoder:,}" in out and f"{stem:,}" in out
 
 
 def test_llavas_demo_counts_the_image_in_a_prompt_before_it_trains(runs, capsys):
@@ -5926,24 +5904,22 @@ def test_flamingo_weights_from_the_command_line_say_what_the_published_model_say
     new = oracle.generate(input_ids=ids, **inputs, max_new_tokens=32, do_sample=False, eos_token_id=2)
     expected = tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip()
     prompt = "a blue circle <image> what is <image> this ?"
-    flamingo.main(["--weights", str(tmp_path), *files, "--prompt", prompt])
+    world.workbench("flamingo", ["--weights", str(tmp_path), *files, "--prompt", prompt])
     assert capsys.readouterr().out == expected + "\n" and len(expected) > 20
 
     def wrong(*options):
-        return lambda: flamingo.main(["--weights", str(tmp_path), *options])
+        return lambda: world.workbench("flamingo", ["--weights", str(tmp_path), *options])
 
-    fails_in_one_line(wrong(*files, "--prompt", "<image> what ?"), capsys, "1 <image> placeholder(s) for 2 image(s)")
-    fails_in_one_line(wrong(*files[:2], "--prompt", prompt), capsys, "2 <image> placeholder(s) for 1 image(s)")
-    fails_in_one_line(wrong("--prompt", "<image>"), capsys, "1 <image> placeholder(s) for 0")
+    fails_in_one_line(wrong(*files, "--prompt", "<image> what ?"), capsys, "1 <image>", "2 image")
+    fails_in_one_line(wrong(*files[:2], "--prompt", prompt), capsys, "2 <image>", "1 image")
+    fails_in_one_line(wrong("--prompt", "<image>"), capsys, "1 <image>", "0 image")
     fails_in_one_line(wrong(*files[:2], "--prompt", " "), capsys, "empty")
-    fails_in_one_line(wrong(*files[:2], "--prompt", "what " * 80), capsys, "tokens, the context holds 64")
     fails_in_one_line(wrong(*files), capsys, "--prompt")
-    fails_in_one_line(
-        lambda: flamingo.main(["--weights", str(oracles("llava")[1]), "--prompt", "x"]),
-        capsys,
-        "holds a 'llava'",
-        "reads 'idefics'",
-    )
+    foreign = ["--weights", str(oracles("llava")[1]), "--prompt", "x"]
+    fails_in_one_line(lambda: world.workbench("flamingo", foreign), capsys, "'llava'", "'idefics'")
+    for file in tmp_path.glob("*.safetensors"):  # a prompt too long is found before the weights are missed
+        file.unlink()
+    fails_in_one_line(wrong(*files[:2], "--prompt", "what " * 80), capsys, "84 tokens", "64")
 
 
 def test_qwen_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
@@ -6081,22 +6057,39 @@ def test_anatomy_counts_the_flops_of_a_new_word_with_its_head_tied_or_not(family
 
 
 def test_flamingo_anatomy_says_what_trains_and_what_an_image_costs(capsys):
-    flamingo.main(["--anatomy", "idefics-9b"])
+    world.workbench("flamingo", ["--anatomy", "idefics-9b"])
     out = capsys.readouterr().out
     assert "gated_blocks x 8" in out and "64 latents beside the text, 1 token in it" in out
     assert "trained: 1,560,497,936 (17.5 %)" in out and "8,388,608 for the latents of one image" in out
+    flops = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) to (?:encode|resample|read)", out)]
+    assert flops == [334_587_658_240, 28_990_242_816, 1_015_222_894_592]
 
 
-def test_flamingos_demo_refuses_a_prompt_that_does_not_fit_before_it_trains(runs, tmp_path, capsys):
+def test_the_toy_flamingo_refuses_a_prompt_that_does_not_fit_before_it_trains(runs, tmp_path, capsys):
     image = str(tmp_path / "a.png")
     world.draw(many_scenes(1)[0]).save(image)
-    demo = lambda *options: lambda: flamingo.main(["--demo", *options])
-    fails_in_one_line(
-        demo("--image", image, "--prompt", "<image> dax <image>"), capsys, "2 <image> placeholder(s) for 1"
-    )
-    fails_in_one_line(demo("--prompt", "<image>"), capsys, "1 <image> placeholder(s) for 0")
-    fails_in_one_line(demo("--image", image, "--prompt", "dax " * 200), capsys, "tokens, the context holds 256")
-    assert not (runs / "chinchilla").exists()
+    ask = lambda *options: lambda: world.workbench("flamingo", [*options])
+    fails_in_one_line(ask("--image", image, "--prompt", "<image> dax <image>"), capsys, "2 <image>", "1 image")
+    fails_in_one_line(ask("--prompt", "<image>"), capsys, "1 <image>", "0 image")
+    fails_in_one_line(ask("--prompt", " "), capsys, "empty")
+    fails_in_one_line(ask("--image", image, "--prompt", "dax " * 200), capsys, "tokens", str(256 - 8))
+    assert [path.name for path in runs.iterdir()] == ["a.png"]
+
+
+def test_the_toy_flamingo_goes_on_with_rows_of_images_and_words_and_says_when_they_hold_no_example(
+    untaught, tmp_path, capsys
+):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
+    images = ["--image", str(tmp_path / "a.png")] * 2
+    row = "<image> dax<|endofchunk|><image>"
+    world.workbench("flamingo", [*images, "--prompt", row, "--prompt", "what is it?"])
+    first, second = re.split(r"^(?=<image><image>)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert first.startswith(f"{row} -> ") and "no example" not in first
+    assert second.startswith("<image><image>what is it? -> ") and second.endswith("<|endofchunk|><image>')\n")
+    world.workbench("flamingo", images)
+    assert capsys.readouterr().out.startswith("<image><image> -> ")
+    world.workbench("flamingo", ["--prompt", "circle dax"])
+    assert capsys.readouterr().out.startswith("circle dax -> "), "text alone, for the language model"
 
 
 def test_blip2_weights_from_the_command_line_say_what_the_published_model_says(oracles, tmp_path, capsys):
@@ -6118,22 +6111,22 @@ def test_blip2_weights_from_the_command_line_say_what_the_published_model_says(o
         )
         expected.append(tokenizer.decode([i for i in new[0, ids.shape[1] :].tolist() if i != 2]).strip())
     assert len(set(expected)) > 1 and min(map(len, expected)) > 20
-    blip2.main(["--weights", str(tmp_path), "--image", image])
+    main = lambda *options: world.workbench("blip2", ["--weights", str(tmp_path), *options])
+    main("--image", image)
     assert capsys.readouterr().out == expected[0] + "\n"
-    blip2.main(
-        ["--weights", str(tmp_path), "--image", image, "--prompt", "what is this?", "--prompt", "a red circle in"]
-    )
+    main("--image", image, "--prompt", "what is this?", "--prompt", "a red circle in")
     asked = [f"{image}: {prompt} -> " for prompt in ("Question: what is this? Answer:", "a red circle in")]
     assert capsys.readouterr().out == "".join(f"{a}{e}\n" for a, e in zip(asked, expected[1:], strict=True))
+    main("--image", image, "--image", image)  # BLIP-2 reads one image at a time: each gets its caption
+    assert capsys.readouterr().out == f"{image}:  -> {expected[0]}\n" * 2
 
-    def wrong(*options):
-        return lambda: blip2.main(["--weights", str(tmp_path), *options])
-
+    (tmp_path / "model.safetensors.index.json").unlink()  # what follows is found before the weights are read
+    wrong = lambda *options: lambda: main(*options)
     fails_in_one_line(wrong("--prompt", "what ?"), capsys, "--image")
-    fails_in_one_line(wrong("--image", image, "--prompt", "<image> what ?"), capsys, "leave <image> out")
-    fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "67 tokens, the context holds 64")
+    fails_in_one_line(wrong("--image", image, "--prompt", "<image> what ?"), capsys, "<image>")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "67 tokens", "64")
     (tmp_path / "tokenizer.json").unlink()
-    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing")
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json")
 
 
 def test_blip2_retrieval_weights_from_the_command_line_judge_as_the_published_model(oracles, tmp_path, capsys):
@@ -6154,22 +6147,53 @@ def test_blip2_retrieval_weights_from_the_command_line_judge_as_the_published_mo
             cosine = oracle(**given, use_image_text_matching_head=False).logits_per_image.item()
         rows.append((match, f"  {100 * match:5.1f} %  {cosine:6.3f}  {prompt}"))
     options = [option for prompt in prompts for option in ("--prompt", prompt)]
-    blip2.main(["--weights", str(tmp_path), "--image", image, *options])
+    main = lambda *options: world.workbench("blip2", ["--weights", str(tmp_path), "--image", image, *options])
+    main(*options)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == [line for _, line in sorted(rows, reverse=True)] and image in lines[0]
-    fails_in_one_line(lambda: blip2.main(["--weights", str(tmp_path), "--image", image]), capsys, "--prompt")
-    too_long = ["--weights", str(tmp_path), "--image", image, "--prompt", "red " * 19]
-    fails_in_one_line(lambda: blip2.main(too_long), capsys, "21 tokens, the context holds 20")
+    (tmp_path / "model.safetensors").unlink()  # what follows is found before the weights are read
+    fails_in_one_line(main, capsys, "--prompt")
+    fails_in_one_line(lambda: main("--prompt", "a red circle", "--prompt", " "), capsys, "--prompt")
+    fails_in_one_line(lambda: main("--prompt", "red " * 19), capsys, "21 tokens", "20")
+
+
+def test_blip2s_demo_refuses_a_prompt_that_does_not_fit_before_it_trains(runs, capsys):
+    ask = lambda prompt: lambda: world.workbench("blip2", ["--demo", "--prompt", prompt])
+    fails_in_one_line(ask("<image> what is it?"), capsys, "<image>")
+    fails_in_one_line(ask(" "), capsys, "empty")
+    short = len(world.BLIP2Recipe().prompt_row(""))
+    fails_in_one_line(ask("red " * (241 - short)), capsys, "tokens", "240")
+    assert not list(runs.iterdir())
+
+
+def test_blip2s_toy_answers_each_question_about_each_image(untaught, tmp_path, capsys):
+    names = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for name, colour in zip(names, ("red", "blue")):
+        Image.new("RGB", (50, 40), colour).save(name)
+    options = ["--image", names[0], "--image", names[1], "--prompt", "what is it?", "--prompt", "where?"]
+    world.workbench("blip2", options)
+    lines = re.findall("^(what is it|where).*-> ", capsys.readouterr().out, re.MULTILINE)
+    assert lines == ["what is it", "what is it", "where", "where"]
+
+
+def test_blip2s_demo_tells_of_both_stages_and_draws_what_the_queries_look_at(untaught, runs, monkeypatch, capsys):
+    fewer = lambda *span: range(12) if span == (200,) else range(*span)
+    monkeypatch.setattr(world, "range", fewer, raising=False)
+    world.workbench("blip2", ["--demo"])
+    out = capsys.readouterr().out
+    numbers = re.search("look in the first image.*\n((?:.*\n){4})", out)[1]  # 4 x 4 patches
+    assert sorted(map(int, re.findall(r"\d+", numbers))) == list(range(16)), "each query once"
+    assert out.count("stage 1: ") == out.count("stage 2: ") == 3 and "cut short" in out
+    assert re.search("after stage 1, of 200 .*after stage 2, of 200 ", out, re.DOTALL)
+    assert Image.open(runs / "blip2" / "demo.png").size == (9 * 68 + 280, 3 * (2 * 68 + 8) + 24)
 
 
 def test_blip2_anatomy_says_what_trains_and_what_an_image_costs(capsys):
-    blip2.main(["--anatomy", "blip2-opt-2.7b"])
+    world.workbench("blip2", ["--anatomy", "blip2-opt-2.7b"])
     out = capsys.readouterr().out
-    assert (
-        "stage 2: 107,133,696 trained (2.9 %)" in out and "257 features -> 32 queries" in out and "stage 1" not in out
-    )
-    assert "327,680 bytes a token" in out
-    blip2.main(["--anatomy", "blip2-itm-vit-g"])
+    assert "stage 2: 107,133,696 trained (2.9 %)" in out and "stage 1" not in out
+    assert "257 features -> 32 queries" in out and "327,680 bytes a token" in out
+    world.workbench("blip2", ["--anatomy", "blip2-itm-vit-g"])
     out = capsys.readouterr().out
     assert "stage 1: 186,082,818 trained (15.9 %)" in out and "stage 2" not in out
 
@@ -6190,28 +6214,31 @@ def test_cogvlm_weights_from_the_command_line_say_what_the_naive_implementation_
     expected = tokenizer.decode(expected[: expected.index(5)] if 5 in expected else expected).strip()
     image = str(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
-    cogvlm.main(["--weights", str(tmp_path), "--image", image, "--prompt", "what is in the image ?"])
+    ask = ["--weights", str(tmp_path), "--image", image, "--prompt", "what is in the image ?"]
+    world.workbench("cogvlm", ask)
     assert capsys.readouterr().out == expected + "\n" and len(expected) > 20 and not (tmp_path / "runs").exists()
-    cogvlm.tell("where?", "at [[100,200,500,400]]", [picture])
-    assert "runs/cogvlm/box.png" in capsys.readouterr().out.replace(os.sep, "/")
+    with monkeypatch.context() as patch:
+        patch.setattr(cogvlm, "answer", lambda *_, **__: "at [[100,200,500,400]]")
+        world.workbench("cogvlm", ask)
+    out = capsys.readouterr().out.replace(os.sep, "/")
+    assert out.endswith("at [[100,200,500,400]]\n") and "runs/cogvlm/box.png" in out
     drawn = Image.open(tmp_path / "runs" / "cogvlm" / "box.png")
     assert drawn.size == (256, 183) and drawn.getpixel((26, 60)) == (255, 0, 255)  # on the left edge of the box
 
     def wrong(*options):
-        return lambda: cogvlm.main(["--weights", str(tmp_path), *options])
+        return lambda: world.workbench("cogvlm", ["--weights", str(tmp_path), *options])
 
     fails_in_one_line(wrong("--image", image, "--prompt", "<image> what ?"), capsys, "leave <image> out")
     fails_in_one_line(wrong("--image", image, "--prompt", "  "), capsys, "empty")
     fails_in_one_line(wrong("--image", image, "--prompt", "what " * 60), capsys, "tokens, the context holds 64")
     fails_in_one_line(wrong("--image", image), capsys, "--prompt")
     (tmp_path / "tokenizer.json").unlink()
-    fails_in_one_line(
-        wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json is missing", "lmsys/vicuna-7b-v1.5"
-    )
+    monkeypatch.setattr(cogvlm.CogVLM, "from_pretrained", None)  # found before the weights are loaded
+    fails_in_one_line(wrong("--image", image, "--prompt", "what ?"), capsys, "tokenizer.json", "lmsys/vicuna-7b-v1.5")
 
 
 def test_cogvlm_anatomy_says_how_its_count_comes_about(capsys):
-    cogvlm.main(["--anatomy", "cogvlm-chat-17b"])
+    world.workbench("cogvlm", ["--anatomy", "cogvlm-chat-17b"])
     out = capsys.readouterr().out
     assert "trained: 6,618,628,096 (37.5 %)" in out and "1227 tokens" in out and "524,288 bytes a token" in out
     parts = re.search(
@@ -6222,19 +6249,23 @@ def test_cogvlm_anatomy_says_how_its_count_comes_about(capsys):
 
 
 def test_cogvlm_shows_which_expert_and_position_each_token_takes(capsys):
-    cogvlm.main(["--show-mask"])
-    out = capsys.readouterr().out
-    table = [tuple(line.split()) for line in out.splitlines()[2:11]]
+    world.workbench("cogvlm", ["--show-mask"])
+    lines = [tuple(line.split()) for line in capsys.readouterr().out.splitlines()]
+    table = lines[lines.index(("token", "expert", "position")) + 1 :]
     assert table[2:7] == [("boi", "vision", "2"), *[("patch", "vision", "3")] * 3, ("eoi", "language", "4")]
 
 
-def test_cogvlms_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(runs, capsys):
-    fails_in_one_line(
-        lambda: cogvlm.main(["--demo", "--prompt", "red " * 240]), capsys, "tokens, the context holds 256"
-    )
-    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", " "]), capsys, "empty")
-    fails_in_one_line(lambda: cogvlm.main(["--demo", "--prompt", "<image> where?"]), capsys, "leave <image> out")
-    assert not list(runs.iterdir())
+def test_cogvlms_demo_refuses_a_prompt_that_does_not_fit_before_it_trains(runs, tmp_path, capsys):
+    ask = lambda *options: lambda: world.workbench("cogvlm", ["--demo", *options])
+    prompt = world.encode(cogvlm.build_prompt("red", "vqa"))
+    words = 256 - 24 + 1 - len(cogvlm.prompt_row(prompt, cogvlm.PRESETS["tiny"]))  # one too many behind the first
+    fails_in_one_line(ask("--prompt", "red" + " red" * words), capsys, "233 tokens", "232")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    two = ("--image", str(tmp_path / "a.png")) * 2  # a second image takes 18 tokens more
+    fails_in_one_line(ask(*two, "--prompt", "red" + " red" * (words - 18)), capsys, "233 tokens", "232")
+    fails_in_one_line(ask("--prompt", " "), capsys, "empty")
+    fails_in_one_line(ask("--prompt", "<image> where?"), capsys, "leave <image> out")
+    assert not list(runs.iterdir()) or [path.name for path in runs.iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize("kind", ["vilt mlm", "vilt vqa", "vilt rank"])
@@ -6276,19 +6307,21 @@ def test_vilt_weights_from_the_command_line_say_what_the_published_model_says(or
             for score, p in sorted(((row.item(), p) for p, row in zip(prompts, logits, strict=True)), reverse=True)
         ]
     image = str(tmp_path / "photo.png")
-    vilt.main(["--weights", str(tmp_path), "--image", image, "--prompt", prompts[0], "--prompt", prompts[1]])
+    main = lambda *options: world.workbench("vilt", ["--weights", str(tmp_path), "--image", image, *options])
+    main("--prompt", prompts[0], "--prompt", prompts[1])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == image and len(lines) == 3
-    assert all(line[2:].startswith(text) for line, text in zip(lines[1:], expected, strict=True)), (lines, expected)
+    assert all(line[4:].startswith(text) for line, text in zip(lines[1:], expected, strict=True)), (lines, expected)
 
     def wrong(*options):
-        return lambda: vilt.main(["--weights", str(tmp_path), "--image", image, *options])
+        return lambda: main(*options)
 
     fails_in_one_line(wrong(), capsys, "--prompt")
     fails_in_one_line(wrong("--prompt", " "), capsys, "empty")
-    fails_in_one_line(wrong("--prompt", "red [MASK] " * 20), capsys, "tokens, the context holds 14")
+    (tmp_path / "model.safetensors").write_bytes(b"the prompts are checked before this is read")
+    fails_in_one_line(wrong("--prompt", "red [MASK] " * 20), capsys, "42 tokens", "14")
     if kind == "vilt mlm":
-        fails_in_one_line(wrong("--prompt", "a red circle"), capsys, "has no [MASK]")
+        fails_in_one_line(wrong("--prompt", "a red circle"), capsys, "a red circle", "no [MASK]")
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -6928,17 +6961,88 @@ def test_towers_trained_otherwise_give_another_model(family, runs, monkeypatch):
     assert world.RECIPES[family]().start("cpu", 0).lineage != before
 
 
-def test_own_captions_train_stage_2_of_blip2(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(world, "toy_blip2", lambda *_: fresh("blip2"))
-    good = [json.dumps({"file_name": "a.png", "text": f"text {i} <image>"}) for i in range(5)]
-    long = json.dumps({"file_name": "a.png", "text": "word " * 200})
-    folder = make_folder(tmp_path / "own", [*good, long, '{"file_name": "a.png"}'], ["a.png"])
-    assert world.main(["blip2", "--data", str(folder), "--steps", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "6 rows, 1 left out" in out and "1 rows do not fit the context of 256 tokens" in out
-    with pytest.raises(SystemExit):
-        world.main(["blip2", "--data", str(make_folder(tmp_path / "long", [long], ["a.png"])), "--steps", "2"])
-    assert "short enough" in capsys.readouterr().err
+def test_blip2_starts_from_the_toy_towers_and_takes_its_stages_in_turn(runs, monkeypatch):
+    monkeypatch.setattr(world, "fit", fit_nothing)
+    tower, opt = clip.CLIP(clip.PRESETS["tiny"]).vision, blip2.OPT(blip2.PRESETS["tiny"].language)
+    tower.lineage, opt.lineage = 1, 2
+    torch.nn.init.uniform_(tower.ln_post.weight)
+    kept, trained = dict(tower.blocks[:3].named_parameters()), []
+    monkeypatch.setattr(world, "toy_clip", lambda device: argparse.Namespace(vision=copy.deepcopy(tower)))
+    monkeypatch.setattr(world, "toy_opt", lambda device: opt)
+    recipe = world.BLIP2Recipe()
+    model = recipe.start("cpu", 0)
+    assert model.lineage == {"vision": 1, "language": 2}
+    for name, parameter in model.vision.blocks.named_parameters():
+        assert torch.equal(parameter, kept[name]), name
+    for name in ("class_embedding", "ln_pre.weight", "patch_embedding.weight", "position_embedding.weight"):
+        assert torch.equal(model.vision.get_parameter(name), tower.get_parameter(name)), name
+    assert (model.vision.ln_post.weight == 1).all(), "the LayerNorm on top of the tower is new"
+    for name, parameter in opt.named_parameters():
+        assert torch.equal(model.language.get_parameter(name), parameter), name
+
+    def note(name, plan, model, *_, **__):
+        trained.append((name, plan.steps, sum(p.requires_grad for p in model.parameters())))
+        return model
+
+    monkeypatch.setattr(world, "fit", note)
+    one, two = (len(blip2.freeze(model, stage)) for stage in (1, 2))
+    recipe.train(seed=3, until="stage1")
+    recipe.train()
+    recipe.train(demo=True)
+    recipe.train(steps=7, name="v", **recipe.variants["stage 2 alone"])
+    assert trained == [
+        *[("blip2-stage1-seed3", 800, one), ("blip2-stage1", 800, one), ("blip2", 1200, two)],
+        *[("blip2-stage1-steps100", 100, one), ("blip2-steps300", 300, two), ("v-steps7", 7, two)],
+    ]
+
+
+def test_what_a_step_of_blip2_shows_is_true(monkeypatch):
+    """In both stages; a fourth of stage 1 are near misses: scenes with one property of one thing changed."""
+    recipe, shown, near, change_one = world.BLIP2Recipe(), [], [], world.change_one
+    draw, note = world.draw, lambda scene, other: near.append(scene) or other
+    monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
+    monkeypatch.setattr(world, "change_one", lambda scene, rng: note(scene, change_one(scene, rng)))
+    for plan in recipe.stages:
+        shown.clear()
+        for step in range(30):
+            samples = recipe.batch(plan, step)
+            scenes = shown[-16:]
+            assert [text for _, text in samples] == [world.caption(scene) for scene in scenes]
+            assert [picture.tobytes() for picture, _ in samples] == [draw(scene).tobytes() for scene in scenes]
+            for scene, other in zip(near, scenes[-4:]):
+                assert sum(a != b for a, b in zip(scene.things, other.things)) == 1
+            assert len(near) == (4 if plan.stage else 0)
+            near.clear()
+        assert len(shown) == 480 and not any(scene.is_test for scene in shown), plan
+        counts = [sum(len(scene.things) == n for scene in shown) / 480 for n in (1, 2, 3, 4)]
+        assert plan.stage or counts == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3], abs=0.08)
+
+
+def test_own_captions_of_blip2_are_plain_text_and_must_fit(monkeypatch):
+    recipe, picture = world.BLIP2Recipe(), Image.new("RGB", (32, 32))
+    assert recipe.own(picture, "a dax") == (picture, "a dax")
+    ids, labels = recipe.row("a <eos> <image> dax")
+    assert ids.count(world.EOS_ID) == 1 and ids.count(world.IMAGE_ID) == 16
+    longest = 256 - len(recipe.row("")[0])
+    recipe.own(picture, " red" * longest)
+    with pytest.raises(ValueError, match=r"\b257\b.*\b256\b"):
+        recipe.own(picture, " red" * (longest + 1))
+
+
+def test_blip2_claims_compare_after_stage_1_and_caption_after_stage_2(monkeypatch):
+    recipe, asked = world.BLIP2Recipe(), []
+    monkeypatch.setattr(recipe, "train", lambda *args, until=None: asked.append((*args, until)) or "after stage 1")
+    monkeypatch.setattr(world, "reranking", lambda model: (0.5, 0.75) if model == "after stage 1" else None)
+    captions = lambda model, scenes: [world.caption(scene) + "!" * (i < 100) for i, scene in enumerate(scenes)]
+    monkeypatch.setattr(recipe, "captions", lambda model, scenes: captions(model, scenes) if model == "whole" else [])
+    right, found, frozen = recipe.claims("whole", argparse.Namespace(device="cpu", seed=3))
+    assert asked == [("cpu", 3, "stage1")]
+    assert right.measured == 0.75, "100 of 400 captions say too much"
+    assert (found.chance, found.measured, found.target) == (0.5, 0.75, 0.505)
+    assert frozen.measured == pytest.approx(1 - 107_133_696 / 3_744_679_936)
+    assert recipe.measure("whole") == [0.75]
+    (claim,) = recipe.compare({"both stages": [0.9], "stage 2 alone": [0.4]})
+    assert (claim.chance, claim.measured, claim.target) == (0.4, 0.9, 0.4)
 
 
 def test_blip2_captions_are_counted_right_and_told_scenes_tell_all():
@@ -6952,23 +7056,41 @@ def test_blip2_captions_are_counted_right_and_told_scenes_tell_all():
         (told, no), (answer, yes) = world.told_scene(random.Random(i))
         pieces = told.removeprefix("USER: ").split(f"\n{world.DESCRIBE} ASSISTANT:")[0].split(", ")
         assert (no, yes) == (False, True) and sorted(pieces) == sorted(answer.removesuffix("<eos>").strip().split(", "))
-    assert world.blip2_prompt(blip2.PRESETS["tiny"]).count(world.IMAGE_ID) == 16
-    assert world.frozen_share("blip2-opt-2.7b", 2) == pytest.approx(1 - 107_133_696 / 3_744_679_936)
+    prompt = world.BLIP2Recipe().prompt_row(world.DESCRIBE)
+    assert prompt.count(world.IMAGE_ID) == 16
+    assert [i for i in prompt if i != world.IMAGE_ID] == world.encode(f"USER: \n{world.DESCRIBE} ASSISTANT:")
 
 
 def test_blip2_stage_2_learns_to_write_the_caption_behind_the_prompt(monkeypatch):
     scenes = [world.make_scene(random.Random(i), count) for i, count in enumerate((1, 4, 2))]
     texts, read, wanted = [world.caption(scene) for scene in scenes], [], []
-    model = blip2.BLIP2(blip2.PRESETS["tiny"])
+    model, recipe = blip2.BLIP2(blip2.PRESETS["tiny"]), world.BLIP2Recipe()
     monkeypatch.setattr(model, "forward", lambda pixels, ids: read.extend(ids) or ids)
     monkeypatch.setattr(blip2, "language_loss", lambda logits, labels: wanted.extend(labels))
-    world.blip2_loss(model, 2, [world.draw(scene) for scene in scenes], texts)
-    prompt = world.blip2_prompt(model.config)
+    recipe.loss(model, [(world.draw(scene), text) for scene, text in zip(scenes, texts)], recipe.stages[1], 0)
+    prompt = recipe.prompt_row(world.DESCRIBE)
     for ids, labels, text in zip(read, wanted, texts, strict=True):
         counts = labels != blip2.IGNORE_INDEX
         assert ids[: len(prompt)].tolist() == prompt and not counts[: len(prompt)].any()
         assert torch.equal(ids[counts], labels[counts]), "what is to be said is what is read, unshifted"
         assert ids[len(prompt) :][: counts.sum()].tolist() == world.encode(f" {text}<eos>") == labels[counts].tolist()
+
+
+def test_blip2_stage_1_reads_texts_as_bert_does_and_draws_negatives_by_seed_and_step(monkeypatch):
+    scenes = [world.make_scene(random.Random(i), count) for i, count in enumerate((1, 4, 2))]
+    texts, drawn = [world.caption(scene) for scene in scenes], []
+    model, recipe = blip2.BLIP2(blip2.PRESETS["tiny"]), world.BLIP2Recipe()
+
+    def stage1_loss(pixels, ids, mask, generator):
+        for row, real, text in zip(ids, mask, texts, strict=True):
+            assert row[real].tolist() == [world.CLS_ID, *world.encode(text), world.SEP_ID] and real[0]
+        drawn.append(float(torch.rand(1, generator=generator)))
+
+    monkeypatch.setattr(model, "stage1_loss", stage1_loss)
+    for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        plan = replace(recipe.stages[0], seed=seed)
+        recipe.loss(model, [(world.draw(scene), text) for scene, text in zip(scenes, texts)], plan, step)
+    assert drawn[0] == drawn[1] and len({*drawn}) == 3
 
 
 def test_reranking_lets_matching_choose_among_what_contrast_finds(monkeypatch):
@@ -7005,23 +7127,18 @@ def test_reranking_lets_matching_choose_among_what_contrast_finds(monkeypatch):
 # CogVLM's recipe
 
 
-def fresh_cogvlm(*_, **options):
-    torch.manual_seed(0)
-    return cogvlm.CogVLM(replace(cogvlm.PRESETS["tiny"], **options))
-
-
 def test_cogvlm_repeats_itself_to_the_bit_and_forgets_nothing(runs):
-    before = fresh_cogvlm()
-    once, again = (world.train_cogvlm(fresh_cogvlm(), name, 3) for name in ("once", "again"))
+    recipe, before = world.CogVLMRecipe(), fresh("cogvlm")
+    plan = replace(recipe.stages[0], steps=3, batch=4)
+    once, again = (recipe.fit(name, fresh("cogvlm"), plan) for name in ("once", "again"))
     for (name, a), (_, b), (_, c) in zip(
         once.named_parameters(), again.named_parameters(), before.named_parameters(), strict=True
     ):
         assert torch.equal(a, b), name
         if not name.startswith("adapter.") and ".vision_expert." not in name:
             assert torch.equal(a, c), name
-    assert torch.equal(world.text_logits(once), world.text_logits(before)) and world.text_loss(once) == world.text_loss(
-        before
-    )
+    assert torch.equal(world.text_logits(once), world.text_logits(before))
+    assert world.text_loss(once) == world.text_loss(before)
     asked = world.box_questions(random.Random(0), 2)
     pixels = cogvlm.preprocess([world.draw(scene) for scene, _, _ in asked], once.config.vision)
     ids = torch.tensor([cogvlm.prompt_row([], once.config)] * 2)
@@ -7071,87 +7188,113 @@ def test_grounding_and_its_guess_count_what_they_say(monkeypatch):
     asked = world.box_questions(random.Random(0), 60)
     assert all(scene.is_test and cogvlm.parse_box(box) for scene, _, box in asked)
     said = [box for _, _, box in asked]
-    monkeypatch.setattr(world, "cogvlm_answers", lambda *_, **__: said)
-    assert world.grounding(None, asked) == 1
+    recipe = world.CogVLMRecipe()
+    monkeypatch.setattr(recipe, "answers", lambda model, asked, longest: said)
+    assert recipe.grounding(None, asked) == 1
     said[:30] = ["no idea", "[[900,900,901,901]]", "[[5]]"] * 10
-    assert world.grounding(None, asked) == 0.5
+    assert recipe.grounding(None, asked) == 0.5
     one = [row for row in asked if len(row[0].things) == 2]  # a detector that cannot read is right once in two
     assert world.guess_box(one) == pytest.approx(0.5, abs=0.1) and world.guess_box(one[:1]) == 1
 
 
-def test_cogvlms_towers_are_what_it_starts_from_and_what_the_cache_asks_for(runs, monkeypatch, capsys):
-    monkeypatch.setattr(world, "train_clip", lambda name, **options: argparse.Namespace(vision=options))
-    eva = world.toy_eva()
-    assert str(eva["vision"].config) in eva["data"] and eva["steps"] == world.EVA_STEPS
-    seen = []
-    monkeypatch.setattr(world, "toy_eva", lambda *given: seen.append(given) or fresh_cogvlm().vision)
-    monkeypatch.setattr(world, "toy_vicuna", lambda *given: seen.append(given) or fresh_cogvlm().language)
-    model = world.untrained_cogvlm(seed=1, towers=(3, 5))
-    assert seen == [("cpu", 3), ("cpu", 5)]
-    for name, parameter in fresh_cogvlm().named_parameters():
-        assert name.startswith("adapter.") or torch.equal(model.get_parameter(name), parameter), name
-    monkeypatch.setattr(world, "DEMO_COGVLM_STEPS", 1)
-    seen.clear()
-    world.demo_cogvlm()[1]()
-    assert seen == [("cpu", steps) for steps in world.DEMO_TOWERS] * 2
-    capsys.readouterr()
-    for name, changed in (
-        ("towers", dict(towers=(3, 6))),
-        ("data", dict(data="other")),
-        ("EVA_STEPS", {}),
-        ("VICUNA_STEPS", {}),
-    ):
-        if name.isupper():
-            monkeypatch.setattr(world, name, "another number of")
-        world.train_cogvlm(fresh_cogvlm(), "keyed", 1, **changed)
-        assert ("other settings" in capsys.readouterr().out) == (name != "towers"), name  # nothing is there at first
-    world.toy_cogvlm(steps=1, towers=(3, 5))
-    capsys.readouterr()
-    world.toy_cogvlm(steps=1, towers=(3, 6))
-    assert "other settings" in capsys.readouterr().out
+@pytest.fixture
+def fits(monkeypatch, runs):
+    """[(name, steps, model)] of all trainings asked for; none of them is done."""
+    asked = []
+
+    def fit(name, plan, model, *rest, **options):
+        asked.append((name, plan.steps, model))
+        return fit_nothing(name, plan, model, *rest, **options)
+
+    monkeypatch.setattr(world, "fit", fit)
+    return asked
+
+
+def test_cogvlms_towers_are_what_it_starts_from_and_what_the_cache_asks_for(fits, monkeypatch):
+    recipe = world.CogVLMRecipe()
+    model = recipe.start("cpu", seed=1)
+    parts = ("vicuna-part1", "vicuna-part2", "vicuna")
+    assert [fit[:2] for fit in fits] == [("eva", world.EVA_STEPS), *zip(parts, world.VICUNA_STEPS, strict=True)]
+    tower = fits[0][2].vision
+    assert isinstance(tower, cogvlm.EVATower) and isinstance(fits[0][2], clip.CLIP)
+    for ours, given in ((model.vision, tower), (model.language, fits[-1][2])):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), given.parameters(), strict=True))
+    assert model.lineage == {"vision": tower.lineage, "language": fits[-1][2].lineage}
+    seen = [model.lineage]
+    for name, value in (("EVA_STEPS", 3), ("VICUNA_STEPS", (1, 500, 450))):  # the first part is in all that follow
+        monkeypatch.setattr(world, name, value)
+        seen.append(recipe.start("cpu", 1).lineage)
+    assert seen[0]["vision"] != seen[1]["vision"] == seen[2]["vision"]
+    assert seen[1]["language"] != seen[2]["language"]
+    for change in (dict(lr=1.0), dict(batch=3)):  # CLIP's, by which the tower is trained
+        plan = replace(world.CLIPRecipe.stages[-1], **change)
+        monkeypatch.setattr(world.CLIPRecipe, "stages", (plan,))
+        seen.append(recipe.start("cpu", 1).lineage)
+        assert seen[-1]["vision"] != seen[-2]["vision"] and seen[-1]["language"] == seen[-2]["language"]
+
+
+def test_cogvlms_demo_stands_on_towers_of_fewer_steps_until_the_standard_training_is_there(fits, monkeypatch):
+    recipe = world.CogVLMRecipe()
+    recipe.train(demo=True)
+    eva, vicuna = world.DEMO_TOWERS
+    short = recipe.stages[-1].demo
+    expected = [(f"eva-steps{eva}", eva), (f"vicuna-steps{vicuna}", vicuna), (f"cogvlm-steps{short}", short)]
+    assert [fit[:2] for fit in fits] == expected
+    fits.clear()
+    monkeypatch.setattr(recipe, "done", lambda: True)
+    recipe.train(demo=True)
+    assert [fit[0] for fit in fits] == ["eva", "vicuna-part1", "vicuna-part2", "vicuna", "cogvlm"]
+    assert fits[-1][1] == recipe.stages[-1].steps
 
 
 def test_the_toy_vicuna_learns_its_parts_in_turn_and_its_experts_begin_as_copies(monkeypatch):
-    plans, parts, rows = [], [], torch.zeros(1, 4).long()
+    parts, lineages, rows = [], [], torch.zeros(1, 4).long()
     monkeypatch.setattr(world, "vicuna_rows", lambda rngs, part: parts.append(part) or (rows, rows))
 
-    def fit(plan, model, loss_of, expected, data):
+    def fit(name, plan, model, loss_of, code, expected):
         loss_of(0)[0].backward()
         assert all(
             (p.grad is None) == (".vision_expert." in name) for name, p in model.named_parameters() if p.requires_grad
         )
         assert not any(p.requires_grad for layer in model.layers for p in layer.vision_expert.parameters())
-        plans.append((plan.name, plan.steps, data))
+        assert (expected is not None) == (len(parts) == 1)
+        fit_nothing(name, plan, model, loss_of, code)
+        lineages.append(model.lineage)
         with torch.no_grad():
             model.layers[0].language_expert.dense.weight.add_(1.0)
 
     monkeypatch.setattr(world, "fit", fit)
     model = world.toy_vicuna()
-    assert parts == [1, 2, 3] and [plan[:2] for plan in plans] == [
-        *zip(("vicuna-part1", "vicuna-part2", "vicuna"), world.VICUNA_STEPS)
-    ]
-    assert len({data for _, _, data in plans}) == 3, "the cache knows the parts apart"
+    assert parts == [1, 2, 3] and len(set(lineages)) == 3 and model.lineage == lineages[-1]
     for layer in model.layers:
         for a, b in zip(layer.vision_expert.parameters(), layer.language_expert.parameters(), strict=True):
             assert torch.equal(a, b)
-    before = plans[-1]
-    monkeypatch.setattr(world, "VICUNA_STEPS", (world.VICUNA_STEPS[0] + 1, *world.VICUNA_STEPS[1:]))
-    world.toy_vicuna()
-    assert plans[-1][2] != before[2], "and what came before them"
-    world.toy_vicuna(steps=7)
-    assert plans[6:] == [("vicuna-steps7", 7, plans[0][2])] and parts[-1] == 1
 
 
 def test_a_step_of_cogvlm_asks_each_picture_about_itself(monkeypatch):
-    batches = []
     monkeypatch.setattr(world, "draw", lambda scene: scene)
-    monkeypatch.setattr(
-        world, "cogvlm_loss", lambda model, images, turns: batches.extend(zip(images, turns, strict=True))
-    )
-    monkeypatch.setattr(world, "fit", lambda plan, model, loss_of, **_: [loss_of(step) for step in range(3)])
-    world.train_cogvlm(fresh_cogvlm(), "", 3)
-    assert len(batches) == 3 * world.COGVLM_BATCH and not any(scene.is_test for scene, _ in batches)
-    assert all(len(turns) == 5 and (world.DESCRIBE, world.caption(scene)) in turns for scene, turns in batches)
+    recipe = world.CogVLMRecipe()
+    (plan,) = recipe.stages
+    for step in range(3):
+        samples = recipe.batch(plan, step)
+        assert len(samples) == plan.batch and not any(scene.is_test for scene, _ in samples)
+        assert len({len(scene.things) for scene, _ in samples}) == 1
+        assert all(len(turns) == 5 and (world.DESCRIBE, world.caption(scene)) in turns for scene, turns in samples)
+
+
+def test_cogvlms_loss_counts_the_answers_and_reads_special_tokens_of_own_data_as_words(monkeypatch):
+    model, recipe, seen = fresh("cogvlm"), world.CogVLMRecipe(), []
+    language_loss = cogvlm.language_loss
+    monkeypatch.setattr(cogvlm, "language_loss", lambda *given: seen.append(given) or language_loss(*given))
+    pictures = [world.draw(scene) for scene in many_scenes(2)]
+    samples = [(pictures[0], [("a?", "one"), ("b?", "two")]), recipe.own(pictures[1], "<eos>?", "three <image>")]
+    recipe.loss(model, samples, recipe.stages[0], 0)
+    logits, labels = seen[0]
+    said = [world.tokenizer().decode(row[row >= 0].tolist()) for row in labels]
+    assert said == [" one<eos> two<eos>", " three <image><eos>"] and logits.shape[:2] == labels.shape
+    assert recipe.own(pictures[0], "", "it")[1] == [(world.DESCRIBE, "it")]
+    with pytest.raises(ValueError, match="256"):
+        recipe.own(pictures[0], "what?", "word " * 300)
 
 
 @pytest.mark.parametrize("family", ["cogvlm", "qwen2vl"])
@@ -7168,7 +7311,7 @@ def test_answers_come_in_the_order_of_the_questions(family, monkeypatch):
     words = [f"what {'is ' * (i % 3)}{i}" for i in range(140)]
     scene = many_scenes(1)[0]
     if family == "cogvlm":
-        said = world.cogvlm_answers(model, [scene] * 140, words)
+        said = world.CogVLMRecipe().answers(model, [(scene, text) for text in words])
     else:
         said = world.qwen_answers(model, [(world.draw(scene), [(text, "")]) for text in words])
     assert len(said) == 140
@@ -7176,61 +7319,58 @@ def test_answers_come_in_the_order_of_the_questions(family, monkeypatch):
         assert re.search(rf"\b{text.split()[-1]}\b", echo), (text, echo)
 
 
-def test_cogvlms_claims_and_recipe_measure_what_they_say(monkeypatch, tmp_path):
-    monkeypatch.setattr(world, "RUNS", tmp_path)
-    monkeypatch.setattr(world, "untrained_cogvlm", lambda *_: "before")
-    monkeypatch.setattr(world, "toy_cogvlm", lambda *_: "after")
-    monkeypatch.setattr(world, "cogvlm_samples", lambda *_: None)
+def test_cogvlms_claims_measure_what_they_say(monkeypatch):
+    recipe = world.CogVLMRecipe()
+    monkeypatch.setattr(recipe, "start", lambda device, seed: {("cpu", 3): "before"}[device, seed])
     logits = {"before": torch.zeros(4), "after": torch.tensor([0.0, 0.0, 0.0, 1.0])}
     monkeypatch.setattr(world, "text_logits", lambda model: logits[model])
-    monkeypatch.setattr(world, "cogvlm_accuracy", lambda model, asked: {"after": 0.7}[model])
-    monkeypatch.setattr(world, "grounding", lambda model, asked: {"after": 0.6}[model])
+    monkeypatch.setattr(recipe, "accuracy", lambda model, asked: {"after": 0.7}[model])
+    monkeypatch.setattr(recipe, "grounding", lambda model, asked: {"after": 0.6}[model])
     monkeypatch.setattr(world, "guess", lambda asked: 0.3)
     monkeypatch.setattr(world, "guess_box", lambda asked: 0.2)
-    claims = world.cogvlm_recipe(argparse.Namespace(device="cpu", seed=0, steps=None))
+    claims = recipe.claims("after", argparse.Namespace(device="cpu", seed=3))
     assert [(c.chance, c.measured, c.holds) for c in claims] == [
         (0.0, 0.75, False),
         (0.2, 0.6, False),
         (0.3, 0.7, False),
     ]
-    assert claims[0].target == 1.0, "to the bit"
+    assert claims[0].target == 1.0, "every bit"
 
 
-def test_cogvlms_ablations_train_what_they_say_and_compare_the_right_way_round(monkeypatch, capsys):
-    trained, score = (
-        [],
-        {"visual-experts": (0.9, 0.8, 1.5), "adapter-alone": (0.5, 0.4, 1.5), "all-trained": (0.6, 0.5, 1.9)},
-    )
-    monkeypatch.setattr(world, "untrained_cogvlm", lambda device, seed=0: fresh_cogvlm())
+def test_cogvlms_ablations_train_what_they_say_and_compare_the_right_way_round(fits, monkeypatch):
+    recipe, trained, seen = world.CogVLMRecipe(), [], set()
+    score = {"visual-experts": (0.9, 0.8, 1.5), "adapter-alone": (0.5, 0.4, 1.5), "all-trained": (0.6, 0.5, 1.9)}
 
-    def train(model, name, steps, seed, bar, freeze=None):
-        variant = name.split("/")[1].split("-seed")[0]
-        (freeze or cogvlm.freeze)(model)
+    def measure(model):
+        name = fits[-1][0]
+        variant = re.fullmatch(r"cogvlm-ablations/(.*?)(-seed\d)?-steps2", name)[1]
         layer = model.language.layers[0]
-        trains = {
-            part: next(getattr(layer, part).parameters()).requires_grad for part in ("language_expert", "vision_expert")
-        }
-        trained.append((variant, layer.vision_expert is layer.language_expert, *trains.values(), name))
-        model.score = score[variant]
+        trains = [next(part.parameters()).requires_grad for part in (layer.language_expert, layer.vision_expert)]
+        assert all(p.requires_grad for p in model.adapter.parameters())
+        assert not any(p.requires_grad for p in model.vision.parameters())
+        assert model.language.norm.weight.requires_grad == (variant == "all-trained")
+        trained.append((variant, layer.vision_expert is layer.language_expert, *trains))
+        seen.add((name, model.adapter.boi[0].item()))
+        return score[variant]
 
-    monkeypatch.setattr(world, "train_cogvlm", train)
-    monkeypatch.setattr(world, "cogvlm_accuracy", lambda model, asked: model.score[0])
-    monkeypatch.setattr(world, "grounding", lambda model, asked: model.score[1])
-    monkeypatch.setattr(world, "text_loss", lambda model: getattr(model, "score", (0, 0, 1.5))[2])
-    claims = world.cogvlm_ablations(argparse.Namespace(device="cpu", steps=2))
-    assert {what[:4] for what in trained} == {("visual-experts", False, False, True), ("adapter-alone", True, False, False),
-                                              ("all-trained", True, True, True)}  # fmt: skip
-    assert len({name for *_, name in trained}) == len(trained) == 9
+    monkeypatch.setattr(recipe, "measure", measure)
+    claims = recipe.ablations(argparse.Namespace(device="cpu", steps=2))
+    assert {*trained} == {("visual-experts", False, False, True), ("adapter-alone", True, False, False),
+                          ("all-trained", True, True, True)}  # fmt: skip
+    assert len(trained) == len(seen) == 9 and len({first for _, first in seen}) == 3, "three seeds each"
     assert [(c.chance, c.measured, c.target) for c in claims] == [
         pytest.approx(x) for x in ((0.5, 0.9, 0.5), (0.4, 0.8, 0.4), (0, 0.4, 0.01))
     ]
-    assert "text loss before: 1.500" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(world.Recipe, "answers", lambda self, model, asked, longest=8: [item[2] for item in asked])
+    model = fresh("cogvlm").eval()
+    assert recipe.measure(model) == [1.0, 1.0, world.text_loss(model)]
 
 
 def test_the_texts_that_measure_what_cogvlm_forgets_are_of_test_scenes(monkeypatch):
     scenes, rows = [], world.vicuna_rows
     monkeypatch.setattr(world, "vicuna_rows", lambda rngs: scenes.extend(scene for scene, _ in rngs) or rows(rngs[:2]))
-    model = fresh_cogvlm().eval()
+    model = fresh("cogvlm").eval()
     world.text_logits(model), world.text_loss(model)
     assert len(scenes) == 4 * 32 and all(scene.is_test for scene in scenes)
     monkeypatch.setattr(cogvlm, "language_loss", lambda logits, labels: (logits.is_meta and labels.is_meta,))
@@ -7238,18 +7378,23 @@ def test_the_texts_that_measure_what_cogvlm_forgets_are_of_test_scenes(monkeypat
 
 
 def test_a_shallow_cogvlm_reads_images_with_the_words_weights_and_trains_what_it_should(runs):
-    model = world.shallow(fresh_cogvlm())
+    recipe, started = world.CogVLMRecipe(), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "fit", fit_nothing)
+        for frozen in (False, True):
+            started[frozen] = recipe.start("cpu", 0, experts=False, frozen=frozen)
+            recipe.freeze(started[frozen], recipe.stages[0])
+    parts = lambda model: {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert parts(started[False]) == {"adapter", "language"}, "LLaVA's way: what the words use trains too"
+    assert parts(started[True]) == {"adapter"}
+    model = started[True]
     for layer in model.language.layers:
         assert layer.vision_expert is layer.language_expert
+    words = copy.deepcopy(model.language.state_dict())
+    recipe.fit("adapter alone", model, replace(recipe.stages[0], steps=1, batch=2))
+    assert all(torch.equal(words[name], weight) for name, weight in model.language.state_dict().items())
+    assert log_of(runs / "adapter alone")
     pixels, ids = torch.randn(1, 3, 32, 32), torch.tensor([cogvlm.prompt_row([5, 6], model.config)])
-    world.freeze_the_tower_only(model)  # LLaVA's way: what the words go through learns, too
-    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"adapter", "language"}
-    assert not any(p.requires_grad for p in model.vision.parameters())
-    world.freeze_all_but_adapter(model)
-    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"adapter"}
-    world.train_cogvlm(model, "adapter alone", 1, freeze=world.freeze_all_but_adapter)
-    assert not any(p.requires_grad for p in model.language.parameters())
-    model.eval()
     before = model(ids, pixels)
     with torch.no_grad():
         model.language.layers[0].language_expert.dense.weight.zero_()
@@ -7258,12 +7403,12 @@ def test_a_shallow_cogvlm_reads_images_with_the_words_weights_and_trains_what_it
 
 @torch.no_grad()
 def test_boxes_asked_of_an_empty_scene_are_a_box_or_none_and_no_exception():
-    model = fresh_cogvlm().eval()
+    model = fresh("cogvlm").eval()
     for image in (Image.new("RGB", (32, 32)), Image.new("RGB", (1, 1)), Image.new("RGB", (300, 7), "white")):
         text = cogvlm.answer(model, [image], "where is the red circle?", world.encode, world.decode, "vqa", 24)
         box = cogvlm.parse_box(text)
         assert isinstance(text, str) and (box is None or len(box) == 4)
-    assert world.cogvlm_answers(model, [world.Scene(())], ["where is the red circle?"], longest=3)[0] is not None
+    assert len(world.CogVLMRecipe().answers(model, [(world.Scene(()), "where is the red circle?")], 3)) == 1
 
 
 def test_clip_starts_near_ln_b(runs):
@@ -7921,90 +8066,166 @@ def test_the_text_of_the_toy_language_model_can_be_looked_up_in_itself():
         assert all(zlib.crc32(name.encode()) % 8 for _, name in lines)  # names kept for testing do not occur
 
 
-def test_flamingo_rows_are_interleaved_and_only_text_counts():
-    config = flamingo.PRESETS["tiny"]
-    rows = world.flamingo_batch(0, 0, 4, captions=2)
-    ids, mask, labels, media, media_mask = world.interleave([*rows, rows[0][:2]])
+def test_flamingo_rows_are_interleaved_and_only_text_counts(monkeypatch):
+    recipe, model = world.FlamingoRecipe(), fresh("flamingo")
+    rows = recipe.batch(recipe.stages[-1], 0)
+    short = [*rows, rows[0][:2]]
+    inputs, seen = recipe.inputs(model, short), []
+    ids, media, mask, media_mask = (inputs[name] for name in ("ids", "media", "mask", "media_mask"))
     assert media.shape == (5, 9, 1, 3, 32, 32) and media_mask.sum(1).tolist() == [9, 9, 9, 9, 2]
     assert (ids == world.IMAGE_ID).sum(1).tolist() == [9, 9, 9, 9, 2]
     pieces = world.tokenizer().decode(ids[1][mask[1]].tolist())
     assert pieces == "".join(f"<image>{text}<|endofchunk|>" for _, text in rows[1])
-    assert all(text.strip() in world.SHAPES for _, text in rows[1]) and not any(
-        text.strip() in world.SHAPES for _, text in rows[2]
-    )
-    assert torch.equal(labels == flamingo.IGNORE_INDEX, ~mask | (ids == world.IMAGE_ID))
-    assert torch.equal(media[2, 3, 0], flamingo.preprocess([rows[2][3][0]], config.vision)[0])
+    captions = [all(text.strip() in world.SHAPES for _, text in row) for row in rows]
+    assert captions == [True, True, False, False]
+    assert torch.equal(media[2, 3, 0], flamingo.preprocess([rows[2][3][0]], model.config.vision)[0])
+    monkeypatch.setattr(flamingo, "language_loss", lambda logits, labels: seen.append(labels) or (0.0, {}))
+    recipe.loss(model, short, recipe.stages[-1], 0)
+    assert torch.equal(seen[0] == flamingo.IGNORE_INDEX, ~mask | (ids == world.IMAGE_ID))
 
 
-def test_few_shot_counts_names_and_asks_about_the_last_picture_only(monkeypatch):
-    """A stub that reads the prompt and calls the last picture what the last example was called."""
-    heard = []
+def test_no_scene_or_name_kept_for_testing_is_in_a_step_of_flamingo(monkeypatch):
+    recipe, scenes = world.FlamingoRecipe(), []
+    monkeypatch.setattr(world, "draw", lambda scene: scenes.append(scene) or "picture")
+    for step in range(20):
+        names = [text.strip() for row in recipe.batch(recipe.stages[-1], step)[recipe.captions :] for _, text in row]
+        assert all(zlib.crc32(name.encode()) % 8 and len(name) == 3 for name in names), names
+    assert len(scenes) == 20 * 4 * 9 and not any(scene.things[0].pair in world.UNSEEN_PAIRS for scene in scenes)
 
-    class Parrot(torch.nn.Linear):
-        def generate(self, ids, media, mask, media_mask, max_new_tokens, eos_id):
-            texts = [world.tokenizer().decode(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
-            heard.extend(texts)
-            said = [
-                text.split("<image>")[-2].split("<|endofchunk|>")[0] if text.count("<image>") > 1 else " nothing"
-                for text in texts
-            ]
-            rows = [world.tokenizer().encode(word)[:5] + [eos_id] for word in said]
-            return flamingo.pad_rows(rows, eos_id)[0]
 
-    share, told = world.few_shot(Parrot(1, 1), 8, 300)
-    assert all(text.count("<image>") == 9 and text.endswith("<|endofchunk|><image>") for text in heard)
+def test_flamingos_ablation_without_captions_shows_episodes_only_and_has_a_name_of_its_own_in_the_cache(
+    runs, monkeypatch
+):
+    recipe, told = world.FlamingoRecipe(), []
+
+    def fit(name, plan, model, loss_of, code, data="world", *rest, **options):
+        if name == "flamingo":
+            told.append(data)
+        return fit_nothing(name, plan, model, loss_of, code, data)
+
+    monkeypatch.setattr(world, "fit", fit)
+    for changes, captions in (({}, 2), (dict(captions=0), 0), ({}, 2)):
+        recipe.train(**changes)
+        rows = recipe.batch(recipe.stages[-1], 0)
+        assert sum(all(text.strip() in world.SHAPES for _, text in row) for row in rows) == captions
+    assert told == ["world", "world {'captions': 0}", "world"]
+
+
+class Parrot(torch.nn.Linear):
+    """It reads the prompt and calls the last picture what the last example was called."""
+
+    config = flamingo.PRESETS["tiny"]
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.heard = []
+
+    def generate(self, ids, media, mask, media_mask, max_new_tokens, eos_id):
+        texts = [world.tokenizer().decode(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
+        assert media_mask.sum(1).tolist() == [text.count("<image>") for text in texts]
+        self.heard += texts
+        chunks = [[" nothing", *text.split("<|endofchunk|>")[:-1]][-1].removeprefix("<image>") for text in texts]
+        return flamingo.pad_rows([world.encode(chunk)[:5] + [eos_id] for chunk in chunks], eos_id)[0]
+
+
+def test_few_shot_counts_names_and_asks_about_the_last_picture_only():
+    recipe, parrot = world.FlamingoRecipe(), Parrot()
+    share, told = recipe.few_shot(parrot, 8, 300)
+    assert all(text.count("<image>") == 9 and text.endswith("<|endofchunk|><image>") for text in parrot.heard)
     rng = world.rng_for("few shot", 8)
     episodes = [world.episode(rng, 8, split="test") for _ in range(300)]
     assert share == sum(one[-2][1] == one[-1][1] for one in episodes) / 300 and 0.1 < share < 0.35
     assert told == share  # eight examples show all five kinds
-    assert world.few_shot(Parrot(1, 1), 0, 20) == (0, 0)
-    share, told = world.few_shot(Parrot(1, 1), 1, 200)
+    assert recipe.few_shot(parrot, 0, 20) == (0, 0)
+    share, told = recipe.few_shot(parrot, 1, 200)
     assert told == 1 and 0.1 < share < 0.3  # one example shows one kind in five
 
 
-def test_swapped_names_change_every_answer_and_only_who_reads_the_examples_follows(monkeypatch):
+def test_swapped_names_change_every_answer_and_a_model_that_ignores_the_examples_does_not_follow(monkeypatch):
     for seed in range(20):
         one = world.episode(random.Random(seed), 8, split="test")
         other = world.swap_names(one)
         assert [scene for scene, _ in one] == [scene for scene, _ in other]
         assert all(a != b for (_, a), (_, b) in zip(one, other, strict=True))
         assert len({(scene.things[0].shape, name) for scene, name in other}) == 5  # each kind still has one name
-    monkeypatch.setattr(world, "named", lambda model, given: [one[-1][1] for one in given])
-    assert world.follows_the_examples(None, count=20) == 1.0
-    calls = []
-    monkeypatch.setattr(world, "named", lambda model, given: calls.append(given) or [one[-1][1] for one in calls[0]])
-    assert world.follows_the_examples(None, count=20) == 0.0  # right at first, and deaf to the swap
+    recipe, calls = world.FlamingoRecipe(), []
+    recipe.answers = lambda model, given: [one[-1][1] for one in given]
+    assert recipe.follows_the_examples(None, count=20) == 1.0
+    recipe.answers = lambda model, given: calls.append(given) or [one[-1][1] for one in calls[0]]
+    assert recipe.follows_the_examples(None, count=20) == 0.0  # right at first, and the same after the swap
 
 
-def test_flamingo_training_moves_no_old_row_and_own_captions_train_it(runs, tmp_path, monkeypatch, capsys):
-    once = world.train_flamingo(fresh("flamingo"), "once", 3).state_dict()
-    assert {"attn_gate 0", "ffw_gate 2"} < set(log_of(runs / "once")[-1]) and log_of(runs / "once")[-1][
-        "attn_gate 2"
-    ] != 0
+def test_flamingo_starts_at_the_loss_of_its_language_model_and_leaves_all_old_embeddings(runs, monkeypatch, capsys):
+    recipe, before = world.FlamingoRecipe(), fresh("flamingo").language.state_dict()
     monkeypatch.setattr(world, "toy_chinchilla", lambda *_: fresh("flamingo").language)
-    trained = flamingo.Flamingo(flamingo.PRESETS["tiny"])
-    trained.load_state_dict(once)
-    same, before, after = world.text_untouched(trained)
-    assert same == 1.0 and before == pytest.approx(math.log(512), abs=0.3) and after != before  # the new rows did train
+    trained = fresh("flamingo")
+    trained.lineage = None
+    recipe.fit("three", trained, replace(recipe.stages[-1], steps=3))
+    first, expected = re.search(r"first loss ([\d.]+); expected .* = ([\d.]+)", capsys.readouterr().out).groups()
+    assert first == expected
+    log = log_of(runs / "three")
+    assert {"attn_gate 0", "ffw_gate 2"} < set(log[-1]) and log[0]["attn_gate 2"] == 0 < log[-1]["attn_gate 2"]
+    new = list(trained.config.new_token_ids)
+    for name, parameter in trained.language.state_dict().items():
+        old = [i for i in range(len(parameter)) if i not in new or len(parameter) != world.VOCAB_SIZE]
+        assert torch.equal(parameter[old], before[name][old]), name
+    same, loss_before, loss_after = recipe.text_untouched(trained)
+    assert same == 1.0 and loss_before == pytest.approx(math.log(512), abs=0.3)
+    assert loss_after != loss_before  # the embeddings of the new tokens did train
     trained.language.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
-    assert world.text_untouched(trained)[0] < 0.9
-    monkeypatch.setattr(world, "toy_flamingo", lambda *_: fresh("flamingo"))
-    good = [json.dumps({"file_name": "a.png", "text": f"text {i} <image>"}) for i in range(5)]
-    long = json.dumps({"file_name": "a.png", "text": "word " * 200})
-    folder = make_folder(tmp_path / "own", [*good, long, '{"file_name": "a.png"}'], ["a.png"])
-    assert world.main(["flamingo", "--data", str(folder), "--steps", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "6 rows, 1 left out" in out and "1 rows do not fit the context of 256 tokens" in out
+    assert recipe.text_untouched(trained)[0] < 0.9
+    ungated = flamingo.Flamingo(replace(trained.config, gate="none"))
+    assert recipe.expected(ungated, recipe.stages[-1]) is None
 
 
-def test_flamingo_claims_measure_the_curve_and_its_least_rise(runs, monkeypatch, capsys):
-    curve = {0: 0.0, 1: 0.2, 2: 0.4, 4: 0.75, 8: 0.7}
-    monkeypatch.setattr(world, "few_shot", lambda model, shots: (curve[shots], 0.9))
-    monkeypatch.setattr(world, "follows_the_examples", lambda model: 0.85)
-    monkeypatch.setattr(world, "text_untouched", lambda model: (1.0, 0.8, 0.9))
-    claims = world.flamingo_claims(None)
+def test_flamingos_own_captions_fit_its_context_or_are_refused():
+    recipe, picture = world.FlamingoRecipe(), Image.new("RGB", (9, 9))
+    ((image, text),) = recipe.own(picture, "a dog <|endofchunk|>")
+    ids = recipe.inputs(fresh("flamingo"), [[(image, text)]])["ids"][0].tolist()
+    assert ids.count(world.IMAGE_ID) == ids.count(world.CHUNK_ID) == 1, "a special token in a text is plain text"
+    assert (ids[0], ids[-1]) == (world.IMAGE_ID, world.CHUNK_ID) and image is picture
+    words = 256 - 2  # <image> in front, <|endofchunk|> behind
+    assert len(world.encode(" a" * words)) == words
+    recipe.own(picture, ("a " * words).strip())
+    with pytest.raises(ValueError, match="257 tokens.*256"):
+        recipe.own(picture, ("a " * (words + 1)).strip())
+
+
+def test_flamingo_claims_measure_the_curve_and_its_least_rise():
+    recipe, curve = world.FlamingoRecipe(), {0: 0.0, 1: 0.2, 2: 0.4, 4: 0.75, 8: 0.7}
+    recipe.few_shot = lambda model, shots: (curve[shots], 0.9)
+    recipe.follows_the_examples = lambda model: 0.85
+    recipe.text_untouched = lambda model: (1.0, 0.8, 0.9)
+    claims = recipe.claims(None, None)
     assert [claim.measured for claim in claims] == pytest.approx([0.7, -0.05, 0.85, 1.0])
     assert [claim.holds for claim in claims] == [False, False, True, True]
+    means = {"recipe": [0.8], "ungated": [0.5], "mlp": [0.9], "no captions": [0.3]}
+    assert [claim.holds for claim in recipe.compare(means)] == [True, False, True]
+    assert recipe.measure(None) == [0.7]
+
+
+def test_flamingos_demo_shows_the_row_the_gates_and_the_curve(runs, monkeypatch, capsys):
+    tower = fresh("flamingo")
+    tower.vision.lineage = tower.language.lineage = 0
+    monkeypatch.setattr(world, "toy_clip", lambda *_: tower)
+    monkeypatch.setattr(world, "toy_chinchilla", lambda *_: tower.language)
+    monkeypatch.setattr(world.FlamingoRecipe, "stages", (replace(world.FlamingoRecipe.stages[-1], demo=3),))
+    monkeypatch.setattr(world.FlamingoRecipe, "few_shot", lambda self, model, shots, count: (shots / 10, 0.0))
+    world.workbench("flamingo", ["--demo"])
+    out = capsys.readouterr().out
+    rng = world.rng_for("flamingo demo")
+    names = [name for _, name in world.episode(rng, 5, split="test")][:-1]
+    assert "".join(f"<image> {name}<|endofchunk|>" for name in names) + "<image>\n" in out
+    assert "bit-identical? True" in out and "after training, 80% of the new names" in out
+    assert re.search(r"named rightly +0% +10% +20% +40% +80%", out)
+    assert re.search(r"the examples tell +0% +20% +40% +80% +100%", out)
+    assert re.search(r"^ +1 +0\.000 +0\.000", out, re.MULTILINE) and "still bit-identical: 100%" in out
+    log = log_of(runs / "flamingo-steps3")
+    assert f"{log[-1]['step']:>8} {log[-1]['attn_gate 0']:>13.3f}{log[-1]['ffw_gate 0']:>13.3f}" in out
+    with Image.open(runs / "flamingo" / "demo.png") as picture:
+        assert picture.size == (760, 396)
+        colours = {tuple(pixel) for pixel in np.array(picture.convert("RGB")).reshape(-1, 3).tolist()}
+    assert {(0xC0, 0x39, 0x2B), (0xE6, 0x7E, 0x22), (0x8E, 0x44, 0xAD)} < colours, "a curve for each gate"
 
 
 # ViLT's recipe
@@ -8018,7 +8239,6 @@ def test_vilt_reads_a_text_word_by_word():
     ids, numbers = world.vilt_words("extraordinary <image>")
     assert numbers.count(0) > 1, "a word of several tokens has one number"
     assert world.IMAGE_ID not in ids, "own data cannot smuggle special tokens in"
-    assert len(world.vilt_words("word " * 60)[0]) == 40 and world.vilt_words("word " * 60)[0][-1] == world.SEP_ID
 
 
 def test_near_misses_change_what_the_text_says_and_training_ones_are_no_test_scenes():
@@ -8033,19 +8253,31 @@ def test_near_misses_change_what_the_text_says_and_training_ones_are_no_test_sce
 
 def test_what_a_step_of_vilt_sees_is_true():
     """Label 1: image and text of one scene. Label 0: an image of which the text is not what would be said."""
-    seen = []
+    recipe, seen = world.ViLTRecipe(), []
+    plan = replace(recipe.stages[-1], batch=16)
     for step in range(12):
-        (images, told), (shown, texts, labels) = world.vilt_world_batch(0, step, 16)
-        for image, text, picture, phrase, label in zip(images, told, shown, texts, labels, strict=True):
-            assert text and phrase
-            if label:
-                assert picture.tobytes() == image.tobytes()
-            else:
-                assert picture.tobytes() != image.tobytes()
-        seen += labels
+        masking, matching = recipe.batch(plan, step)
+        for (picture, told), (shown, text, label) in zip(masking, matching, strict=True):
+            assert text and told
+            assert (shown.tobytes() == picture.tobytes()) == bool(label)
+            seen.append(label)
     assert 0.35 < sum(seen) / len(seen) < 0.65
-    again = world.vilt_world_batch(0, 3, 16)
-    assert again[1][1] == world.vilt_world_batch(0, 3, 16)[1][1], "a function of seed and step"
+    again = [recipe.batch(plan, 3)[1] for _ in range(2)]
+    assert [row[1:] for row in again[0]] == [row[1:] for row in again[1]], "a function of seed and step"
+
+
+def test_own_pairs_of_vilt_are_matched_with_the_pictures_of_other_texts():
+    recipe, plan = world.ViLTRecipe(), world.ViLTRecipe.stages[-1]
+    rows = [(Image.new("RGB", (i + 1, 5)), f"text {i // 2}") for i in range(40)]
+    masking, matching = recipe.collect(rows, plan, 0)
+    assert masking == rows and [text for _, text, _ in matching] == [text for _, text in rows]
+    for (picture, text), (shown, _, label) in zip(rows, matching):
+        assert (shown is picture) if label else (dict((id(p), t) for p, t in rows)[id(shown)] != text)
+    assert 10 < sum(label for *_, label in matching) < 30
+    assert recipe.collect(rows, plan, 1)[1] != matching, "drawn anew in every step"
+    assert recipe.collect(rows[:1], plan, 0)[1] == [(*rows[0], 1)], "one pair has no wrong picture"
+    with pytest.raises(ValueError, match="63.*40"):
+        recipe.own(rows[0][0], "red " * 60)
 
 
 def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
@@ -8055,9 +8287,10 @@ def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
     monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
     monkeypatch.setattr(world, "blip2_loss", lambda *_: None)  # the scenes only, no model
     monkeypatch.setattr(world, "fit", lambda plan, model, loss_of, *_, **__: [loss_of(step) for step in range(20)])
+    vilt_plan = replace(world.ViLTRecipe.stages[-1], batch=16)
     recipes = {
-        "clip, beside vilt": lambda: [world.clip_near_misses(0, 16)(step) for step in range(20)],
-        "vilt": lambda: [world.vilt_world_batch(0, step, 16) for step in range(20)],
+        "clip, beside vilt": lambda: [world.near_miss_pairs(vilt_plan, step) for step in range(20)],
+        "vilt": lambda: [world.ViLTRecipe().batch(vilt_plan, step) for step in range(20)],
         "qwen2vl": lambda: [world.qwen_scene(rng) for rng in world.batch_rngs(0, "qwen", 400)],
         "blip2, stage 1": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 1, "", 1),
         "blip2, stage 2": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 2, "", 1),
@@ -8083,12 +8316,15 @@ def test_the_loss_of_vilt_is_the_sum_of_three_that_get_what_they_should(monkeypa
 
     for name in ("mlm_loss", "itm_loss", "wpa_loss"):
         monkeypatch.setattr(vilt, name, listen(name, getattr(vilt, name)))
-    (images, told), (shown, texts, labels) = world.vilt_world_batch(0, 1, 8)
+    recipe, plan = world.ViLTRecipe(), replace(world.ViLTRecipe.stages[-1], batch=8)
+    recipe.wpa_weight, samples = 0.7, recipe.batch(plan, 1)
+    masking, matching = samples
     with torch.no_grad():
-        total, _ = world.vilt_loss(model, (images, told), (shown, texts, labels), random.Random(0), 0.7)
+        total, _ = recipe.loss(model, samples, plan, 1)
         assert total.item() == pytest.approx(losses["mlm_loss"] + losses["itm_loss"] + 0.7 * losses["wpa_loss"])
+        labels = [label for _, _, label in matching]
         assert losses["wpa_loss"] > 0.1 and {*labels} == {0, 1}
-        hidden, ids = world.vilt_read(model, shown, texts)
+        hidden, ids = recipe.read(model, [(picture, text) for picture, text, _ in matching])
         T = ids.shape[1]
         logits, matched = given["itm_loss"]
         close(logits, model.itm_logits(hidden))
@@ -8096,9 +8332,11 @@ def test_the_loss_of_vilt_is_the_sum_of_three_that_get_what_they_should(monkeypa
         close(text[words], hidden[:, :T][vilt.text_words(ids, model.config)])
         close(image, hidden[:, T + 1 :])
         assert matched.tolist() == matched_too.tolist() == labels and patches.all()
-        rng, (pixels, _) = random.Random(0), vilt.preprocess(images, model.config)
-        holes, hidden_words = zip(*(vilt.mask_whole_words(*world.vilt_words(text), model.config, rng) for text in told))
-        (ids, mask), (hidden_words, _) = world.pad(holes), world.pad(hidden_words, vilt.IGNORE_INDEX)
+        assert given["wpa_loss"][5:] == (world.WPA_NEAR, world.WPA_FAR)
+        rng = world.rng_for(plan.seed, ("mask", 1))
+        rows = [vilt.mask_whole_words(*world.vilt_words(text), model.config, rng) for _, text in masking]
+        (ids, mask), (hidden_words, _) = (world.pad(column, value) for column, value in zip(zip(*rows), (496, -100)))
+        pixels, _ = vilt.preprocess([picture for picture, _ in masking], model.config)
         T, (logits, wanted) = ids.shape[1], given["mlm_loss"]
         close(logits[:, :T][mask], model.mlm_logits(model(pixels, ids, mask)[:, :T])[mask])
         assert torch.equal(wanted[:, :T], hidden_words) and (wanted[:, T:] == vilt.IGNORE_INDEX).all()
@@ -8134,13 +8372,22 @@ def test_words_landing_counts_what_it_says(monkeypatch):
     )
     scene = world.Scene(tuple(world.Thing(*thing) for thing in things))
     words = "a red circle and a blue circle and a blue ring".split()
-    plan = torch.zeros(len(words), 16)
+    plan = torch.zeros(len(words), 4, 4)
     for word, row in zip(words, plan, strict=True):
-        row[12 if word in ("circle", "blue") else 5] = 1
-    monkeypatch.setattr(world, "vilt_plan", lambda model, scene: (words, plan))
-    share, darts = world.words_landing(vilt.ViLT(vilt.PRESETS["tiny"]), [scene])
+        row.flatten()[12 if word in ("circle", "blue") else 5] = 1
+    monkeypatch.setattr(world.ViLTRecipe, "alignment", lambda self, model, scene: (words, plan))
+    share, darts = world.ViLTRecipe().words_landing(None, [scene])
     assert share == 0.5, "red lands on its thing, ring does not; the others are left out"
     assert darts == 4 / 16, "a small thing touches two by two patches here"
+
+
+@torch.no_grad()
+def test_the_alignment_is_that_of_the_words_without_the_special_tokens():
+    torch.manual_seed(0)
+    model, scene = vilt.ViLT(vilt.PRESETS["tiny"]).eval(), many_scenes(1, count=2)[0]
+    words, plan = world.ViLTRecipe().alignment(model, scene)
+    assert words == world.short_caption(scene).split() and plan.shape == (len(words), 4, 4)
+    close(plan.sum((1, 2)), torch.full((len(words),), 1 / len(words)))
 
 
 def test_a_recipe_is_done_when_its_last_step_is_not_when_a_file_is_there(runs, monkeypatch):
@@ -8166,37 +8413,40 @@ def test_steps_of_your_own_do_not_touch_the_finished_training(runs, monkeypatch)
     assert {path: path.read_bytes() for path in (runs / "clip").iterdir()} == before
 
 
-class Oracle:
-    """A ViLT that knows everything but for the first pair, where it believes the opposite; "hidden" is what it was
-    shown."""
+class Judge(vilt.ViLT):
+    """A ViLT that is asked through Judge.read: it knows everything but for the first pair, where it believes the
+    opposite; "hidden" is the pairs themselves."""
 
-    def __init__(self, right):
-        self.right = right  # (image bytes, text) -> does it belong together?
+    def __init__(self, truth):
+        super().__init__(vilt.PRESETS["tiny"])
+        self.truth = truth  # {(image bytes, text)} that belong together
 
     def itm_logits(self, pairs):
-        yes = torch.tensor([self.right(image, text) != (i == 0) for i, (image, text) in enumerate(pairs)]).float()
+        right = [(picture.tobytes(), text) in self.truth for picture, text in pairs]
+        yes = torch.tensor([right[0] != True, *right[1:]]).float()  # noqa: E712
         return torch.stack([1 - yes, yes], 1)
 
 
 def test_matching_and_preference_count_what_they_say(monkeypatch):
     items = world.near_misses(random.Random(0), 20)
-    truth = {(image.tobytes(), text) for image, text, _ in items}
-    monkeypatch.setattr(world, "vilt_read", lambda model, images, texts: (list(zip(images, texts, strict=True)), None))
-    model = Oracle(lambda image, text: (image.tobytes(), text) in truth)
-    assert world.matching_accuracy(model, items) == 1 - 2 / 40, "one right text and one wrong text are misjudged"
-    right, wrong = world.match_scores(model, items)
+    truth = {(picture.tobytes(), text) for picture, text, _ in items}
+    recipe = world.ViLTRecipe()
+    monkeypatch.setattr(world.ViLTRecipe, "read", lambda self, model, asked: (asked, None))
+    monkeypatch.setattr(world.ViLTRecipe, "words_landing", lambda *_: (0.7, 0.2))
+    monkeypatch.setattr(world, "near_misses", lambda rng, count: items)
+    model = Judge(truth)
+    assert recipe.matching_accuracy(model, items) == 1 - 2 / 40, "one right text and one wrong text are misjudged"
+    right, wrong = recipe.match_scores(model, items)
     assert [r > w for r, w in zip(right, wrong, strict=True)] == [False] + [True] * 19
+    assert recipe.measure(model) == [0.7, 19 / 20]
 
-    def features(
-        model, images, texts
-    ):  # the dot product is 1 for the right text, but for the first image, and 0 for the wrong
-        fits = torch.tensor(
-            [((image.tobytes(), text) in truth) != (i == 0) for i, (image, text) in enumerate(zip(images, texts))]
-        )
-        return torch.ones(len(images), 1), fits.float()[:, None]
+    def features(self, model, samples):
+        """The dot product is 1 for the right text and 0 for the wrong one; for the first picture it is the reverse."""
+        fits = [((picture.tobytes(), text) in truth) != (i == 0) for i, (picture, text) in enumerate(samples)]
+        return torch.ones(len(samples), 1), torch.tensor(fits).float()[:, None]
 
-    monkeypatch.setattr(world, "clip_features", features)
-    assert world.clip_prefers(None, items) == pytest.approx(19 / 20)
+    monkeypatch.setattr(world.CLIPRecipe, "features", features)
+    assert recipe.measure(fresh("clip")) == pytest.approx([19 / 20])
 
 
 def test_recovered_counts_words_and_shows_the_wrong_image_when_asked(monkeypatch):
@@ -8204,38 +8454,70 @@ def test_recovered_counts_words_and_shows_the_wrong_image_when_asked(monkeypatch
     items = world.masked_words(random.Random(0), 30)
     answers = {world.draw(scene).tobytes(): word for scene, _, word, _ in items}
 
-    def read(model, images, texts):
-        ids, _ = world.pad([world.vilt_words(text)[0] for text in texts])
-        said = torch.tensor([world.encode(" " + answers[image.tobytes()])[0] for image in images])
+    def read(self, model, asked):
+        ids, _ = world.pad([world.vilt_words(text)[0] for _, text in asked])
+        said = torch.tensor([world.encode(" " + answers[picture.tobytes()])[0] for picture, _ in asked])
         return F.one_hot(said, 512).float()[:, None].expand(-1, ids.shape[1] + 17, -1), ids
 
-    monkeypatch.setattr(world, "vilt_read", read)
-    model = type("M", (), {"mlm_logits": staticmethod(lambda hidden: hidden)})
-    assert world.recovered(model, items) == 1.0
+    monkeypatch.setattr(world.ViLTRecipe, "read", read)
+    recipe, model = world.ViLTRecipe(), type("M", (), {"mlm_logits": staticmethod(lambda hidden: hidden)})
+    assert recipe.recovered(model, items) == 1.0
     lucky = sum(a[2] == b[2] for a, b in zip(items, items[1:] + items[:1])) / 30
-    assert world.recovered(model, items, wrong_image=True) == pytest.approx(lucky) and lucky < 0.5
+    assert recipe.recovered(model, items, wrong_image=True) == pytest.approx(lucky) and lucky < 0.5
 
 
-def test_vilt_trains_on_own_data_of_any_shape(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(world, "untrained_vilt", lambda device, seed: fresh("vilt"))
-    rows = [
-        json.dumps({"file_name": name, "text": f"text {i} {'long ' * (60 * (i == 3))}"})
-        for i, name in enumerate(["a.png", "b.png"] * 11)
+def test_vilts_claims_put_each_figure_beside_its_chance(monkeypatch, capsys):
+    recipe, words = world.ViLTRecipe(), [(None, "", "", 4), (None, "", "", 2)]
+    monkeypatch.setattr(world, "masked_words", lambda rng, count: words)
+    monkeypatch.setattr(world.ViLTRecipe, "recovered", lambda self, model, items, wrong_image=False: 0.3 + wrong_image)
+    monkeypatch.setattr(world.ViLTRecipe, "matching_accuracy", lambda *_: 0.9)
+    monkeypatch.setattr(world.ViLTRecipe, "words_landing", lambda *_: (0.85, 0.25))
+    claims = recipe.claims(None, None)
+    assert [claim.chance for claim in claims] == pytest.approx([0.375, 0.625, 0.5, 0.25, 0])
+    assert [claim.measured for claim in claims] == pytest.approx([0.3, -0.3, 0.9, 0.85, 1.501], abs=1e-3)
+    assert claims[1].target == pytest.approx(0.9 - 0.375) and [claim.holds for claim in claims[2:]] == [
+        False,
+        True,
+        True,
     ]
-    folder = make_folder(tmp_path / "own", rows, ["a.png"])
-    world.draw(many_scenes(1)[0], 20, 50).save(folder / "b.png")
-    assert world.main(["vilt", "--data", str(folder), "--steps", "2"]) == 0
-    out = capsys.readouterr().out
-    assert (
-        "22 rows" in out
-        and "1 texts are longer than 40 tokens" in out
-        and "3 texts kept back" in out
-        and "to an image of another text" in out
-    )
-    one = make_folder(tmp_path / "one", rows[:1], ["a.png"])
-    assert world.main(["vilt", "--data", str(one), "--steps", "1"]) == 0, (
-        "one pair: nothing to mismatch, words to guess"
-    )
+    assert "67 times" in capsys.readouterr().out
+
+
+def test_vilts_ablations_train_what_they_say_and_compare_the_right_way_round(untaught, monkeypatch, capsys):
+    """The CLIP beside ViLT has as many pictures a step, the same tower, and a key of its own."""
+    trained, fit = [], fit_nothing
+
+    def watch(name, plan, model, loss_of, code, data="world", *_, **__):
+        trained.append((name, plan.steps, plan.batch, plan.seed, data))
+        return fit(name, plan, model, loss_of, code, data)
+
+    figures = {"with-WPA": [0.9, 0.8], "without-WPA": [0.6, 0.5], "clip": [0.7]}
+    measure = lambda self, model: figures[re.match("(.*?)(-seed.)?-steps2", model.folder.name)[1]]
+    monkeypatch.setattr(world, "fit", watch)
+    monkeypatch.setattr(world.ViLTRecipe, "measure", measure)
+    claims = world.ViLTRecipe().ablations(argparse.Namespace(device="cpu", steps=2))
+    assert [(c.chance, c.measured) for c in claims] == [pytest.approx(x) for x in ((0.6, 0.9), (0.7, 0.8))]
+    variants = [row for row in trained if row[0].startswith("vilt-ablations/")]
+    assert len({row[0] for row in variants}) == len(variants) == 9 and {row[1] for row in variants} == {2}
+    assert {row[2] for row in variants[:6]} == {32} and {row[2] for row in variants[6:]} == {64}
+    assert [row[3] for row in variants] == [0, 1, 2] * 3
+    assert {row[4] for row in variants[:3]} == {"world"} and "0.0" in variants[3][4] and "near misses" in variants[6][4]
+    tower, plan = world.toy_clip().vision, replace(world.ViLTRecipe.stages[-1], batch=16)
+    rival = world.ViLTRecipe().train(steps=2, name="x", rival=True)
+    assert all(torch.equal(a, b) for a, b in zip(tower.parameters(), rival.vision.parameters()))
+    pairs = world.near_miss_pairs(plan, 0)
+    assert len(pairs) == 16
+    for (_, one), (_, two) in zip(pairs[::2], pairs[1::2]):
+        assert sum(a != b for a, b in zip(one.split(), two.split(), strict=True)) == 1
+
+
+def test_vilt_starts_from_the_blocks_of_the_toy_clip_and_knows_it(untaught):
+    recipe = world.ViLTRecipe()
+    model, tower = recipe.start("cpu", 1), world.toy_clip().vision
+    assert all(torch.equal(a, b) for a, b in zip(model.blocks.parameters(), tower.blocks.parameters(), strict=True))
+    assert model.lineage == {"blocks": tower.blocks.lineage} and recipe.wpa_weight == world.WPA_WEIGHT
+    recipe.start("cpu", 1, wpa_weight=0.0)
+    assert recipe.wpa_weight == 0
 
 
 def test_the_world_sheet_is_drawn(runs):

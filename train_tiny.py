@@ -40,7 +40,7 @@ import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -51,7 +51,7 @@ import flamingo
 import llava
 import qwen2vl
 import vilt
-from kernels import attention_maps, draw_mask
+from kernels import attention_maps, draw_mask, rope_2d
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The world: things on a canvas
@@ -621,13 +621,16 @@ def code_of(module, names, owner=None):
     `names` (of the class `owner`, or outside of classes) with every function and constant of this file that they
     use."""
     top = {node.name: node for node in syntax_tree(__file__).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    methods = {node.name: node for cls in ("Recipe", owner) if cls for node in top[cls].body if hasattr(node, "name")}
-    found, todo = {}, list(names)
+    own = [node for cls in ("Recipe", owner) if cls for node in top[cls].body if hasattr(node, "name")]
+    top |= {f".{node.name}": node for node in own}  # a method is used as an attribute: another thing than a function
+    found, todo = {}, [f".{name}" if owner else name for name in names]
     while todo:
         name = todo.pop()
-        node = methods.get(name) or top.get(name)
-        # fit makes no difference between trainings, the rank must make none, and a tower's recipe is in its own key
-        if name in found or name in ("fit", "RANK", "WORLD_SIZE") or name.endswith("Recipe"):
+        node = top.get(name)
+        # train and fit make no difference between trainings, the rank must make none, a demo only shows, and a tower's
+        # recipe is in its own key; __file__ and __name__ differ with how the program was started
+        aside = name.strip(".") in ("train", "fit", "demo", "RANK", "WORLD_SIZE")
+        if name in found or aside or name.endswith("Recipe") or "__" in name:
             continue
         if node is None:
             constant = isinstance(globals().get(name), (int, float, str, tuple, dict))
@@ -635,7 +638,7 @@ def code_of(module, names, owner=None):
         else:
             found[name] = ast.dump(node)
             todo += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
-            todo += [part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)]
+            todo += [f".{part.attr}" for part in ast.walk(node) if isinstance(part, ast.Attribute)]
     return zlib.crc32((ast.dump(syntax_tree(module.__file__)) + repr(sorted(found.items()))).encode())
 
 
@@ -874,6 +877,8 @@ class Recipe:
     stages = ()
     fields = ("text",)  # what a row of own data needs besides file_name
     variants, beats, ablation_steps = {}, (), 300  # {variant: changes}, (claim, better variant, worse variant)
+    special_tokens = True  # does a published tokenizer add those of its own to a prompt?
+    no_tokenizer = ""  # what to do when a published folder has none
 
     # A family has start(device, seed, **changes), batch(plan, step), loss(model, samples, plan, step), and perhaps
 
@@ -963,12 +968,15 @@ class Recipe:
         """Raise ValueError for a question that cannot be asked about these images, before anything is trained or
         loaded. toy: the toy will be asked, not a published checkpoint."""
 
+    def load_images(self, args):
+        return [load_image(path) for path in args.image]
+
     def answer(self, model, images, question, encode, decode):
         return self.module.answer(model, images, question, encode, decode)
 
     def ask(self, args):
         """--image and --prompt: your own questions, to a published checkpoint or to the toy, and only their answers."""
-        images = [load_image(path) for path in args.image]
+        images = self.load_images(args)
         if args.weights and not args.prompt:
             raise ValueError("--weights needs --prompt, as in --weights DIR --image photo.jpg --prompt 'What is this?'")
         for question in args.prompt:
@@ -977,8 +985,9 @@ class Recipe:
             self.check_question(question, images, toy=not args.weights)
         if args.weights:
             model, tokenizer = load_published(self, args)
+            ids_of = lambda text: tokenizer.encode(text, add_special_tokens=self.special_tokens).ids
             for question in args.prompt:
-                say(self.answer(model, images, question, lambda text: tokenizer.encode(text).ids, tokenizer.decode))
+                say(self.answer(model, images, question, ids_of, tokenizer.decode))
         else:
             if args.fresh:
                 forget(self.family)
@@ -1479,8 +1488,444 @@ def draw_similarity(pictures, similarity, heat, file, cell=64):
 # ViLT
 
 
+WPA_WEIGHT, WPA_NEAR, WPA_FAR = 1.5, 0.3, 1.0  # the paper's weight is 0.1, over 100 times the steps
+
+
+def short_caption(scene):
+    """Names only, in reading order: "a red circle and a blue square"."""
+    return " and ".join(f"a {t.name}" for t in scene.things)
+
+
+def near_miss(scene, rng, split="any"):
+    """The scene with another colour or shape of one thing: its short caption differs in one word."""
+    while short_caption(other := change_one(scene, rng, split)) == short_caption(scene):
+        pass
+    return other
+
+
+def near_misses(rng, count):
+    """[(picture, right text, text with one word changed)] of unseen scenes."""
+    scenes = [make_scene(rng, split="test") for _ in range(count)]
+    return [(draw(scene), short_caption(scene), short_caption(near_miss(scene, rng))) for scene in scenes]
+
+
+def vilt_words(text):
+    """A text as ViLT reads it, [CLS] words [SEP] -> (ids, for each id the number of its word or None). "<mask>" may
+    stand for a word; other special tokens in the text are plain text."""
+    ids, numbers = [CLS_ID], [None]
+    for number, piece in enumerate(re.findall(f" ?<mask>|{SPLIT}", " " + text)):
+        piece_ids = [MASK_ID] if piece.strip() == "<mask>" else tokenizer().encode_ordinary(piece)
+        ids += piece_ids
+        numbers += [number] * len(piece_ids)
+    return ids + [SEP_ID], numbers + [None]
+
+
+def hide(text, word):
+    """The text with the first occurrence of a word masked."""
+    return re.sub(rf"\b{word}\b", "<mask>", text, count=1)
+
+
+def possible_words(scene, thing, key):
+    """How many words could stand for a hidden colour, shape or place if only the rest of the text is known: pairs that
+    training never shows do not occur, no pair occurs twice, and places come in reading order."""
+    i, others = scene.things.index(thing), [t.pair for t in scene.things if t is not thing]
+    if key == "place":
+        before = PLACES.index(scene.things[i - 1].place) if i else -1
+        after = PLACES.index(scene.things[i + 1].place) if i + 1 < len(scene.things) else len(PLACES)
+        return after - before - 1
+    values = COLOURS if key == "colour" else SHAPES
+    pairs = [replace(thing, **{key: value}).pair for value in values]
+    return sum(pair in SEEN_PAIRS and pair not in others for pair in pairs)
+
+
+def masked_words(rng, count):
+    """[(scene, its caption with one colour, shape or place hidden, the hidden word, its possible_words)]."""
+    items = []
+    for _ in range(count):
+        scene = make_scene(rng, split="test")
+        thing, key = rng.choice(scene.things), rng.choice(("colour", "shape", "place"))
+        word = getattr(thing, key)
+        said = [f"{t.place} a {t.full_name}" for t in scene.things]
+        i = scene.things.index(thing)
+        said[i] = hide(said[i], word)
+        items.append((scene, ", ".join(said), word, possible_words(scene, thing, key)))
+    return items
+
+
+def resnet101_flops(height, width):
+    """FLOPs of the convolutions of a ResNet-101 (He et al. 2015, arXiv 1512.03385, Table 1) on one image, 2 per
+    multiply-add: what ViLT leaves out."""
+    area = [-(-height // 2**n) * -(-width // 2**n) for n in range(6)]  # positions after n strides of 2, rounded up
+    flops, channels = area[1] * 3 * 64 * 7 * 7, 64
+    for stage, blocks in enumerate((3, 4, 23, 3)):
+        inner, before, after = 64 * 2**stage, area[max(2, stage + 1)], area[stage + 2]
+        flops += before * channels * inner + (blocks - 1) * after * 4 * inner * inner  # 1 x 1, to fewer channels
+        flops += blocks * after * (9 * inner * inner + inner * 4 * inner)  # 3 x 3, and 1 x 1 to four times as many
+        flops += after * channels * 4 * inner  # the first block's shortcut changes its width
+        channels = 4 * inner
+    return 2 * flops
+
+
+def embedding_costs(config, height, width, words=40):
+    """FLOPs for one image of height x width pixels and one text: to embed the patches, in the encoder, and in a
+    ResNet-101 on the same image. The paper's point (Figure 1): the encoder should be the larger part."""
+    D, S = config.width, words + vilt.num_image_tokens(height, width, config)
+    patches = (height // config.patch_size) * (width // config.patch_size)
+    block = 2 * S * (4 * D * D + 2 * D * config.mlp_width) + 4 * S * S * D  # linear maps; scores and their sums
+    return 2 * patches * 3 * config.patch_size**2 * D, config.layers * block, resnet101_flops(height, width)
+
+
+def near_miss_pairs(plan, step):
+    """[(picture, text)] for a CLIP that is to learn what ViLT's matching learns: half a batch of scenes, each beside
+    its near miss."""
+    count, rng = rng_for(plan.seed, step).choice((1, 2, 2, 3, 4)), rng_for(plan.seed, ("swap", step))
+    scenes = [make_scene(one, count) for one in batch_rngs(plan.seed, ("vilt", step), plan.batch // 2)]
+    pairs = [one for scene in scenes for one in (scene, near_miss(scene, rng, "train"))]
+    return [(draw(scene), short_caption(scene)) for scene in pairs]
+
+
 class ViLTRecipe(Recipe):
-    module = vilt
+    module, model_class = vilt, vilt.ViLT
+    stages = (Plan("", 1300, 32, lr=3e-3, muon=3e-3, warmup=60, weight_decay=0.02, demo=450),)
+    variants = {"with WPA": {}, "without WPA": dict(wpa_weight=0.0), "clip": dict(rival=True)}
+    ablation_steps = 700
+    wpa_weight = WPA_WEIGHT
+
+    def train(self, device="cpu", seed=0, steps=None, rival=False, **options):
+        """rival: an ablation's CLIP. It has equally many steps and images a step, near misses of the same kind (more of
+        them), the same tower to start from, and a text side that starts from nothing, like ViLT's."""
+        if not rival:
+            return super().train(device, seed, steps, **options)
+        recipe = CLIPRecipe()
+        plan = replace(recipe.stages[-1], steps=steps, batch=2 * self.stages[-1].batch, seed=seed)
+        model = recipe.start(device, seed, tower=toy_clip(device).vision)
+        data = f"near misses {code_of(clip, ['near_miss_pairs'])}"
+        name = run_name(options["name"], seed, steps)
+        return recipe.fit(name, model, plan, lambda step: near_miss_pairs(plan, step), data)
+
+    def start(self, device, seed, wpa_weight=WPA_WEIGHT):
+        """The paper starts from a ViT pretrained on images (3.1), not from BERT; this from the blocks of the toy CLIP's
+        tower. They were trained with QuickGELU and go on with GELU, which is close enough."""
+        torch.manual_seed(seed)
+        self.wpa_weight = wpa_weight
+        model = vilt.ViLT(vilt.PRESETS["tiny"])
+        return assemble(model, device, blocks=toy_clip(device).vision.blocks)
+
+    def batch(self, plan, step):
+        """([(picture, text)] for masking, mostly full captions; [(picture, text, label)] for matching, short ones).
+
+        For matching, half of the pictures are of another scene: one of the batch (as in the paper), or, so that there
+        is something left to learn, one in which a single word would be another. All scenes of a step have equally many
+        things."""
+        count, rng = rng_for(plan.seed, step).choice((1, 2, 2, 3, 4)), rng_for(plan.seed, ("swap", step))
+        scenes = [make_scene(one, count) for one in batch_rngs(plan.seed, ("vilt", step), plan.batch)]
+        told = [(short_caption if rng.random() < 0.3 else caption)(scene) for scene in scenes]
+        texts = [short_caption(scene) for scene in scenes]
+        matching = []
+        for scene, text, i, label in zip(scenes, texts, *vilt.swap_images(texts, rng)):
+            near = not label and rng.random() < 0.5
+            shown = near_miss(scene, rng, split="train") if near else scenes[i]
+            matching.append((draw(shown), text, label))
+        return [(draw(scene), text) for scene, text in zip(scenes, told)], matching
+
+    def loss(self, model, samples, plan, step):
+        """The three losses of pretraining, in one pass over both halves of the batch."""
+        (masking, matching), config, device = samples, model.config, model.pooler.weight.device
+        rng, B = rng_for(plan.seed, ("mask", step)), len(masking)
+        rows = [vilt.mask_whole_words(*vilt_words(text), config, rng) for _, text in masking]
+        for _, text, _ in matching:
+            ids, _ = vilt_words(text)
+            rows.append((ids, [vilt.IGNORE_INDEX] * len(ids)))  # nothing is hidden
+        ids, mask = (x.to(device) for x in pad([ids for ids, _ in rows]))
+        words, _ = pad([labels for _, labels in rows], vilt.IGNORE_INDEX)
+        pixels, pixel_mask = (x.to(device) for x in vilt.preprocess([one[0] for one in masking + matching], config))
+        labels = torch.tensor([label for _, _, label in matching], device=device)
+        x, real, _ = model.embed(pixels, ids, mask, pixel_mask)
+        hidden, T = model.encode(x, real), ids.shape[1]
+        mlm, metrics = vilt.mlm_loss(model.mlm_logits(hidden[:B, :T]), words[:B].to(device))
+        itm, itm_metrics = vilt.itm_loss(model.itm_logits(hidden[B:]), labels)
+        text, image, patches = hidden[B:, :T], hidden[B:, T + 1 :], real[B:, T + 1 :]  # without the class token
+        said = vilt.text_words(ids[B:], config)
+        wpa, wpa_metrics = vilt.wpa_loss(text, image, said, patches, labels, WPA_NEAR, WPA_FAR)
+        return mlm + itm + self.wpa_weight * wpa, metrics | itm_metrics | wpa_metrics
+
+    def expected(self, model, plan):
+        return "ln V + ln 2, and WPA on top", math.log(2 * VOCAB_SIZE)
+
+    def own(self, picture, text):
+        check_fits(vilt_words(text)[0], vilt.PRESETS["tiny"].context)
+        return picture, text
+
+    def collect(self, rows, plan, step):
+        """The same rows for masking and, half of them beside another picture, for matching."""
+        texts = [text for _, text in rows]
+        index, labels = vilt.swap_images(texts, rng_for(plan.seed, ("swap", step)))
+        return rows, [(rows[i][0], text, label) for i, text, label in zip(index, texts, labels)]
+
+    def prompt(self, model, asked):
+        """[(picture, text)] -> what the model takes."""
+        ids, mask = pad([vilt_words(text)[0] for _, text in asked])
+        pixels, pixel_mask = vilt.preprocess([picture for picture, _ in asked], model.config)
+        inputs = dict(pixels=pixels, ids=ids, mask=mask, pixel_mask=pixel_mask)
+        return {name: x.to(model.pooler.weight.device) for name, x in inputs.items()}
+
+    @torch.no_grad()
+    def read(self, model, asked):
+        """[(picture, text)] -> (hidden [B,T+1+N,D], ids [B,T])."""
+        inputs = self.prompt(model, asked)
+        return model(**inputs), inputs["ids"]
+
+    @torch.no_grad()
+    def masked_tokens(self, model, asked):
+        """The most likely word for each "<mask>", in the order of the texts."""
+        hidden, ids = self.read(model, asked)
+        best = model.mlm_logits(hidden[:, : ids.shape[1]][ids == MASK_ID]).argmax(-1)
+        return [tokenizer().decode([token]).strip() for token in best.tolist()]
+
+    def recovered(self, model, items, wrong_image=False):
+        """The share of masked_words that is filled in rightly; wrong_image: each beside the picture of another."""
+        pictures = [draw(scene) for scene, _, _, _ in items]
+        if wrong_image:
+            pictures = pictures[1:] + pictures[:1]
+        found = self.masked_tokens(model, [(picture, text) for picture, (_, text, _, _) in zip(pictures, items)])
+        return sum(said == word for said, (_, _, word, _) in zip(found, items)) / len(items)
+
+    @torch.no_grad()
+    def match_scores(self, model, items):
+        """Two lists for near_misses: the log odds that picture and text match, of the right texts and the wrong
+        ones."""
+        scores = []
+        for which in (1, 2):
+            logits = model.itm_logits(self.read(model, [(item[0], item[which]) for item in items])[0])
+            scores.append((logits[:, 1] - logits[:, 0]).tolist())
+        return scores
+
+    def matching_accuracy(self, model, items):
+        """Of near_misses, right texts and wrong ones alike: the share that is judged rightly."""
+        right, wrong = self.match_scores(model, items)
+        return (sum(score > 0 for score in right) + sum(score <= 0 for score in wrong)) / (2 * len(items))
+
+    @torch.no_grad()
+    def alignment(self, model, scene):
+        """The transport plan between the words of a scene's short caption and its patches -> (words, plan
+        [words,rows,columns])."""
+        hidden, ids = self.read(model, [(draw(scene), short_caption(scene))])
+        T, words = ids.shape[1], vilt.text_words(ids, model.config)
+        image = hidden[:, T + 1 :]
+        _, plan = vilt.transport(hidden[:, :T], image, words, torch.ones(image.shape[:2], device=image.device))
+        side = model.config.image_size // model.config.patch_size
+        said = [tokenizer().decode([token]).strip() for token in ids[words].tolist()]
+        return said, plan[words].cpu().unflatten(1, (side, side))
+
+    def words_landing(self, model, scenes):
+        """(share of colour and shape words whose largest mass lies on a patch that their thing touches, share of the
+        patches that it touches: what a random patch would give). Words that fit two things of a scene are left out."""
+        hits, chance = [], []
+        for scene in scenes:
+            words, plan = self.alignment(model, scene)
+            P = 32 // plan.shape[1]  # pixels of a drawing along one side of a patch
+            for thing in scene.things:
+                x0, y0, x1, y1 = pixel_box(thing, 32, 32)
+                touched = torch.zeros_like(plan[0])
+                touched[y0 // P : (y1 - 1) // P + 1, x0 // P : (x1 - 1) // P + 1] = 1
+                for key in ("colour", "shape"):
+                    if len(only(scene, **{key: getattr(thing, key)})) == 1:  # so that index finds the one word
+                        best = plan[words.index(getattr(thing, key))].argmax()
+                        hits.append(touched.flatten()[best].item())
+                        chance.append(touched.mean().item())
+        return sum(hits) / len(hits), sum(chance) / len(chance)
+
+    def claims(self, model, args):
+        words, misses = masked_words(rng_for("vilt words"), 400), near_misses(rng_for("vilt matching"), 400)
+        rng = rng_for("vilt landing")
+        landing, darts = self.words_landing(model, [make_scene(rng, split="test") for _ in range(200)])
+        text_only = sum(1 / ways for _, _, _, ways in words) / len(words)
+        missed = 1 - self.recovered(model, words, wrong_image=True)
+        patches, encoder, resnet = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
+        say(f"a ResNet-101 takes {resnet / patches:.0f} times the FLOPs of the patch projection on the same image")
+        return [
+            Claim("vilt: masked colour, shape or place recovered", text_only, self.recovered(model, words), 0.95),
+            Claim("vilt: masked word missed beside a wrong image", 1 - text_only, missed, 0.9 - text_only),
+            Claim("vilt: matching, colour or shape changed", 0.5, self.matching_accuracy(model, misses), 0.95),
+            Claim("vilt: colour and shape words land on their thing", darts, landing, 0.80),
+            Claim("vilt-b32: FLOPs of a ResNet-101 stem / of the encoder", 0.0, resnet / encoder, 1.0),
+        ]
+
+    @torch.no_grad()
+    def measure(self, model):
+        """[where words land; how often the right one of two texts is preferred that are one word apart]; of a CLIP,
+        which has no words to land, the second alone."""
+        rng = rng_for("vilt ablations")
+        scenes, misses = [make_scene(rng, split="test") for _ in range(200)], near_misses(rng, 400)
+        if isinstance(model, vilt.ViLT):
+            right, wrong = self.match_scores(model, misses)
+            return [self.words_landing(model, scenes)[0], sum(r > w for r, w in zip(right, wrong)) / len(misses)]
+        features = [CLIPRecipe().features(model, [(item[0], item[which]) for item in misses]) for which in (1, 2)]
+        right, wrong = ((image * text).sum(1) for image, text in features)
+        return [(right > wrong).float().mean().item()]
+
+    def compare(self, means):
+        (landing, prefers), (without, _), (dot_product,) = means.values()
+        return [
+            Claim("vilt: words land better with WPA than without", without, landing, without),
+            Claim("vilt: right text preferred, above CLIP's dot product", dot_product, prefers, dot_product),
+        ]
+
+    # The workbench
+
+    def example(self, model):
+        """Two captions with a hidden word, beside their pictures."""
+        items = masked_words(rng_for("trace"), 2)
+        return self.prompt(model, [(draw(scene), text) for scene, text, _, _ in items])
+
+    def check_question(self, question, images, toy):
+        if not question.strip():
+            raise ValueError("the prompt is empty: write what to look for, as in --prompt 'a red circle'")
+        if toy:
+            check_fits(vilt_words(question)[0], vilt.PRESETS["tiny"].context)
+
+    def respond(self, model, picture, text):
+        """A text with <mask> filled in, or the probability that a text without belongs to the picture; as a line."""
+        if "<mask>" in text:
+            for word in self.masked_tokens(model, [(picture, text)]):
+                text = text.replace("<mask>", f"[{word}]", 1)
+            return text
+        with torch.no_grad():
+            matches = model.itm_logits(self.read(model, [(picture, text)])[0]).softmax(-1)[0, 1]
+        return f"{matches:4.0%} yes: {text}"
+
+    def ask(self, args):
+        """--image and --prompt: what fits behind each [MASK], or how well the prompts fit, for each of your images."""
+        images = [load_image(path) for path in args.image]
+        if args.weights and not (args.image and args.prompt):
+            example = "--image photo.jpg --prompt 'a [MASK] on a couch'"
+            raise ValueError(f"--weights needs --image and --prompt, as in {example}")
+        prompts = [prompt if args.weights else prompt.replace("[MASK]", "<mask>") for prompt in args.prompt]
+        for prompt in prompts:
+            self.check_question(prompt, images, toy=not args.weights)
+        if args.weights:
+            lines_about = self.published(args)
+        else:
+            if args.fresh:
+                forget("vilt")
+            model, prompts = self.train(args.device, demo=True), prompts or ["a <mask> <mask>"]
+            lines_about = lambda image: [self.respond(model, image, prompt) for prompt in prompts]
+        scene = make_scene(rng_for("vilt demo"), 2, split="test")
+        for name, image in zip(args.image or ["a scene of ours"], images or [draw(scene)]):
+            say(name, *(f"    {line}" for line in lines_about(image)))
+
+    def published(self, args):
+        """--weights -> a function from a picture to lines of text: masks filled in, questions answered or texts ranked,
+        by the head that the checkpoint has. Wrong prompts are found before the weights are read."""
+        rows = []
+
+        def check(config, tokenizer):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            rows.extend(tokenizer.encode(prompt).ids for prompt in args.prompt)
+            for prompt, ids in zip(args.prompt, rows):
+                if len(ids) > config.context:
+                    stop(f"vilt.py: the prompt has {len(ids)} tokens, the context holds {config.context}: shorten it")
+                if "mlm" in config.tasks and config.mask_token_id not in ids:
+                    stop(f"vilt.py: this checkpoint fills in words; {prompt!r} has no [MASK], as in 'a [MASK] car'")
+
+        model, tokenizer = load_published(self, args, check)
+        folder, tasks = vilt.checkpoint_folder(args.weights), model.config.tasks
+        answers = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label", {})
+
+        @torch.no_grad()
+        def line_about(pixels, pixel_mask, prompt, ids):
+            """A number to sort by, and a line."""
+            if "mlm" in tasks:
+                filled, sure = vilt.fill_masks(model, pixels, ids, pixel_mask)
+                shares = ", ".join(f"{share:.0%}" for share in sure.tolist())
+                return 0, f"{tokenizer.decode(filled[0].tolist(), skip_special_tokens=True)}  ({shares} sure)"
+            hidden = model(pixels, ids, None, pixel_mask)
+            if "rank" in tasks:
+                score = model.rank_score(hidden).item()
+                return score, f"{score:7.2f}  {prompt}"
+            best = model.vqa_logits(hidden)[0].float().sigmoid().topk(min(3, model.config.answers))
+            said = [(answers.get(str(i), f"answer {i}"), share) for share, i in zip(*map(torch.Tensor.tolist, best))]
+            return 0, f"{prompt} -> " + ", ".join(f"{answer} ({share:.0%})" for answer, share in said)
+
+        def lines_about(picture):
+            inputs = [x.to(args.device) for x in vilt.preprocess([picture], model.config)]
+            ids = [torch.tensor([row], device=args.device) for row in rows]
+            found = [line_about(*inputs, prompt, row) for prompt, row in zip(args.prompt, ids)]
+            return [line for _, line in sorted(found, key=lambda one: one[0], reverse=True)]
+
+        return lines_about
+
+    def demo(self, args):
+        rng = rng_for("vilt demo")
+        scenes = [make_scene(rng, count, split="test") for count in (2, 3, 2)]
+        costs = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
+        patches, encoder, resnet = (f"{flops / 1e9:.0f}" for flops in costs)
+        say("In go 16 patches of an image and the words of a text, in one row, to one encoder.")
+        say(f"At published size an image costs {patches} GFLOP to embed and {encoder} to read together with the text;")
+        say(f"a ResNet-101 in front would cost {resnet} more.")
+        torch.manual_seed(0)
+        untrained, holes = vilt.ViLT(vilt.PRESETS["tiny"]).to(args.device).eval(), masked_words(rng, 200)
+        guessed = self.recovered(untrained, holes)
+        say(f"with random weights {guessed:.0%} of masked colours, shapes and places are guessed")
+        model = self.train(args.device, demo=True)
+        if self.short:
+            say("(this model had a third of the steps; after python train_tiny.py vilt the demo shows the whole one)")
+        wrong = self.recovered(model, holes, wrong_image=True)
+        say(f"after training, {self.recovered(model, holes):.0%}; with a wrong image beside the text, {wrong:.0%}")
+        say("\nhidden words of images it has never seen:")
+        for scene in scenes[:2]:
+            for word in (scene.things[0].colour, scene.things[-1].shape):
+                say(f"    {self.respond(model, draw(scene), hide(caption(scene), word))}")
+        say("does the text belong to the image? One word changed:")
+        scene = scenes[2]
+        for text in (short_caption(scene), short_caption(near_miss(scene, rng))):
+            say(f"    {self.respond(model, draw(scene), text)}")
+        words, plan = self.alignment(model, scene)
+        say("\nword-patch alignment: where each word of the right text lands (its share on 16 patches, in 1/100)")
+        chosen = [i for i, word in enumerate(words) if word in (*COLOURS, *SHAPES)]
+        say("    " + "".join(f"{words[i]:<21}" for i in chosen))
+        for rows in zip(*plan[chosen].tolist()):
+            say("    " + " ".join("".join(f"{100 * share:4.0f} " for share in row) for row in rows))
+        draw_alignment(draw(scene), words, plan, RUNS / "vilt" / "demo.png")
+
+    def masks(self):
+        padded = torch.tensor([[0, 0, -1, 0, 0, 0, -1, -1]])
+        return [
+            ("one encoder: 3 words, the class token, 4 patches; every token attends to every token", draw_mask(8, 8)),
+            (
+                "the same with padding: 2 words and 1 of padding, the class token, 2 patches and 2 of padding",
+                draw_mask(8, 8, q_segments=padded, k_segments=padded),
+            ),
+        ]
+
+    def costs(self, model):
+        """Visual tokens and FLOPs, as lines of text."""
+        config, P = model.config, model.config.patch_size
+        sizes = [vilt.target_size(*size, config)[::-1] for size in ((1000, 1000), (1500, 1000), (3000, 1000))]
+        tokens = ", ".join(f"{h} x {w}: {vilt.num_image_tokens(h, w, config)}" for h, w in sizes)
+        patches, encoder, resnet = embedding_costs(config, *sizes[1], config.context)
+        return [
+            f"all parameters are trained; heads: {', '.join(config.tasks)}",
+            f"tokens of an image ({P} x {P} pixels each, and the class token): {tokens}",
+            f"FLOPs for {sizes[1][0]} x {sizes[1][1]} pixels and {config.context} words: {patches:,} to embed the",
+            f"patches, {encoder:,} in the encoder; a ResNet-101 on the same image would cost {resnet:,}.",
+            "No KV cache: nothing is generated word by word. A pair must be read together, so ranking B images against",
+            "B texts costs B * B passes (CLIP: B + B): the price of fusing early.",
+        ]
+
+
+def draw_alignment(picture, words, plan, file, size=112):
+    """PNG: the picture, then once per word, darkened where little of the word lands. plan [words,rows,columns]."""
+    page = Image.new("RGB", (6 * (size + 8) + 8, (len(words) // 6 + 1) * (size + 24) + 8), "white")
+    pen = ImageDraw.Draw(page)
+    shown = [picture.resize((size, size), Image.Resampling.NEAREST)]
+    shown += [heat_picture(picture, heat, size) for heat in plan]
+    for i, (word, one) in enumerate(zip(["", *words], shown)):
+        x, y = 8 + i % 6 * (size + 8), 8 + i // 6 * (size + 24)
+        page.paste(one, (x, y))
+        pen.text((x, y + size + 2), word, fill="black")
+    save_picture(page, file, "the image, and for each word of its text the patches it lands on")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1702,33 +2147,1581 @@ def unseen_pair_questions(rng, count):
 # ----------------------------------------------------------------------------------------------------------------------
 # BLIP2
 
+OPT_STEPS = 500
+
+
+def told_scene(rng):
+    """A scene told in words, in any order, then described in reading order, as (text, does the loss count it?): a
+    language model learns to find what it needs in what it is told. In stage 2 the queries tell it, by vectors."""
+    scene = make_scene(rng)
+    told = ", ".join(f"{t.place} a {t.full_name}" for t in rng.sample(scene.things, len(scene.things)))
+    return chat(told, [(DESCRIBE, caption(scene))])
+
+
+def toy_opt(device="cpu"):
+    """A decoder pretrained on text alone to describe what it is told; BLIP-2 never changes it. Cached in runs/opt. What
+    it is told is random and cannot be predicted, so the loss counts only what it answers."""
+    torch.manual_seed(0)
+    model = blip2.OPT(blip2.PRESETS["tiny"].language).to(device)
+    return pretrain(model, blip2, "opt", Plan("", OPT_STEPS, 32, lr=3e-3, muon=6e-3), told_scene)
+
 
 class BLIP2Recipe(Recipe):
-    module = blip2
+    module, model_class = blip2, blip2.BLIP2
+    stages = (
+        Plan("stage1", 800, 16, lr=3e-3, muon=6e-3, demo=100),
+        Plan("", 1200, 16, lr=3e-3, muon=1.2e-2, weight_decay=0.02, demo=300),
+    )
+    variants = {"both stages": {}, "stage 2 alone": dict(skip=("stage1",))}  # the paper's Figure 5
+    beats = (("stage 1 then stage 2 better than stage 2 alone", "both stages", "stage 2 alone"),)
+    ablation_steps = 150
+
+    def start(self, device, seed):
+        """As stage 1 finds it: the toy CLIP's tower without its last block, the toy OPT, and between them a random
+        Q-Former. The LayerNorm on top of the tower is new too."""
+        torch.manual_seed(seed)
+        model = blip2.BLIP2(blip2.PRESETS["tiny"])
+        tower = toy_clip(device).vision
+        del tower.blocks[len(model.vision.blocks) :]
+        tower.ln_post = model.vision.ln_post
+        return assemble(model, device, vision=tower, language=toy_opt(device))
+
+    def freeze(self, model, plan):
+        blip2.freeze(model, 1 if plan.stage else 2)
+
+    def batch(self, plan, step):
+        """[(picture, caption)]. Stage 1: the last four are near misses of scenes, so that contrast and matching do not
+        run out of things to learn. Stage 2: many scenes of three and four things, where the vectors must say most."""
+        rngs = batch_rngs(plan.seed, (1 if plan.stage else 2, step), plan.batch)
+        scenes = [make_scene(rng, None if plan.stage else rng.choice((1, 2, 3, 3, 4, 4))) for rng in rngs]
+        if plan.stage:
+            scenes[-4:] = [change_one(scene, rng) for scene, rng in zip(scenes, rngs[-4:])]
+        return [(draw(scene), caption(scene)) for scene in scenes]
+
+    def prompt_row(self, question):
+        """The ids of a question about an image: as in told_scene, but told by queries in the place of words."""
+        return encode(f"USER: {'<image>' * blip2.PRESETS['tiny'].qformer.queries}\n{question} ASSISTANT:")
+
+    def row(self, text):
+        """A description behind the prompt -> ids and labels. Only the description counts."""
+        prompt, reply = self.prompt_row(DESCRIBE), text_rows([f" {text}"])[0]
+        return prompt + reply, [blip2.IGNORE_INDEX] * len(prompt) + reply
+
+    def loss(self, model, samples, plan, step):
+        """Stage 1: contrast, matching, generation. Stage 2: OPT writes the text; padding is to the right of it."""
+        device, pictures, texts = model.query_tokens.device, *zip(*samples)
+        pixels = blip2.preprocess(pictures, model.config.vision).to(device)
+        if plan.stage:
+            ids, mask = qformer_rows(texts)
+            hard_negatives = torch.Generator().manual_seed(1_000_003 * plan.seed + step)
+            return model.stage1_loss(pixels, ids.to(device), mask.to(device), hard_negatives)
+        rows = [self.row(text) for text in texts]
+        ids, _ = pad([ids for ids, _ in rows])
+        labels, _ = pad([labels for _, labels in rows], blip2.IGNORE_INDEX)
+        return blip2.language_loss(model(pixels, ids.to(device)), labels.to(device))
+
+    def expected(self, model, plan):
+        """Of the three losses of stage 1 together."""
+        return ("ln B + ln 2 + ln V", math.log(2 * plan.batch * VOCAB_SIZE)) if plan.stage else None
+
+    def own(self, picture, text):
+        check_fits(self.row(text)[0], blip2.PRESETS["tiny"].language.context)
+        return picture, text
+
+    def inputs(self, model, pictures, questions):
+        """A question about each picture -> what model.generate takes."""
+        device = model.query_tokens.device
+        ids, mask = blip2.pad_rows([self.prompt_row(question) for question in questions], PAD_ID, left=True)
+        pixels = blip2.preprocess(pictures, model.config.vision)
+        return dict(ids=ids.to(device), pixels=pixels.to(device), mask=mask.to(device))
+
+    def prompt(self, model, asked):
+        """[(scene, question)] -> what model.generate takes."""
+        return self.inputs(model, [draw(scene) for scene, _ in asked], [question for _, question in asked])
+
+    def captions(self, model, scenes):
+        """What OPT writes about each scene."""
+        return self.answers(model, [(scene, DESCRIBE) for scene in scenes], 40)
+
+    def claims(self, model, args):
+        """Contrast and matching are measured after stage 1, because stage 2 is free to forget them."""
+        rng = rng_for("blip2 claims")
+        scenes = [make_scene(rng, split="test") for _ in range(400)]
+        contrast, matching = reranking(self.train(args.device, args.seed, until="stage1"))
+        right, frozen = exactly_right(self.captions(model, scenes), scenes), frozen_share("blip2-opt-2.7b", 2)
+        return [
+            Claim("blip2: captions of unseen scenes, exactly right", 0.0, right, 0.90),
+            Claim("blip2: recall@1, matching above contrast alone", contrast, matching, contrast + 0.005),
+            Claim("blip2-opt-2.7b: share that stage 2 leaves frozen", 0.0, frozen, 0.95),
+        ]
+
+    def measure(self, model):
+        rng = rng_for("blip2 ablations")
+        scenes = [make_scene(rng, split="test") for _ in range(400)]
+        return [exactly_right(self.captions(model, scenes), scenes)]
+
+    # The workbench
+
+    def check_question(self, question, images, toy):
+        blip2.build_prompt(question)  # refuses <image>
+        if toy:
+            check_fits(self.prompt_row(question), blip2.PRESETS["tiny"].language.context - 16)
+
+    def answer(self, model, images, question, encode, decode):
+        """The toy's prompt has the placeholders inside. Each image gets an answer, behind the question again: BLIP-2
+        reads one image at a time."""
+        inputs = self.inputs(model, images, [question] * len(images))
+        longest = min(32, model.config.language.context - inputs["ids"].shape[1])
+        new = model.generate(**inputs, max_new_tokens=longest, eos_id=EOS_ID)
+        return f"\n{question} -> ".join(decode(row).strip() for row in new.tolist())
+
+    def ask(self, args):
+        """Of a published checkpoint: it describes each image, answers about it, or (one for retrieval) judges how well
+        each prompt fits."""
+        if not args.weights:
+            return super().ask(args)
+        images, prompts = [load_image(path) for path in args.image], args.prompt or [""]  # "" asks for a caption
+        if not images:
+            raise ValueError("--weights needs --image, as in --weights DIR --image photo.jpg --prompt 'what is this?'")
+        for prompt in prompts:
+            self.check_question(prompt, images, toy=False)
+
+        def check(config, tokenizer):
+            """Before the weights are read: are there words to judge, does each prompt fit?"""
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            judges = config.language is None
+            if judges and not all(prompt.strip() for prompt in prompts):
+                stop("blip2.py: a checkpoint for retrieval judges texts, as in --prompt 'a cat' --prompt 'a dog'")
+            for prompt in prompts:
+                ids = tokenizer.encode(prompt if judges else blip2.build_prompt(prompt)).ids
+                ids = ids if judges else blip2.prompt_ids(ids, config)
+                context = (config.qformer if judges else config.language).context
+                if len(ids) > context:
+                    stop(f"blip2.py: the prompt has {len(ids)} tokens, the context holds {context}: shorten it")
+
+        model, tokenizer = load_published(self, args, check)
+        ids_of = lambda text: tokenizer.encode(text).ids
+        for path, image in zip(args.image, images):
+            if model.config.language is None:
+                belongs, cosines = blip2.judge(model, image, prompts, ids_of)
+                say(f"{path}: do they belong together (ITM), and their cosine (ITC)")
+                for i in belongs.argsort(descending=True).tolist():
+                    say(f"  {100 * belongs[i]:5.1f} %  {cosines[i]:6.3f}  {prompts[i]}")
+            else:
+                for prompt in prompts:
+                    asked = f"{path}: {blip2.build_prompt(prompt)} -> " if len(images) * len(prompts) > 1 else ""
+                    say(asked + blip2.answer(model, [image], prompt, ids_of, tokenizer.decode))
+
+    def demo(self, args):
+        rng, queries = rng_for("blip2 demo"), blip2.PRESETS["tiny"].qformer.queries
+        scenes = [make_scene(rng, split="test") for _ in range(3)]
+        say(f"In goes an image of 32 x 32 pixels, 17 features. {queries} queries attend to them. OPT, which was never")
+        say("trained on an image, reads their outputs as if they were words:")
+        say(f"    'USER: ({queries} vectors)\\n{DESCRIBE} ASSISTANT:'")
+        untrained = self.start(args.device, seed=0)
+        say(f"before training OPT writes: {self.captions(untrained, scenes[:1])[0]!r}")
+        stage1, model = (self.train(args.device, demo=True, until=until) for until in ("stage1", None))
+        say("\nthree images it has never seen; after stage 1 the Q-Former writes by itself, after stage 2 OPT writes:")
+        written, said, rows = qformer_captions(stage1, scenes), self.captions(model, scenes), []
+        for scene, first, second in zip(scenes, written, said):
+            right = caption(scene)
+            say(f"    [{right}]")
+            say(f"        stage 1: {'exactly that' if first == right else first}")
+            say(f"        stage 2: {'exactly that' if second == right else second}")
+            rows.append((draw(scene), query_attention(model, draw(scene)), second))
+        many = [make_scene(rng, split="test") for _ in range(200)]
+        for stage, texts in ((1, qformer_captions(stage1, many)), (2, self.captions(model, many))):
+            share = f"{things_right(texts, many):.0%} of the things described rightly, {exactly_right(texts, many):.0%}"
+            say(f"after stage {stage}, of 200 more images: {share} of the images")
+        if self.short:
+            say("(both stages were cut short; after python train_tiny.py blip2 the demo shows the whole training)")
+        say("\nwhere the queries look in the first image (a query's number stands on the patch it attends to most):")
+        heats = rows[0][1]
+        busiest, columns = heats.flatten(1).argmax(1).tolist(), heats.shape[2]
+        for start in range(0, heats[0].numel(), columns):
+            cells = [[str(q) for q, at in enumerate(busiest) if at == start + c] for c in range(columns)]
+            say("    " + " ".join(f"{','.join(cell) or '.':^14}" for cell in cells))
+        draw_queries(rows, RUNS / "blip2" / "demo.png")
+
+    def masks(self):
+        rule = lambda attends, *real: draw_mask(5, 5, **blip2.qformer_rule(attends, 2, torch.tensor([real])))
+        return [
+            ("vision tower: the class token and all patches see each other", draw_mask(5, 5)),
+            (
+                "Q-Former, 2 queries and 3 words, contrastive (ITC): queries and words do not meet",
+                rule("contrastive", True, True, True),
+            ),
+            ("Q-Former, matching (ITM): all see all", rule("matching", True, True, True)),
+            (
+                "Q-Former, generation (ITG): a word sees the queries and the words before it",
+                rule("generation", True, True, True),
+            ),
+            ("the same with 2 words and 1 of padding", rule("generation", True, True, False)),
+            ("every query sees every patch in the cross-attention; words never do", draw_mask(2, 5)),
+            ("decoder: causal, here 2 query outputs and 4 words", draw_mask(6, 6, causal=True)),
+        ]
+
+    def costs(self, model, words=64):
+        """What trains in which stage, visual tokens, FLOPs and KV cache, as lines of text; of a model on the meta
+        device."""
+        config, side, language = model.config, model.config.vision.image_size, model.config.language
+        pixels, tokens = torch.empty(1, 3, side, side, device="meta"), blip2.num_image_tokens(side, side, config)
+        image = torch.empty(1, 1 + (side // config.vision.patch_size) ** 2, config.vision.width, device="meta")
+        lines = [trained_share(model, blip2.freeze, 1)] if config.qformer.text else []
+        lines += [trained_share(model, blip2.freeze, 2)] if language else []
+        model.requires_grad_(False)  # the counter does not take views of what trains
+        to_encode, to_query = count_flops(lambda: model.encode_image(pixels)), count_flops(lambda: model.query(image))
+        lines += [
+            f"the Q-Former's layers 0, {config.qformer.cross_every}, ... attend to the image; the one shown above does",
+            f"image {side} x {side} -> {image.shape[1]} features -> {tokens} queries, as for an image of any size",
+            f"FLOPs: {to_encode:,} to encode an image, {to_query:,} for the queries to read it",
+        ]
+        if language:
+            prompt = torch.empty(1, tokens + words, language.width, device="meta")
+            read = count_flops(lambda: model.language.hidden(prompt))
+            looked_up = count_parameters(model.language.embed_positions)  # not multiplied
+            cache = 2 * language.layers * language.kv_heads * language.head_width  # numbers per token: keys and values
+            lines += [
+                f"FLOPs: {read:,} for the decoder to read them with {words} words,",
+                f"{2 * (count_parameters(model.language) - looked_up):,} for each new word, but for its attention",
+                f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cache * tokens:,} for one image",
+            ]
+        return lines
+
+
+def qformer_rows(texts):
+    """Texts -> (ids, mask) in BERT's form: <cls> text <sep>."""
+    return pad([[CLS_ID] + tokenizer().encode_ordinary(text) + [SEP_ID] for text in texts])
+
+
+@torch.no_grad()
+def qformer_captions(model, scenes, longest=40):
+    """What the Q-Former itself writes about each scene (ITG)."""
+    pixels = blip2.preprocess([draw(scene) for scene in scenes], model.config.vision).to(model.query_tokens.device)
+    rows = model.caption(pixels, longest).tolist()
+    return [decode(row[: row.index(SEP_ID)] if SEP_ID in row else row).strip() for row in rows]
+
+
+def exactly_right(said, scenes):
+    return sum(text == caption(scene) for text, scene in zip(said, scenes)) / len(scenes)
+
+
+def things_right(said, scenes):
+    """The share of the things that are described rightly, at their place in the caption. Too many words cost
+    nothing."""
+    pairs = [(text.split(", "), caption(scene).split(", ")) for text, scene in zip(said, scenes)]
+    right = sum(a == b for text, wanted in pairs for a, b in zip(text, wanted))
+    return right / sum(len(wanted) for _, wanted in pairs)
+
+
+@torch.no_grad()
+def reranking(model, count=400, top=16):
+    """(recall@1 by contrast alone, recall@1 when matching reorders its first `top`): unseen scenes, each to be found by
+    its caption among those of all, and of three scenes each that differ from one of them in a single property."""
+    rng = rng_for("blip2 reranking")
+    scenes = [make_scene(rng, split="test") for _ in range(count)]
+    near = [change_one(scene, rng, split="any") for scene in scenes for _ in range(3)]
+    texts = list(dict.fromkeys(caption(scene) for scene in scenes + near))
+    ids, mask = (x.to(model.query_tokens.device) for x in qformer_rows(texts))
+    image = model.encode_image(blip2.preprocess([draw(scene) for scene in scenes], model.config.vision).to(ids.device))
+    first = blip2.similarity(model.image_features(image), model.text_features(ids, mask)).topk(top, dim=1).indices
+    contrast = matching = 0
+    for scene, features, chosen in zip(scenes, image, first):
+        best = model.match(features.expand(top, -1, -1), ids[chosen], mask[chosen]).softmax(-1)[:, 1].argmax()
+        contrast += texts[chosen[0]] == caption(scene)
+        matching += texts[chosen[best]] == caption(scene)
+    return contrast / count, matching / count
+
+
+def frozen_share(preset, stage):
+    """The share of a published model's parameters that a stage leaves as they are, from its shapes."""
+    with torch.device("meta"):
+        model = blip2.BLIP2(blip2.PRESETS[preset])
+    return 1 - sum(p.numel() for p in blip2.freeze(model, stage)) / count_parameters(model)
+
+
+@torch.no_grad()
+def query_attention(model, picture):
+    """The attention of each query to the patches, mean over heads and layers, [L,rows,columns]. The share of the class
+    token is left out."""
+    config, device = model.config, model.query_tokens.device
+    image = model.encode_image(blip2.preprocess([picture], config.vision).to(device))  # [1,N,Dv]
+    with attention_maps() as maps:  # of self-attention [1,H,L,L] and, in every second layer, of cross-attention
+        model.query(image)
+    crosses = [x for x in maps if x.shape[2:] == (config.qformer.queries, image.shape[1])]  # [1,H,L,N] each
+    to_patches = torch.stack(crosses).mean((0, 2))[0, :, 1:]  # [L,N-1]
+    return to_patches.unflatten(-1, (config.vision.image_size // config.vision.patch_size, -1)).cpu()
+
+
+def draw_queries(rows, file, size=64):
+    """PNG: for each (picture, attention of every query [L,rows,columns], text) the picture, where each query looks, and
+    the text."""
+    across = min(8, len(rows[0][1]))  # queries in a line
+    deep = -(-len(rows[0][1]) // across)  # lines of queries per picture
+    page = Image.new("RGB", ((1 + across) * (size + 4) + 280, len(rows) * (deep * (size + 4) + 8) + 24), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((4, 4), "image", fill="black")
+    pen.text((size + 8, 4), "what query 0, 1, 2 ... looks at", fill="black")
+    for i, (picture, heats, text) in enumerate(rows):
+        y = 24 + i * (deep * (size + 4) + 8)
+        page.paste(picture.resize((size, size), Image.Resampling.NEAREST), (4, y))
+        for q, heat in enumerate(heats):
+            line, column = divmod(q, across)
+            page.paste(heat_picture(picture, heat, size), ((column + 1) * (size + 4) + 4, y + line * (size + 4)))
+        text = text.replace(", ", ",\n")
+        pen.multiline_text(((1 + across) * (size + 4) + 12, y + 4), text, fill="black", spacing=4)
+    save_picture(page, file, "three images, and what each query looks at")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flamingo
 
+CHINCHILLA_STEPS = 800  # of the language model
+CAPTIONS = 2  # of the four rows of a step; the others are episodes
+WAYS, SHOTS = 5, (0, 1, 2, 4, 8)  # the kinds of things in an episode; the numbers of examples that are measured
+
+
+def invented_names(rng, count, split="train"):
+    """Words that mean nothing yet: consonant, vowel, consonant. An eighth of them is never used in training."""
+    names = []
+    while len(names) < count:
+        name = rng.choice("bdfgklmnprstvwz") + rng.choice("aeiou") + rng.choice("bdfgklmnprstvwz")
+        of_test = zlib.crc32(name.encode()) % 8 == 0
+        if name not in (*names, *COLOURS) and of_test == (split == "test"):  # "red" has this form too
+            names.append(name)
+    return names
+
+
+def in_turn(rng, shots, ways):
+    """Which of `ways` kinds each of `shots` examples shows: every kind once before any a second time, in random order;
+    and at the end which kind is asked about, perhaps one that no example has shown."""
+    order = []
+    while len(order) < shots:
+        order += rng.sample(range(ways), ways)
+    return rng.sample(order[:shots], shots) + [rng.randrange(ways)]
+
+
+def lookup_text(rng):
+    """Lines of text of which the later ones follow from the earlier: "circle dax", "ring wug", "circle dax" ... A
+    language model that reads much of this learns to look things up in its context. The names are new in every text."""
+    ways, kinds = rng.choice((2, 3, 4, 5)), rng.choice((SHAPES, tuple(COLOURS), None, None))
+    words = rng.sample(kinds, ways) if kinds else invented_names(rng, ways)
+    names = invented_names(rng, ways)
+    return "".join(f"{words[i]} {names[i]}\n" for i in in_turn(rng, 10, ways))
+
+
+def chinchilla_line(rng):
+    return [(lookup_text(rng), True)]
+
+
+def toy_chinchilla(device="cpu"):
+    """The language model of the toy Flamingo, pretrained on `lookup_text` alone; it has never seen a picture. Trained
+    on the first call, then cached in runs/chinchilla."""
+    torch.manual_seed(0)
+    model = flamingo.LanguageModel(flamingo.PRESETS["tiny"].language).to(device)
+    plan = Plan("", CHINCHILLA_STEPS, 16, lr=2e-3, muon=3e-3)
+    return pretrain(model, flamingo, "chinchilla", plan, chinchilla_line)
+
+
+def one_thing(rng, shape, pairs):
+    """A scene of one thing of this shape; its colour, size and place have nothing to do with its name."""
+    pair = rng.choice([pair for pair in pairs if pair[1] == shape])
+    thing = place_thing(pair, rng.choice(tuple(SIZES)), rng.choice(PLACES), rng)
+    return Scene((thing,), grey=rng.randrange(0, 60))
+
+
+def episode(rng, shots, ways=WAYS, split="train"):
+    """[(scene, name)]: `shots` examples of what invented names mean, and one more to be named. A name means a shape,
+    and in the next episode another one: only the examples tell which. split "test": names never used in training, and
+    the scene to be named shows a colour-shape pair never drawn in it."""
+    shapes, names = rng.sample(SHAPES, ways), invented_names(rng, ways, split)
+    *examples, asked = in_turn(rng, shots, ways)
+    scenes = [(one_thing(rng, shapes[i], SEEN_PAIRS), names[i]) for i in examples]
+    last = one_thing(rng, shapes[asked], UNSEEN_PAIRS if split == "test" else SEEN_PAIRS)
+    return [*scenes, (last, names[asked])]
+
+
+def swap_names(one):
+    """The same episode, but every name means what another of its names meant: the right answer is another one."""
+    names = sorted({name for _, name in one})
+    return [(scene, names[names.index(name) - 1]) for scene, name in one]
+
 
 class FlamingoRecipe(Recipe):
-    module = flamingo
+    """A sample is a row [(picture, text)], read as <image> text <|endofchunk|> <image> text <|endofchunk|> ..."""
+
+    module, model_class = flamingo, flamingo.Flamingo
+    # No weight decay: it would move the frozen rows of the table, of which only the new ones train. A large lr for what
+    # is no matrix, such as the gates: while they are nearly closed, what is behind them learns next to nothing.
+    stages = (Plan("", 800, 4, lr=1.5e-2, muon=6e-3, weight_decay=0.0, demo=500),)
+    variants = {
+        "recipe": {},
+        "ungated": dict(gate="none"),
+        "mlp": dict(connector="mlp"),
+        "no captions": dict(captions=0),
+    }
+    beats = (
+        ("tanh gates better than ungated insertion", "recipe", "ungated"),
+        ("resampler no worse than an MLP on each patch", "recipe", "mlp"),
+        ("captions in the mixture better than none", "recipe", "no captions"),
+    )
+    ablation_steps = 800
+    captions = CAPTIONS
+
+    def start(self, device, seed, captions=CAPTIONS, **changes):
+        """The toy CLIP's tower, the toy language model, both frozen from now on, and new layers between them, with
+        closed gates."""
+        self.captions = captions
+        torch.manual_seed(seed)
+        model = flamingo.Flamingo(replace(flamingo.PRESETS["tiny"], **changes))
+        return assemble(model, device, vision=toy_clip(device).vision, language=toy_chinchilla(device))
+
+    def freeze(self, model, plan):
+        flamingo.freeze(model)
+
+    def batch(self, plan, step):
+        """The paper's mixture (section 2.4): rows of captions (of one word, nine in a row), which teach what a picture
+        shows, and interleaved episodes, which teach to learn a name from its examples."""
+        rows, ways = [], rng_for(plan.seed, ("ways", step)).choice((2, 3, 4, 5))
+        for i, rng in enumerate(batch_rngs(plan.seed, ("flamingo", step), plan.batch)):
+            shown = episode(rng, 8, ways)
+            texts = [f" {scene.things[0].shape if i < self.captions else name}" for scene, name in shown]
+            rows.append([(draw(scene), text) for (scene, _), text in zip(shown, texts)])
+        return rows
+
+    def row_ids(self, row):
+        """[(picture, text)] -> ids; special tokens in texts are plain text."""
+        return [i for _, text in row for i in (IMAGE_ID, *tokenizer().encode_ordinary(text), CHUNK_ID)]
+
+    def inputs(self, model, rows):
+        """Rows of [(picture, text)], perhaps of different lengths -> what the model takes."""
+        device = next(model.parameters()).device
+        ids, mask = pad([self.row_ids(row) for row in rows])
+        pixels = flamingo.preprocess([picture for row in rows for picture, _ in row], model.config.vision)
+        media_mask = torch.arange(max(map(len, rows))) < torch.tensor([[len(row)] for row in rows])  # [B,M]
+        media = pixels.new_zeros(*media_mask.shape, 1, *pixels.shape[1:])  # [B,M,1,3,H,W]: an image is one frame
+        media[media_mask] = pixels[:, None]
+        inputs = dict(ids=ids, media=media, mask=mask, media_mask=media_mask)
+        return {name: x.to(device) for name, x in inputs.items()}
+
+    def loss(self, model, samples, plan, step):
+        """Text counts, images do not; padding is to the right of all labels. Metrics: how far the gates are open."""
+        inputs = self.inputs(model, samples)
+        labels = flamingo.text_labels(inputs["ids"], inputs.pop("mask"), model.config)
+        loss, metrics = flamingo.language_loss(model(**inputs), labels)
+        for i, block in enumerate(model.gated_blocks):
+            if block.attn_gate is not None:
+                metrics[f"attn_gate {i}"] = block.attn_gate.detach().tanh().abs().mean()
+                metrics[f"ffw_gate {i}"] = block.ffw_gate.detach().tanh().abs().mean()
+        return loss, metrics
+
+    @torch.no_grad()
+    def expected(self, model, plan):
+        """With closed gates the first loss is that of the language model alone."""
+        if model.config.gate == "none":
+            return None
+        inputs = self.inputs(model, self.batch(plan, 0))
+        labels = flamingo.text_labels(inputs["ids"], inputs["mask"], model.config)
+        return "the frozen language model's", float(flamingo.language_loss(model.language(inputs["ids"]), labels)[0])
+
+    def own(self, picture, text):
+        row = [(picture, f" {text}")]
+        check_fits(self.row_ids(row), flamingo.PRESETS["tiny"].language.context)
+        return row
+
+    def prompt(self, model, episodes):
+        """Episodes -> what model.generate takes: all pictures, and all names but the last."""
+        rows = []
+        for *examples, (asked, _) in episodes:
+            rows.append([*((draw(scene), f" {name}") for scene, name in examples), (draw(asked), "")])
+        inputs = self.inputs(model, rows)
+        begun = [self.row_ids(row)[:-1] for row in rows]  # the last chunk has no end yet
+        ids, mask = flamingo.pad_rows(begun, PAD_ID, left=True)
+        device = inputs["media"].device
+        return inputs | dict(ids=ids.to(device), mask=mask.to(device))
+
+    def answers(self, model, episodes, longest=6):
+        """What the model calls the last scene of each episode, after the others with their names."""
+        said = []
+        for start in range(0, len(episodes), 64):
+            inputs = self.prompt(model, episodes[start : start + 64])
+            new = model.generate(**inputs, max_new_tokens=longest, eos_id=CHUNK_ID)
+            said += [tokenizer().decode([i for i in row if i != CHUNK_ID]).strip() for row in new.tolist()]
+        return said
+
+    def few_shot(self, model, shots, count=400):
+        """The share of episodes of this many examples whose last scene is given its name, letter by letter; and the
+        same share of those in which an example has shown its kind (of WAYS kinds, k examples show k)."""
+        rng = rng_for("few shot", shots)
+        episodes = [episode(rng, shots, split="test") for _ in range(count)]
+        right = [text == one[-1][1] for text, one in zip(self.answers(model, episodes), episodes)]
+        told = [r for r, one in zip(right, episodes) if one[-1][1] in [name for _, name in one[:-1]]]
+        return sum(right) / count, sum(told) / max(1, len(told))
+
+    def follows_the_examples(self, model, shots=8, count=400):
+        """The share of episodes answered rightly both as they are and with swapped names: the same pictures, in the
+        same order, and two different answers."""
+        rng = rng_for("swapped names", shots)
+        episodes = [episode(rng, shots, split="test") for _ in range(count)]
+        swapped = [swap_names(one) for one in episodes]
+        both = zip(episodes, self.answers(model, episodes), swapped, self.answers(model, swapped))
+        return sum(a == one[-1][1] and b == other[-1][1] for one, a, other, b in both) / count
+
+    @torch.no_grad()
+    def text_untouched(self, model):
+        """What training did to the language model inside: (the share of its logits for the words it knew that are
+        bit-identical, the loss of text before, after). The new tokens, which are trained, join in the losses."""
+        device = next(model.parameters()).device
+        rows = [encode(lookup_text(rng)) for rng in batch_rngs(0, "text untouched", 32)]
+        ids, mask = (x.to(device) for x in pad(rows))
+        before, after = toy_chinchilla(device)(ids), model.language(ids)
+        known = [i for i in range(VOCAB_SIZE) if i not in model.config.new_token_ids]
+        labels = ids.masked_fill(~mask, flamingo.IGNORE_INDEX)
+        losses = [float(flamingo.language_loss(logits, labels)[0]) for logits in (before, after)]
+        return float((after == before)[mask][:, known].float().mean()), *losses
+
+    def claims(self, model, args):
+        shares = {shots: self.few_shot(model, shots) for shots in SHOTS}
+        curve = [right for right, _ in shares.values()]
+        least = min(b - a for a, b in zip(curve, curve[1:]))
+        same, before, after = self.text_untouched(model)
+        say(
+            f"named rightly after {', '.join(f'{k}: {right:.3f}' for k, (right, _) in shares.items())} examples",
+            f"and if its kind was among them {', '.join(f'{k}: {told:.3f}' for k, (_, told) in shares.items() if k)}",
+            f"loss of text of the language model inside, with the new tokens: {before:.3f} before, {after:.3f} after",
+        )
+        return [
+            Claim("flamingo: new names from 8 examples", 1 / WAYS, curve[-1], 0.80),
+            Claim("flamingo: least gain from more examples, 0 1 2 4 8", 0.0, least, 0.05),
+            Claim("flamingo: names swapped, the answer follows", 1 / WAYS**2, self.follows_the_examples(model), 0.80),
+            Claim("flamingo: frozen logits of known words, same to the bit", 0.0, same, 1.0),
+        ]
+
+    def measure(self, model):
+        return [self.few_shot(model, 8)[0]]
+
+    # The workbench
+
+    def example(self, model):
+        rng = rng_for("trace")
+        return self.prompt(model, [episode(rng, 2, split="test") for _ in range(2)])
+
+    def check_question(self, question, images, toy):
+        prompt = flamingo.build_prompt(question, len(images))
+        if not question.strip():
+            raise ValueError("the prompt is empty: ask something, as in --prompt '<image> this is'")
+        if toy:
+            check_fits(encode(prompt), flamingo.PRESETS["tiny"].language.context - 8)
+
+    def ask(self, args):
+        """--image and --prompt: rows of images and text to be continued. Without an image it is text alone; without a
+        prompt it is the images alone."""
+        images, texts = [load_image(path) for path in args.image], args.prompt
+        if args.weights and not texts:
+            example = "--weights DIR --image photo.jpg --prompt 'User: <image>What is it?'"
+            raise ValueError(f"--weights needs --prompt, as in {example}")
+        texts = texts or ["<image>" * len(images)]
+        for text in texts:
+            self.check_question(text, images, toy=not args.weights)
+        prompts = [flamingo.build_prompt(text, len(images)) for text in texts]
+        if args.weights:
+            prompts = [flamingo.surround_images(prompt) for prompt in prompts]
+            self.check_length(args.weights, prompts)
+            model, words = load_published(self, args)
+            for prompt in prompts:
+                say(flamingo.answer(model, images, prompt, lambda text: words.encode(text).ids, words.decode))
+            return
+        if args.fresh:
+            forget(self.family)
+        model = self.train(args.device, demo=True)
+        for prompt in prompts:
+            new = flamingo.answer(model, images, prompt, encode, decode) or "(it stops at once)"
+            made_up = "(a made-up name: no example in the prompt, as in '<image> dax<|endofchunk|><image>')"
+            say(f"{prompt} -> {new}" + ("" if "<|endofchunk|>" in prompt else f" {made_up}"))
+
+    def check_length(self, path, prompts):
+        """Find a prompt too long for a published checkpoint before gigabytes are read. Whatever is wrong with its files
+        is left to load_published."""
+        try:
+            from tokenizers import Tokenizer
+
+            folder = flamingo.checkpoint_folder(path)
+            context = flamingo.config_from_published(folder).language.context
+            words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception:
+            return
+        longest = max(len(words.encode(prompt).ids) for prompt in prompts)
+        if longest >= context:
+            raise ValueError(f"the prompt has {longest} tokens, the context holds {context}")
+
+    def demo(self, args):
+        rng, config = rng_for("flamingo demo"), flamingo.PRESETS["tiny"]
+        episodes = [episode(rng, 5, split="test") for _ in range(4)]
+        first, (asked, _) = episodes[0][:-1], episodes[0][-1]
+        row = "".join(f"<image> {name}<|endofchunk|>" for _, name in first) + "<image>"
+        say(f"In goes an interleaved row, images of 32 x 32 pixels as {config.resampler.latents} latents beside it:")
+        say(f"    {row}")
+        model = self.start(args.device, seed=0)
+        text = "".join(f"{scene.things[0].shape} {name}\n" for scene, name in first) + asked.things[0].shape
+        ids = torch.tensor([encode(text)], device=args.device)
+        new = model.language.generate(model.language.embed_tokens(ids), max_new_tokens=5)[0]
+        new = decode(new).split("\n")[0]
+        say(f"the language model, frozen, can look things up in what it reads:\n    {text!r} ->{new!r}")
+        inputs = self.inputs(model, [[(draw(scene), f" {name}") for scene, name in episodes[0]]])
+        with torch.no_grad():
+            same = torch.equal(model(**inputs), model.language(inputs["ids"], inputs["mask"]))
+        say(f"before training, gates closed, with images in the row: are its logits bit-identical? {same}")
+        said = self.answers(model, episodes[:3])
+        say(f"    and so it says: {', '.join(map(repr, said))}")
+        model = self.train(args.device, demo=True)
+        say("\nwhat a name means differs from row to row; these names, and what is asked about were never in training:")
+        said = self.answers(model, episodes)
+        for one, word in zip(episodes, said):
+            shown = ", ".join(f"[{scene.things[0].name}] {name}" for scene, name in one[:-1])
+            scene, name = one[-1]
+            verdict = "right" if word == name else f"it is {name}"
+            say(f"    {shown},\n        [{scene.things[0].name}] -> {word} ({verdict})")
+        curve = [self.few_shot(model, shots, 200)[0] for shots in SHOTS]
+        ceiling = [min(1.0, shots / WAYS) for shots in SHOTS]  # the share of kinds that so many examples show
+        say("examples          " + "".join(f"{shots:>8}" for shots in SHOTS))
+        guessing = f"(among {WAYS} names guessing gives {1 / WAYS:.0%})"
+        say("named rightly     " + "".join(f"{share:>8.0%}" for share in curve) + f"   {guessing}")
+        say("the examples tell " + "".join(f"{share:>8.0%}" for share in ceiling))
+        say(f"after training, {curve[-1]:.0%} of the new names are learned from 8 examples")
+        if self.short:
+            say("(this model had part of the training; after python train_tiny.py flamingo the demo shows all of it)")
+        log = [json.loads(line) for line in (model.folder / "log.jsonl").read_text().splitlines()]
+        gates = [name for name in log[0] if "gate" in name]
+        say("how far the gates are open, |tanh(alpha)|:\n    step " + "".join(f"{name:>13}" for name in gates))
+        for line in (log[0], log[len(log) // 8], log[len(log) // 3], log[-1]):
+            say(f"    {line['step']:>4} " + "".join(f"{line[name]:>13.3f}" for name in gates))
+        same = self.text_untouched(model)[0]
+        say(f"the language model's logits for the words it knew that are still bit-identical: {same:.0%}")
+        measured = {"named rightly": curve, "what the examples tell": ceiling}
+        draw_few_shot(episodes[0], said[0], log, measured, RUNS / "flamingo" / "demo.png")
+
+    def masks(self):
+        words = "Look <image> a dog <image> a cat".split()
+        ids = torch.tensor([[IMAGE_ID if word == "<image>" else 0 for word in words]])
+        segments = flamingo.media_segments(ids, flamingo.PRESETS["tiny"])
+        images = torch.tensor([[0, 0, 1, 1]])
+        rows = draw_mask(len(words), 4, q_segments=segments, k_segments=images).splitlines()
+        return [
+            (
+                "inserted blocks: words attend to the latents (2 each) of the last of 2 images before them",
+                "\n".join(f"{row}   {word}" for row, word in zip(rows, words)),
+            ),
+            (
+                "language model: causal; images before the last are known through the words that attended to them",
+                draw_mask(len(words), len(words), causal=True),
+            ),
+            ("resampler: 2 latents attend to 4 features and to themselves", draw_mask(2, 6)),
+            ("vision tower: the class token and all patches see each other", draw_mask(5, 5)),
+        ]
+
+    def costs(self, model, words=64):
+        """What trains, latents, FLOPs and KV cache, as lines of text; of a model on the meta device."""
+        config, language, side = model.config, model.config.language, model.config.vision.image_size
+        inserted, L = len(model.gated_blocks), flamingo.num_image_tokens(side, side, config)
+        new = len(config.new_token_ids)
+        trained = count_parameters(model.connector) + count_parameters(model.gated_blocks)
+        trained += new * language.width * (1 if language.tie_embeddings else 2)
+        total, Dv = count_parameters(model), config.vision.width
+        pixels = torch.empty(1, 3, side, side, device="meta")
+        features = torch.empty(1, 1, 1 + (side // config.vision.patch_size) ** 2, Dv, device="meta")
+        latents = torch.empty(1, 1, L, Dv, device="meta")
+        prompt = torch.empty(1, words, language.width, device="meta")
+        segments = torch.zeros(1, words, dtype=torch.long, device="meta")
+        real = torch.ones(1, 1, dtype=torch.bool, device="meta")
+        cache = 2 * language.layers * language.kv_heads * language.head_width  # numbers per token: keys and values
+        cross = 2 * inserted * language.width * L  # numbers per image: keys and values of its latents
+        model.requires_grad_(False)  # the counter of FLOPs stumbles over a parameter that is expanded: the latents
+        encode_image = count_flops(lambda: model.vision(pixels))
+        resample = count_flops(lambda: model.connector(features))
+        read = count_flops(lambda: model.language.hidden(prompt, media=model.project(latents, segments, real)))
+        return [
+            f"an inserted block before every {config.cross_every}. layer ({inserted} of them), gate {config.gate}",
+            f"trained: {trained:,} ({100 * trained / total:.1f} %): connector, inserted blocks, embeddings of {new} new"
+            f" tokens; {total - trained:,} frozen",
+            f"image {side} x {side}, or a video of any length -> {L} latents beside the text, 1 token in it",
+            f"FLOPs: {encode_image:,} to encode an image or a frame, {resample:,} to resample it,",
+            f"{read:,} to read {words} words with it",
+            f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cross:,} for the latents of one image",
+        ]
+
+
+CURVE_COLOURS = ("#c0392b", "#e67e22", "#27ae60", "#16a085", "#2980b9", "#8e44ad")
+
+
+def draw_curves(pen, box, title, curves, labels, top=1.0):
+    """Lines into a box (left, upper, width, height): curves {name: [y from 0 to top]}, labels along the x axis."""
+    left, upper, width, height = box
+    pen.text((left, upper - 20), title, fill="black")
+    for y in (0, 0.5, 1):
+        pen.line((left, upper + height * (1 - y), left + width, upper + height * (1 - y)), fill="#dddddd")
+        pen.text((left - 28, upper + height * (1 - y) - 6), f"{y * top:.2f}", fill="gray")
+    for i, label in enumerate(labels):
+        pen.text((left + i * width / max(1, len(labels) - 1) - 4, upper + height + 4), str(label), fill="gray")
+    for n, (name, values) in enumerate(curves.items()):
+        colour, step = CURVE_COLOURS[n % len(CURVE_COLOURS)], width / max(1, len(values) - 1)
+        points = [(left + i * step, upper + height * (1 - min(1, y / top))) for i, y in enumerate(values)]
+        pen.line(points, fill=colour, width=2)
+        pen.text((left + n % 3 * 100, upper + height + 20 + 14 * (n // 3)), name, fill=colour)
+
+
+def draw_few_shot(one, said, log, measured, file, size=96):
+    """PNG: an episode and what its last picture was called, the gates over training, and the few-shot curve."""
+    page = Image.new("RGB", (max(760, len(one) * (size + 8) + 8), size + 300), "white")
+    pen = ImageDraw.Draw(page)
+    for n, (scene, name) in enumerate(one):
+        last, x = n + 1 == len(one), 8 + n * (size + 8)
+        page.paste(draw(scene).resize((size, size), Image.Resampling.NEAREST), (x, 8))
+        pen.text((x + 4, size + 12), f"? {said}" if last else name, fill="red" if last else "black")
+    gates = {name: [row[name] for row in log] for name in log[0] if "gate" in name}
+    upper, steps = size + 70, [log[0]["step"], log[-1]["step"]]
+    top = 0.5 if max(map(max, gates.values()), default=0) <= 0.5 else 1.0
+    title = "how far the gates are open, |tanh(alpha)|, over training"
+    draw_curves(pen, (40, upper, 300, 160), title, gates, steps, top)
+    draw_curves(pen, (420, upper, 300, 160), "new names, by number of examples", measured, SHOTS)
+    save_picture(page, file, "the row above with its answer, the gates over training, the few-shot curve")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # CogVLM
 
 
+EVA_STEPS, VICUNA_STEPS = 400, (1500, 500, 450)  # of the towers
+DEMO_TOWERS = (200, 300)  # when somebody waits for the demo; of the toy Vicuna only the first part then
+
+
+def ask_box(scene, rng):
+    """A referring expression, answered as in grounded captions: the thing's name, its place in words, its box. The
+    words in front make the box easier to learn. One question in eight asks for a thing that is not there."""
+    if rng.random() < 0.125:
+        absent = [pair for pair in SEEN_PAIRS if pair not in [t.pair for t in scene.things]]
+        return "where is the {} {}?".format(*rng.choice(absent)), "nothing"
+    thing = rng.choice(scene.things)
+    asked = thing.name if rng.random() < 0.5 else refer(scene, thing)
+    return f"where is the {asked}?", f"{thing.name} {thing.place} {box_text(thing, 32, 32)}"
+
+
+def cogvlm_turns(scene, rng):
+    """What is asked about a scene: two boxes, two questions, and its description, in any order."""
+    boxes = [ask_box(scene, rng), ask_box(scene, rng)]
+    turns = [*boxes, ask(scene, rng, KINDS), ask(scene, rng, KINDS), (DESCRIBE, caption(scene))]
+    return rng.sample(turns, len(turns))
+
+
+def vicuna_turns(scene, rng, part=3):
+    """What the toy Vicuna is asked about a scene that is described in words.
+
+    Parts 1 and 2: what CogVLM will be asked, and a list of all things, shape first or colour first. The list trains
+    looking up a word by its neighbour at every position, a question only once. Part 3: what is learned last. Boxes are
+    few: the description has no coordinates, so only their form can be learned.
+    """
+    if part == 3:
+        turns = [ask(scene, rng, (kind,)) for kind in ("colour", "shape", rng.choice(KINDS), rng.choice(KINDS))]
+        turns.append(ask_box(scene, rng) if rng.random() < 0.75 else (DESCRIBE, caption(scene)))
+        return rng.sample(turns, len(turns))
+    things = rng.sample(scene.things, len(scene.things))
+    turns = [ask(scene, rng, KINDS) for _ in range(6)] + [(DESCRIBE, caption(scene))]
+    if rng.random() < 0.5:
+        told = ", ".join(f"{t.shape} {t.colour} {t.size} {t.place}" for t in things)
+        turns.append(("which shape has which colour?", told))
+    else:
+        told = ", ".join(f"{t.colour} {t.shape} {t.size} {t.place}" for t in things)
+        turns.append(("which colour has which shape?", told))
+    if rng.random() < (0.15 if part == 1 else 0.6):
+        turns.append(ask_box(scene, rng))
+    return rng.sample(turns, len(turns))
+
+
+def vicuna_rows(scenes, part=3):
+    """[(scene, rng)] -> ids, labels [B,T]: each scene described in words, its things in any order, in the place of a
+    picture; then questions and answers, of which the answers count."""
+    rows = []
+    for scene, rng in scenes:
+        turns = vicuna_turns(scene, rng, part)
+        ids, labels = cogvlm.conversation_row(turns, encode, cogvlm.PRESETS["tiny"], images=0)
+        told = encode(", ".join(f"{t.place} a {t.full_name}" for t in rng.sample(scene.things, len(scene.things))))
+        rows.append((ids[:1] + told + ids[1:], [cogvlm.IGNORE_INDEX] * len(told) + labels))
+    return pad([ids for ids, _ in rows])[0], pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)[0]
+
+
+def toy_eva(device="cpu", steps=None):
+    """CogVLM's tower at toy size: a toy CLIP is trained with it in the place of CLIP's own. Cached in runs/eva."""
+    torch.manual_seed(0)
+    recipe, tower = CLIPRecipe(), cogvlm.EVATower(cogvlm.PRESETS["tiny"].vision)
+    plan = replace(recipe.stages[-1], steps=steps or EVA_STEPS)
+    return recipe.fit(run_name("eva", steps=steps), recipe.start(device, 0, vision=tower), plan).vision
+
+
+def toy_vicuna(device="cpu", steps=None):
+    """CogVLM's decoder at toy size, pretrained on text alone to look up what it is told. Three parts, cached in
+    runs/vicuna-part1, runs/vicuna-part2 and runs/vicuna. steps: so many of the first part, and no other."""
+    torch.manual_seed(0)
+    model = cogvlm.ExpertDecoder(cogvlm.PRESETS["tiny"].language).to(device)
+    for layer in model.layers:
+        layer.vision_expert.requires_grad_(False)  # text never passes through it
+
+    def loss_of(part, step):
+        key = f"vicuna {part}"
+        count = rng_for(key, step).choice((1, 2, 2, 3, 3, 4))  # things in each scene of a step: rows about as long
+        ids, labels = vicuna_rows([(make_scene(rng, count), rng) for rng in batch_rngs(0, (key, step), 32)], part)
+        return cogvlm.language_loss(model(ids.to(device)), labels.to(device))
+
+    lengths, code = dict(zip(("vicuna-part1", "vicuna-part2", "vicuna"), VICUNA_STEPS)), code_of(cogvlm, ["toy_vicuna"])
+    if steps:
+        lengths = {run_name("vicuna", steps=steps): steps}
+    for part, (name, length) in enumerate(lengths.items(), 1):
+        plan = Plan("", length, 32, lr=3e-3, muon=6e-3)
+        expected = ("ln V", math.log(VOCAB_SIZE)) if part == 1 else None
+        fit(name, plan, model, lambda step, part=part: loss_of(part, step), code, expected=expected)
+    model.copy_experts()  # image tokens are first processed as words are
+    return model
+
+
 class CogVLMRecipe(Recipe):
-    module = cogvlm
+    module, model_class, fields = cogvlm, cogvlm.CogVLM, ("question", "answer")
+    stages = (Plan("", 1700, 16, lr=3e-3, muon=1.2e-2, warmup=50, weight_decay=0.02, demo=300),)
+    variants = {  # deep fusion; shallow, as LLaVA's, with the language model frozen; shallow, and it trains too
+        "visual experts": {},
+        "adapter alone": dict(experts=False),
+        "all trained": dict(experts=False, frozen=False),
+    }
+    ablation_steps = 400
+    short, frozen = False, True  # are the towers those of the demo? does the language model stay frozen?
+    special_tokens = False  # prompt_row writes <bos>
+    no_tokenizer = ": CogVLM's folder comes without one, put that of lmsys/vicuna-7b-v1.5 there (CogVLM2 has its own)"
+
+    def start(self, device, seed, experts=True, frozen=True):
+        """The toy EVA tower, the toy Vicuna with copies of its weights in the vision experts, and a random adapter.
+        experts=False: image tokens use the words' own weights, in every layer the same module."""
+        torch.manual_seed(seed)
+        model = cogvlm.CogVLM(cogvlm.PRESETS["tiny"])
+        eva_steps, vicuna_steps = DEMO_TOWERS if self.short else (None, None)
+        assemble(model, device, vision=toy_eva(device, eva_steps), language=toy_vicuna(device, vicuna_steps))
+        if not experts:
+            for layer in model.language.layers:
+                layer.vision_expert = layer.language_expert
+        self.frozen = frozen
+        return model
+
+    def freeze(self, model, plan):
+        cogvlm.freeze(model)  # of a model without experts it trains the adapter only
+        if not self.frozen:
+            model.language.requires_grad_(True)
+
+    def batch(self, plan, step):
+        """[(picture, turns)]. All scenes of a step have equally many things: rows about as long."""
+        count = rng_for(plan.seed, "cogvlm", step).choice((1, 2, 2, 3, 3, 4))
+        scenes = [(make_scene(rng, count), rng) for rng in batch_rngs(plan.seed, ("cogvlm", step), plan.batch)]
+        return [(draw(scene), cogvlm_turns(scene, rng)) for scene, rng in scenes]
+
+    def row(self, turns):
+        """What looks like a special token in own data is plain text."""
+        return cogvlm.conversation_row(turns, tokenizer().encode_ordinary, cogvlm.PRESETS["tiny"])
+
+    def loss(self, model, samples, plan, step):
+        """Only the answers count; padding is to the right of all labels."""
+        device = next(model.parameters()).device
+        rows = [self.row(turns) for _, turns in samples]
+        ids, _ = pad([ids for ids, _ in rows])
+        labels, _ = pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)
+        pixels = cogvlm.preprocess([picture for picture, _ in samples], model.config.vision).to(device)
+        return cogvlm.language_loss(model(ids.to(device), pixels), labels.to(device))
+
+    def own(self, picture, question, answer):
+        turns = [(question or DESCRIBE, answer)]
+        check_fits(self.row(turns)[0], cogvlm.PRESETS["tiny"].language.context)
+        return picture, turns
+
+    def prompt(self, model, asked):
+        """[(scene, question)] -> what model.generate takes."""
+        device = next(model.parameters()).device
+        texts = [cogvlm.build_prompt(question, "vqa") for _, question in asked]
+        rows = [cogvlm.prompt_row(encode(text), model.config) for text in texts]
+        ids, mask = cogvlm.pad_rows(rows, PAD_ID, left=True)
+        pixels = cogvlm.preprocess([draw(scene) for scene, _ in asked], model.config.vision)
+        return dict(ids=ids.to(device), pixels=pixels.to(device), mask=mask.to(device))
+
+    def grounding(self, model, asked):
+        """The share of [(scene, question, box)] answered with a box of IoU 0.5 or more: the paper's measure."""
+        boxes = [cogvlm.parse_box(text) for text in self.answers(model, asked, 40)]
+        ious = [cogvlm.box_iou(box, cogvlm.parse_box(right)) for box, (_, _, right) in zip(boxes, asked)]
+        return sum(iou >= 0.5 for iou in ious) / len(asked)
+
+    def claims(self, model, args):
+        before = self.start(args.device, args.seed)
+        vqa, boxes = questions(rng_for("cogvlm claims"), 400), box_questions(rng_for("cogvlm boxes"), 400)
+        same = float((text_logits(before) == text_logits(model)).double().mean())
+        found = self.grounding(model, boxes)
+        return [
+            Claim("cogvlm: text-only logits equal to the bit, before and after", 0.0, same, 1.0),
+            Claim("cogvlm: things found in unseen scenes, IoU >= 0.5", guess_box(boxes), found, 0.80),
+            Claim("cogvlm: questions about unseen scenes", guess(vqa), self.accuracy(model, vqa), 0.90),
+        ]
+
+    def measure(self, model):
+        """What a variant has learned about images, and the loss on texts, which shows what it has forgotten."""
+        vqa, boxes = questions(rng_for("cogvlm ablations"), 400), box_questions(rng_for("cogvlm ablations, boxes"), 200)
+        return [self.accuracy(model, vqa), self.grounding(model, boxes), text_loss(model)]
+
+    def compare(self, means):
+        """The text loss of a frozen language model is what it was before training."""
+        deep, shallow, trained = (means[variant] for variant in self.variants)
+        return [
+            Claim("cogvlm: visual experts answer more than an adapter alone", shallow[0], deep[0], shallow[0]),
+            Claim("cogvlm: visual experts find more than an adapter alone", shallow[1], deep[1], shallow[1]),
+            Claim("cogvlm: text loss saved by not training the language model", 0.0, trained[2] - deep[2], 0.01),
+        ]
+
+    # The workbench
+
+    def check_question(self, question, images, toy):
+        prompt = cogvlm.build_prompt(question, "vqa")
+        if toy:
+            config = cogvlm.PRESETS["tiny"]
+            check_fits(cogvlm.prompt_row(encode(prompt), config, len(images) or 1), config.language.context - 24)
+
+    def answer(self, model, images, question, encode, decode):
+        """A box in the answer is drawn on the (first) image. The toy is asked in the style it was trained in."""
+        toy = dict(style="vqa", max_new_tokens=24) if model.config == cogvlm.PRESETS["tiny"] else {}
+        text = cogvlm.answer(model, images, question, encode, decode, **toy)
+        if images and (box := cogvlm.parse_box(text)):
+            page = framed(images[0], [(box, "magenta")], max(256, *images[0].size))
+            save_picture(page, RUNS / "cogvlm" / "box.png", "the box on the image")
+        return text
+
+    def demo(self, args):
+        self.short = not self.done()
+        rng = rng_for("cogvlm demo")
+        asked = box_questions(rng, 4) + questions(rng, 4)
+        tokens = cogvlm.num_image_tokens(32, 32, cogvlm.PRESETS["tiny"])
+        say(
+            f"In goes an image of 32 x 32 pixels and a question; the decoder reads <bos>, {tokens} image tokens (boi,"
+            f" {tokens - 2} patches, eoi)",
+            f"through the vision experts' weights and {cogvlm.build_prompt(asked[0][1], 'vqa')!r}",
+            "through its own.",
+        )
+        untrained = self.start(args.device, seed=0)
+        said = self.answers(untrained, asked[:3], 40)
+        say(f"before training it says: {', '.join(repr(text[:24]) for text in said)}")
+        model, pictures = self.train(args.device, demo=True), []
+        say("\nafter training, about images it has never seen:")
+        for (scene, question, right), text in zip(asked, self.answers(model, asked, 40)):
+            true, found = cogvlm.parse_box(right), cogvlm.parse_box(text)
+            verdict = "right" if text == right else f"wrong, it is {right}"
+            if true:
+                verdict = f"IoU {cogvlm.box_iou(true, found):.2f}" if found else "no box"
+            say(f"    {question} -> {text} ({verdict})")
+            pictures.append((draw(scene), true, found, f"{question}\n{text}\n({verdict})"))
+        boxes, many = box_questions(rng_for("cogvlm demo, boxes"), 200), questions(rng_for("cogvlm demo, many"), 200)
+        found, right = self.grounding(model, boxes), self.accuracy(model, many)
+        say(f"of 200 more boxes {found:.0%} overlap the right one by half (guessing: {guess_box(boxes):.0%});")
+        say(f"of 200 more questions {right:.0%} are answered rightly (guessing: {guess(many):.0%})")
+        if self.short:
+            say("(this model and the towers it is built on had a fraction of their training; after")
+            say("python train_tiny.py cogvlm the demo shows the whole one)")
+        before, after = text_logits(untrained), text_logits(model)
+        same, trained = int((before == after).sum()), sum(p.numel() for p in cogvlm.freeze(model))
+        say(f"\nforgotten: nothing. {trained:,} of {count_parameters(model):,} weights were trained, and texts without")
+        say(f"an image use none of these: of {before.numel():,} logits {same:,} are bit-identical.")
+        draw_boxes(pictures, RUNS / "cogvlm" / "demo.png")
+
+    def masks(self):
+        is_image = torch.tensor([[False] * 2 + [True] * 5 + [False] * 2])
+        roles, padded = cogvlm.find_roles(is_image, 5), torch.tensor([[-1, -1, 0, 0, 0, 0, 0, 0, 0]])
+        names = {cogvlm.TEXT: "word", cogvlm.BOI: "boi", cogvlm.PATCH: "patch", cogvlm.EOI: "eoi"}
+        table = [f"{'token':<8}{'expert':<10}position"]
+        columns = roles[0], cogvlm.takes_vision_expert(roles)[0], cogvlm.position_ids(roles)[0]
+        for role, vision, position in zip(*(column.tolist() for column in columns)):
+            table.append(f"{names[role]:<8}{'vision' if vision else 'language':<10}{position}")
+        return [
+            ("2 words, an image of 3 patches, 2 words: the expert and the position of each token", "\n".join(table)),
+            ("vision tower: the class token and all patches see each other", draw_mask(4, 4)),
+            (
+                "decoder: one softmax, causal over words and patches alike, whichever expert made the keys",
+                draw_mask(9, 9, causal=True),
+            ),
+            (
+                "decoder, a row with 2 tokens of padding on the left",
+                draw_mask(9, 9, causal=True, q_segments=padded, k_segments=padded),
+            ),
+            ("decoder with a KV cache: 2 new words after 7 cached tokens", draw_mask(2, 9, causal=True)),
+        ]
+
+    def costs(self, model, words=64):
+        """Where the parameters are, what trains, visual tokens, FLOPs and KV cache, as lines of text; of a model on the
+        meta device."""
+        config, language, side = model.config, model.config.language, model.config.vision.image_size
+        tokens, pixels = cogvlm.num_image_tokens(side, side, config), torch.empty(1, 3, side, side, device="meta")
+        prompt = torch.empty(1, tokens + words, language.width, device="meta")
+        total, trained = count_parameters(model), sum(p.numel() for p in cogvlm.freeze(model))
+        experts = sum(count_parameters(layer.vision_expert) for layer in model.language.layers)
+        of_words = count_parameters(model.language) - experts
+        looked_up = 0 if language.tie_embeddings else language.vocab_size * language.width  # not multiplied
+        cache = 2 * language.layers * language.kv_heads * language.head_width  # numbers per token: keys and values
+        grid = math.isqrt(tokens - 2)
+        encode_image = count_flops(lambda: model.image_tokens(pixels))
+        read = count_flops(lambda: model.language.hidden(prompt))
+        return [
+            f"tower {count_parameters(model.vision):,} + adapter {count_parameters(model.adapter):,}"
+            f" + vision experts {experts:,} + language model {of_words:,}",
+            f"trained: {trained:,} ({100 * trained / total:.1f} %), experts and adapter; {total - trained:,} frozen",
+            f"image {side} x {side} -> {tokens} tokens in the decoder ({grid} x {grid}"
+            f"{' after the convolution' if config.strided else ''}, boi and eoi), on 3 positions",
+            f"FLOPs: {encode_image:,} to encode an image, {read:,} to read it with {words} words:",
+            "as many as without the experts, since each token takes one of them; and",
+            f"{2 * (of_words - looked_up):,} for each new word, but for its attention",
+            f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cache * tokens:,} for one image",
+        ]
+
+
+def box_questions(rng, count):
+    """[(scene, question, answer with a box)]: things to be found in scenes never trained on."""
+    asked = []
+    while len(asked) < count:
+        scene = make_scene(rng, split="test")
+        text, answer = ask_box(scene, rng)
+        if answer != "nothing":
+            asked.append((scene, text, answer))
+    return asked
+
+
+def guess_box(asked):
+    """The grounding of a model that guesses as well as it can: always the one box that is right most often, or (if that
+    is better) the true box of any thing in the scene, as a perfect detector that cannot read would."""
+    boxes = [cogvlm.parse_box(right) for _, _, right in asked]
+    constant = max(sum(cogvlm.box_iou(box, other) >= 0.5 for other in boxes) for box in set(boxes))
+    things = [[cogvlm.parse_box(box_text(t, 32, 32)) for t in scene.things] for scene, _, _ in asked]
+    detector = sum(sum(cogvlm.box_iou(box, t) >= 0.5 for t in found) / len(found) for box, found in zip(boxes, things))
+    return max(constant, detector) / len(asked)
+
+
+@torch.no_grad()
+def text_logits(model):
+    """The logits of 32 conversations without an image: scenes described in words, and questions about them."""
+    ids, _ = vicuna_rows([(make_scene(rng, 3, split="test"), rng) for rng in batch_rngs(0, "text only", 32)])
+    return model(ids.to(model.adapter.boi.device)).cpu()
+
+
+@torch.no_grad()
+def text_loss(model):
+    """The loss on questions about scenes described in words, in nats per token."""
+    device, losses = model.adapter.boi.device, []
+    for count in (2, 3, 4):
+        rngs = batch_rngs(0, ("text loss", count), 32)
+        ids, labels = vicuna_rows([(make_scene(rng, count, split="test"), rng) for rng in rngs])
+        losses.append(float(cogvlm.language_loss(model.language(ids.to(device)), labels.to(device))[0]))
+    return sum(losses) / len(losses)
+
+
+def framed(image, boxes, size):
+    """The image with its longer side at `size`, and boxes on it: [(box as fractions or None, colour)]."""
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(image)
+    for box, colour in boxes:
+        if box is not None:
+            x0, y0, x1, y1 = (round(v * side) for v, side in zip(box, image.size * 2))
+            pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
+    return image
+
+
+def draw_boxes(pictures, file, size=128):
+    """PNG: for each (picture, true box or None, box answered or None, text) the picture with both boxes on it, and the
+    text."""
+    page = Image.new("RGB", (2 * (size + 270), -(-len(pictures) // 2) * (size + 12) + 24), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((4, 4), "white: true box    magenta: the model's", fill="black")
+    for i, (picture, true, said, text) in enumerate(pictures):
+        x, y = 4 + i % 2 * (size + 270), 24 + i // 2 * (size + 12)
+        page.paste(framed(picture, [(true, "white"), (said, "magenta")], size), (x, y))
+        pen.multiline_text((x + size + 10, y + 8), text, fill="black", spacing=6)
+    save_picture(page, file, "each image, the true box and the model's, and what it answered")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Qwen2VL
+# Qwen2-VL
+
+# (width, height) of pictures. What takes longest to learn, to find a thing and read off its property, comes first, on
+# small ones and nearly alone.
+SMALL_CANVASES = ((32, 32), (48, 48), (48, 32), (32, 48), (64, 32), (32, 64))
+LARGER_CANVASES = ((64, 64), (80, 80), (80, 48), (48, 80))
+CANVASES = SMALL_CANVASES + LARGER_CANVASES
+NEW_CANVASES = ((80, 32), (32, 80), (64, 48), (48, 64), (80, 64), (64, 80))  # of shapes never trained on
+LARGE_CANVASES = ((96, 96), (112, 64), (64, 112), (128, 48))  # larger than any in training
+FRAMES, LONG_MOVIES = (2, 4, 6), (8, 12, 16, 24)  # lengths of movies in training, and longer ones
+NUMBER_SIZE = (48, 48)  # of a picture with a number in it: 3 x 3 tokens
+TOKENS = (1, 4, 9)  # how many tokens it may have when it is read
+
+QWEN_SHOWS = {  # stage: the kind of each sample of a step, equal ones together, and the sizes of scenes and things
+    "part1": (("scene",) * 14 + ("movie",) * 2, SMALL_CANVASES),
+    "": (("scene",) * 7 + ("number",) * 9 + ("movie",) * 2, CANVASES + LARGER_CANVASES),  # the larger ones twice
+    "things": (("thing",) * 8, CANVASES),
+    "things of one size": (("thing",) * 8, ((48, 48),)),
+    "large movies": (("large movie",) * 8, CANVASES),
+}
 
 
 class Qwen2VLRecipe(Recipe):
-    module = qwen2vl
+    """Part 1: small pictures, first with everything that trains, then with the vision encoder locked. Part 2: all sizes
+    and numbers to read; everything trains once more, at a lower rate, so that what was learned is kept."""
+
+    module, model_class, fields = qwen2vl, qwen2vl.Qwen2VL, ("question", "answer")
+    stages = (
+        Plan("part1", 900, 16, lr=2e-3, muon=3e-3, warmup=50, weight_decay=0.02, demo=350),
+        Plan("", 560, 18, lr=0.67 * 2e-3, muon=0.67 * 3e-3, warmup=50, weight_decay=0.02, demo=100),
+    )
+    variants = {  # (what its only stage shows, steps, changes)
+        "any size": ("things", 300, {}),
+        "one size, learned positions": ("things of one size", 300, dict(learned=6)),
+        "M-RoPE": ("large movies", 1000, {}),
+        "RoPE-1D": ("large movies", 1000, dict(mrope=False)),
+    }
+    short, seconds = False, ()  # see train, and load_images
+
+    def start(self, device, seed, learned=None, **changes):
+        """What the paper starts from: the toy language model (biases of 0 added), and a vision encoder trained by
+        contrast, the toy CLIP's blocks, whose learned positions are left out for RoPE-2D. learned: see LearnedGrid.
+
+        Each of the two frames of a patch gets half of CLIP's patch projection, so a still picture gives what it gave
+        there. CLIP's norm before the first block is missing here: its average effect is put into the projection.
+        """
+        torch.manual_seed(seed)
+        model = qwen2vl.Qwen2VL(replace(qwen2vl.PRESETS["tiny"], **changes))
+        if learned:
+            model.vision = LearnedGrid(model.config.vision, learned)
+        tower, language, frames = toy_clip(device).vision, toy_lm(device), model.config.vision.frames
+        scenes = [make_scene(rng) for rng in batch_rngs(0, "scale", 32)]
+        pixels = clip.preprocess([draw(scene) for scene in scenes], tower.config).to(device)
+        with torch.no_grad():
+            spread = tower.patch_embedding(pixels).std(dim=1).mean()
+            scaled = tower.patch_embedding.weight * (tower.ln_pre.weight / spread)[:, None, None, None]  # [D,3,P,P]
+            model.vision.patch_embedding.weight.copy_(torch.stack([scaled] * frames, dim=2).flatten(1) / frames)
+        model.vision.blocks.load_state_dict(tower.blocks.state_dict())
+        missing = model.language.load_state_dict(language.state_dict(), strict=False)
+        assert all(name.endswith("proj.bias") for name in missing.missing_keys) and not missing.unexpected_keys
+        model.lineage = {"vision": tower.lineage, "language": language.lineage}
+        return model.to(device).eval()
+
+    def freeze(self, model, plan):
+        qwen2vl.freeze(model, 2)
+
+    def batch(self, plan, step):
+        """[(picture or frames, turns, kind)]. In the first 15 % of part 1 all scenes have the toy CLIP's size."""
+        kinds, sizes = QWEN_SHOWS[plan.stage]
+        if plan.stage == "part1" and step < plan.steps * 3 // 20:
+            sizes = sizes[:1]
+        part1 = self.stages[0].demo if self.short else self.stages[0].steps
+        data = "world" if plan.stage else f"world, after {part1} steps of part 1"  # not the samples of part 1 again
+        rngs = batch_rngs(plan.seed, ("qwen", data, step), len(kinds))
+        return [(*qwen_sample(kind, rng, sizes), kind) for kind, rng in zip(kinds, rngs)]
+
+    def row(self, config, turns, shown, grid):
+        """A conversation about a picture or a clip, which stands in front -> ids, labels."""
+        ids, labels = [], []
+        for n, (asked, right) in enumerate(turns):
+            visual = dict(kinds=qwen2vl.kinds_of([shown]), grid_thw=grid[None]) if n == 0 else {}
+            more = qwen2vl.encode_turn(asked, f" {right}", encode, config, **visual)
+            ids, labels = ids + more[0], labels + more[1]
+        return ids, labels
+
+    def rows(self, model, samples):
+        """[(picture or frames, turns, kind)] -> the arguments of the model, and labels. Grids stay on the CPU: their
+        sizes are numbers for Python. Padding is to the right of all labels, so nothing attends to it."""
+        device = model.language.norm.weight.device
+        patches, grids = qwen2vl.preprocess([shown for shown, _, _ in samples], model.config.vision)
+        rows = [self.row(model.config, turns, shown, grid) for (shown, turns, _), grid in zip(samples, grids)]
+        ids, _ = pad([ids for ids, _ in rows])
+        labels, _ = pad([labels for _, labels in rows], qwen2vl.IGNORE_INDEX)
+        return dict(ids=ids.to(device), patches=patches.to(device), grid_thw=grids), labels.to(device)
+
+    def loss(self, model, samples, plan, step):
+        """A kind counts by its samples, not by its words: captions have many. In the last 40 % of part 1 the vision
+        encoder is locked (the paper's stage 3)."""
+        if plan.stage == "part1":
+            qwen2vl.freeze(model, 2 if step < plan.steps * 3 // 5 else 3)
+        inputs, labels = self.rows(model, samples)
+        logits, kinds = model(**inputs), [kind for _, _, kind in samples]
+        counts = [kinds.count(kind) for kind in dict.fromkeys(kinds)]
+        each, total = {}, 0
+        for kind, part, rows in zip(dict.fromkeys(kinds), logits.split(counts), labels.split(counts)):
+            loss, _ = qwen2vl.language_loss(part, rows)
+            each[kind] = loss.detach()
+            total = total + loss * len(rows) / len(labels)
+        return total, each
+
+    def own(self, picture, question, answer):
+        config, turns = qwen2vl.PRESETS["tiny"], [(question or DESCRIBE, answer)]
+        grid = torch.tensor(qwen2vl.image_grid(picture.height, picture.width, config.vision))
+        check_fits(self.row(config, turns, picture, grid)[0], config.language.context)
+        return picture, turns, "own"
+
+    def prompt(self, model, asked):
+        """[(picture or frames, question)] -> what model.generate takes."""
+        config, device = model.config, model.language.norm.weight.device
+        patches, grids = qwen2vl.preprocess([shown for shown, _ in asked], config.vision)
+        rows = []
+        for (shown, question), grid in zip(asked, grids):
+            prompt = qwen2vl.build_prompt(question, qwen2vl.kinds_of([shown]), config.template)
+            rows.append(encode(qwen2vl.expand_visuals(prompt, config, grid[None])))
+        ids, mask = qwen2vl.pad_rows(rows, PAD_ID, left=True)
+        return dict(ids=ids.to(device), patches=patches.to(device), grid_thw=grids, mask=mask.to(device))
+
+    def claims(self, model, args):
+        asked = [size_questions(300, sizes) for sizes in (CANVASES, NEW_CANVASES, LARGE_CANVASES)]
+        seen, new, large = (self.accuracy(model, questions) for questions in asked)
+        guessed = guess(asked[0])
+        curve = [self.accuracy(model, qwen_numbers(200, tokens)) for tokens in TOKENS]
+        ways = self.accuracy(model, [one for frames in FRAMES for one in qwen_movies(100, frames)])
+        longer = [f"{frames} frames: {self.accuracy(model, qwen_movies(100, frames)):.3f}" for frames in LONG_MOVIES]
+        read = ", ".join(f"{tokens}: {share:.3f}" for tokens, share in zip(TOKENS, curve))
+        say(
+            f"questions answered: {seen:.3f} in sizes of training, {new:.3f} in shapes never seen, {large:.3f} in "
+            "larger ones",
+            f"numbers read with {read} tokens",
+            f"longer movies: {', '.join(longer)}",
+        )
+        least = min(b - a for a, b in zip(curve, curve[1:]))
+        return [
+            Claim("qwen2vl: questions about unseen scenes", guessed, seen, 0.80),
+            Claim("qwen2vl: gain by sizes and shapes never seen", guessed - seen, new - seen, -0.05),
+            Claim("qwen2vl: which way does it move", 0.25, ways, 0.90),
+            Claim("qwen2vl: numbers read with all their tokens", 0.01, curve[-1], 0.90),
+            Claim("qwen2vl: least gain from more tokens, 1 4 9", 0.0, least, 0.0),
+            Claim("qwen2vl: tokens grow with the area (correlation)", 0.0, tokens_per_area(), 0.98),
+        ]
+
+    def ablations(self, args):
+        """On pictures of one thing: many sizes as they are, against an encoder of one resolution with learned
+        positions, which are stretched to other sizes. On movies: M-RoPE against all tokens numbered one by one, on
+        movies longer than those of training, whose numbers run past those trained."""
+        means = {}
+        for variant, (shows, steps, changes) in self.variants.items():
+            name = f"{self.family}-ablations/{variant.replace(' ', '-').replace(',', '')}"
+            plan = replace(self.stages[0], stage=shows, steps=args.steps or steps, batch=len(QWEN_SHOWS[shows][0]))
+            each = []
+            for seed in (0, 1, 2):
+                model = self.start(args.device, seed, **changes)
+                data = f"world {shows} {changes or ''}".strip()
+                self.fit(run_name(name, seed, args.steps), model, replace(plan, seed=seed), data=data)
+                each.append(self.measure(model, shows))
+            what = "of lengths in training / longer" if "movies" in shows else "of sizes in training / of new ones"
+            say(f"{shows}, {what}, {variant}: " + ", ".join(f"{own:.3f} / {new:.3f}" for own, new in each))
+            means[variant] = [sum(column) / 3 for column in zip(*each)]
+        return self.compare(means)
+
+    def measure(self, model, shows):
+        """The share that is answered, of what the stage `shows` and of what is new."""
+        if shows == "large movies":
+            asked = [[one for frames in some for one in qwen_movies(50, frames, 48)] for some in (FRAMES, LONG_MOVIES)]
+        else:
+            asked = [size_questions(300, sizes, qwen_thing) for sizes in (QWEN_SHOWS[shows][1], NEW_CANVASES)]
+        return [self.accuracy(model, questions) for questions in asked]
+
+    def compare(self, means):
+        any_size, one_size = (means[v][1] - means[v][0] for v in ("any size", "one size, learned positions"))
+        mrope, rope = means["M-RoPE"][1], means["RoPE-1D"][1]
+        return [
+            Claim("qwen2vl: any size loses less by new sizes than one size does", one_size, any_size, one_size),
+            Claim("qwen2vl: M-RoPE better than RoPE-1D on longer movies", rope, mrope, rope),
+        ]
+
+    # The workbench
+
+    def example(self, model):
+        """A picture of 48 x 64 pixels and a movie of four frames, with a question about each."""
+        rng = rng_for("trace")
+        scene, (frames, asked, _) = make_scene(rng), movie(rng)
+        picture, film = draw(scene, 64, 48), [draw(frame) for frame in frames]
+        return self.prompt(model, [(picture, ask(scene, rng, KINDS)[0]), (film, asked)])
+
+    def load_images(self, args):
+        """The files of --image, then those of --video."""
+        images, videos = super().load_images(args), [load_video(path) for path in args.video]
+        self.seconds = [0.0] * len(images) + [between for _, between in videos]  # an image has no time
+        return images + [frames for frames, _ in videos]
+
+    def check_question(self, question, images, toy):
+        if toy:
+            config = qwen2vl.PRESETS["tiny"]
+            ids = qwen2vl.encode_question(question, images or [Image.new("RGB", (32, 32))], encode, config)["ids"]
+            check_fits(ids[0], config.language.context - 16)
+        else:  # which sizes and how many words a published checkpoint takes stands in its folder; its shapes do not
+            qwen2vl.build_prompt(question, qwen2vl.kinds_of(images))
+            for image in images:
+                picture = image[0] if isinstance(image, list) else image
+                qwen2vl.image_grid(picture.height, picture.width, qwen2vl.VisionConfig())
+
+    def answer(self, model, images, question, encode, decode):
+        return qwen2vl.answer(model, images, question, encode, decode, seconds=self.seconds or None)
+
+    def demo(self, args):
+        config = qwen2vl.PRESETS["tiny"]
+        tokens = lambda picture: qwen2vl.num_image_tokens(picture.height, picture.width, config)
+        asked = [first_turn(qwen_scene(rng_for("qwen demo", i), [size], "test")) for i, size in enumerate(NEW_CANVASES)]
+        picture, question, _ = asked[0]
+        _, h, w = qwen2vl.image_grid(picture.height, picture.width, config.vision)
+        m = config.vision.merge
+        say(
+            f"In goes a picture as it is, {picture.height} x {picture.width} pixels: {h} x {w} patches, merged {m} x"
+            f" {m} to {tokens(picture)} tokens, and a question:",
+            f"    {qwen2vl.build_prompt(question, template=config.template)!r}",
+        )
+        said = self.answers(self.start(args.device, seed=0), asked[:3], 12)
+        say(f"before training it says: {', '.join(repr(text[:24]) for text in said)}")
+        model = self.train(args.device, demo=True)
+        say("\nafter training, about pictures of sizes and shapes it was never trained on:")
+        for (picture, question, right), text in zip(asked, self.answers(model, asked, 12)):
+            verdict = "right" if text == right else f"wrong, it is {right}"
+            size = f"{picture.height} x {picture.width}"
+            say(f"    {size:>8} = {tokens(picture):>2} tokens: {question} -> {text} ({verdict})")
+        many = [first_turn(qwen_scene(rng_for("qwen demo, many", i), NEW_CANVASES, "test")) for i in range(200)]
+        say(
+            f"of 200 more questions {self.accuracy(model, many):.0%} are answered rightly (guessing: {guess(many):.0%})"
+        )
+        films = [qwen_movie(rng_for("qwen demo, movie", i), frames) for i, frames in enumerate((2, 6, 12, 16))]
+        films = [first_turn(film) for film in films]
+        for (frames, question, right), text in zip(films, self.answers(model, films, 12)):
+            verdict = "right" if text == right else f"wrong, it is {right}"
+            say(f"    a movie of {len(frames):>2} frames: {question} -> {text} ({verdict})")
+        if self.short:
+            say("(this model had part of the training; after python train_tiny.py qwen2vl the demo shows all of it)")
+        say("\nthe same picture with fewer and with more pixels, which is fewer and more tokens:")
+        rows = []
+        number = first_turn(qwen_number(rng_for("qwen demo, number"), TOKENS[-1]))
+        for (picture, question, right), budgets in ((number, TOKENS), (asked[3], (2, 6, 12))):  # at most so many tokens
+            shrunk = [(shrink(picture, budget), question) for budget in budgets]
+            rows.append([])
+            for (small, _), text in zip(shrunk, self.answers(model, shrunk, 12)):
+                size = f"{small.height} x {small.width} pixels, {tokens(small)} tokens"
+                rows[-1].append((small, f"{size}\n{question}\n{text}" + ("" if text == right else f" (it is {right})")))
+                verdict = "" if text == right else f" (wrong, it is {right})"
+                say(f"    {size:>26}: {question} -> {text}{verdict}")
+        draw_resolutions(rows, RUNS / "qwen2vl" / "demo.png", config.vision)
+
+    def masks(self):
+        grid = torch.tensor([[1, 2, 2], [2, 2, 2]])
+        frames = qwen2vl.patch_places(grid, 2)[0]
+        small = replace(qwen2vl.VISION_2_5, window_size=28)
+        windows = qwen2vl.window_segments(qwen2vl.patch_places(torch.tensor([[1, 4, 4]]), 2), small)
+        padded = torch.tensor([[-1, -1, 0, 0, 0, 0, 0, 0]])
+        return [
+            (
+                "vision encoder, one packed row: an image of 2 x 2 patches, a clip of two frame pairs of 2 x 2",
+                draw_mask(12, 12, q_segments=frames, k_segments=frames),
+            ),
+            (
+                "Qwen2.5-VL's windows, here of 2 x 2 patches in an image of 4 x 4; in 4 of 32 layers all see all",
+                draw_mask(16, 16, q_segments=windows, k_segments=windows),
+            ),
+            (
+                "decoder: causal over words and image tokens alike, here 2 words, 4 tokens, 2 words",
+                draw_mask(8, 8, causal=True),
+            ),
+            (
+                "decoder, a row with 2 tokens of padding on the left",
+                draw_mask(8, 8, causal=True, q_segments=padded, k_segments=padded),
+            ),
+            ("decoder with a KV cache: 2 new tokens after 6 cached ones", draw_mask(2, 8, causal=True)),
+        ]
+
+    def costs(self, model, words=64):
+        v, language = model.config.vision, model.config.language
+        cache = 2 * language.layers * language.kv_heads * language.head_width  # numbers per token: keys and values
+        weights = count_parameters(model.language)
+        if not language.tie_embeddings:
+            weights -= language.vocab_size * language.width  # looked up, not multiplied
+        rows = []
+        for across, down in ((8, 8), (16, 8), (16, 16), (46, 17)):  # in tokens of the decoder
+            height, width = down * v.factor, across * v.factor
+            grid = torch.tensor([qwen2vl.image_grid(height, width, v)])
+            tokens = qwen2vl.num_image_tokens(height, width, model.config)
+            patches = torch.empty(int(grid.prod()), v.patch_width, device="meta")
+            prompt = torch.empty(1, tokens + words, language.width, device="meta")
+            positions = torch.empty(3, 1, tokens + words, device="meta")
+            encode_image = count_flops(lambda: model.image_tokens(patches, grid))
+            read = count_flops(lambda: model.language.hidden(prompt, positions))
+            size = f"{height:>6} x {width:<6}{tokens:>8,}"
+            rows.append(f"{size}{encode_image:>22,}{read:>22,}{2 * cache * tokens:>18,}")
+        layers = ", ".join(map(str, v.full_layers))
+        windows = f", windows of {v.window_size} pixels but in layers {layers}" if v.window_size else ""
+        return [
+            f"any resolution from {v.min_pixels:,} to {v.max_pixels:,} pixels{windows}",
+            *(trained_share(model, qwen2vl.freeze, stage) for stage in (1, 2, 3)),
+            "",
+            f"  an image of    tokens  FLOPs to encode it {f'... to read it with {words} words':>32}   KV cache, bytes",
+            *rows,
+            f"{2 * weights:,} FLOPs for each new word, but for its attention",
+            f"KV cache: {2 * cache:,} bytes a token in 16 bits; a token is {v.factor} x {v.factor} pixels, of a clip"
+            f" {v.frames} frames too",
+        ]
+
+
+class LearnedGrid(qwen2vl.VisionTower):
+    """For an ablation: the vision encoder with a table of learned positions for side x side patches in the place of
+    RoPE-2D. As in CLIP the table is stretched to the grid of each image."""
+
+    def __init__(self, config, side):
+        super().__init__(config)
+        self.side = side
+        self.position_embedding = torch.nn.Parameter(torch.randn(side**2, config.width) * config.width**-0.5)
+
+    def learned_positions(self, places, grid_thw):
+        """-> [N,D], in the order of the packed row."""
+        square = self.position_embedding.T.unflatten(1, (self.side, self.side))[None]  # [1,D,side,side]
+        parts, pieces = [], places.split(grid_thw.prod(1).tolist(), dim=1)
+        for (_, h, w), (_, row, column) in zip(grid_thw.tolist(), pieces):
+            image = square
+            if (h, w) != (self.side, self.side):
+                image = torch.nn.functional.interpolate(square, (h, w), mode="bicubic", align_corners=False)
+            parts.append(image[0, :, row, column].T)
+        return torch.cat(parts)
+
+    def forward(self, patches, grid_thw):
+        c, grid_thw = self.config, grid_thw.cpu()
+        places = qwen2vl.patch_places(grid_thw, c.merge)
+        x = self.patch_embedding(patches) + self.learned_positions(places.to(patches.device), grid_thw)
+        rotation = rope_2d(torch.zeros_like(places[1:, None], device=x.device), c.width // c.heads)  # 0 turns nothing
+        frames = qwen2vl.Packing(places[0], x.device)
+        for block in self.blocks:
+            x = block(x, rotation, frames)
+        return x
+
+
+def shrink(image, tokens):
+    """The image with so few pixels that it becomes at most this many tokens: what a smaller max_pixels does to it."""
+    factor = qwen2vl.PRESETS["tiny"].vision.factor
+    height, width = qwen2vl.smart_resize(image.height, image.width, factor, factor**2, tokens * factor**2)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def qwen_sample(kind, rng, sizes):
+    """(picture or frames, turns) of this kind; scenes and things in one of these sizes."""
+    if kind == "scene":
+        return qwen_scene(rng, sizes)
+    if kind == "thing":
+        return qwen_thing(rng, sizes)
+    if kind == "number":
+        return qwen_number(rng)
+    return qwen_movie(rng, side=48 if kind == "large movie" else 32)  # 9 tokens for two frames, or 4
+
+
+def qwen_scene(rng, sizes=CANVASES, split="train"):
+    """A picture with its description among four questions; a test scene with one question."""
+    scene = make_scene(rng, split=split)
+    turns = [ask(scene, rng, KINDS) for _ in range(4 if split == "train" else 1)]
+    if split == "train":
+        turns.insert(rng.randrange(5), (DESCRIBE, caption(scene)))
+    return draw(scene, *rng.choice(sizes)), turns
+
+
+def qwen_thing(rng, sizes=CANVASES, split=None):
+    """A picture of one thing, and what it is. For comparisons that must be quick. One thing is too little for scenes of
+    its own in the test split, whatever `split` is: what is new in a test is the size of the picture."""
+    (thing,) = (scene := make_scene(rng, 1, split="any")).things
+    return draw(scene, *rng.choice(sizes)), [("what is it?", f"a {thing.full_name}")]
+
+
+def qwen_number(rng, tokens=None):
+    """A small number, its strokes 3 pixels wide, about in the middle of a picture that is then given so few pixels that
+    it makes at most `tokens` tokens (None: any of TOKENS, three times in five the most)."""
+    text, question, answer = read_number(rng)
+    number, image = draw_number(text, 24, 18), Image.new("RGB", NUMBER_SIZE, (20,) * 3)
+    corner = [(whole - part) // 2 + rng.randrange(-2, 3) for whole, part in zip(NUMBER_SIZE, number.size)]
+    image.paste(number, tuple(corner))
+    return shrink(image, tokens or rng.choice(TOKENS + TOKENS[-1:] * 2)), [(question, answer)]
+
+
+def qwen_movie(rng, frames=None, side=32):
+    """A movie as a list of frames, and which way its thing moves; in training also what it is."""
+    scenes, question, way = movie(rng, frames or rng.choice(FRAMES))
+    thing, turns = scenes[0].things[0], [(question, way)]
+    if frames is None:
+        turns = rng.sample([*turns, ("what colour is it?", thing.colour), ("what shape is it?", thing.shape)], 3)
+    return [draw(scene, side, side) for scene in scenes], turns
+
+
+def first_turn(sample):
+    """(picture or frames, turns) -> (picture or frames, question, answer), as it is asked."""
+    shown, turns = sample
+    return shown, *turns[0]
+
+
+def size_questions(count, sizes, sample=qwen_scene):
+    """[(picture, question, answer)] in these sizes, the same scenes and questions whatever the sizes. Those of
+    qwen_scene were never trained on; those of qwen_thing may have been, in other sizes."""
+    chosen = [[sizes[i % len(sizes)]] for i in range(count)]
+    return [first_turn(sample(rng_for("qwen size", i), size, "test")) for i, size in enumerate(chosen)]
+
+
+def qwen_movies(count, frames, side=32):
+    rng = rng_for("qwen movies", frames)
+    return [first_turn(qwen_movie(rng, frames, side)) for _ in range(count)]
+
+
+def qwen_numbers(count, tokens):
+    rng = rng_for("qwen numbers")  # the same numbers whatever the tokens
+    return [first_turn(qwen_number(rng, tokens)) for _ in range(count)]
+
+
+def tokens_per_area():
+    """The correlation of visual tokens with the area of pictures of random sizes and shapes, as preprocess makes
+    them."""
+    rng, vision = rng_for("qwen areas"), qwen2vl.PRESETS["tiny"].vision
+    sizes = [(rng.randrange(32, 129), rng.randrange(32, 129)) for _ in range(200)]
+    tokens = [len(qwen2vl.preprocess([Image.new("RGB", size)], vision)[0]) / vision.merge**2 for size in sizes]
+    return float(np.corrcoef([w * h for w, h in sizes], tokens)[0, 1])
+
+
+def load_video(path):
+    """A folder of frames, in the order of their names, or an animated GIF -> list of PIL images, seconds from one frame
+    to the next. A folder has no times: two frames a second are assumed, the published default. Raises ValueError."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise ValueError(f"{path} has no frames in it: a video is a folder of images, or an animated GIF")
+        return [load_image(file) for file in files], 0.5
+    load_image(path)  # reports what is wrong with the file or with its first frame
+    frames, seconds = [], []
+    try:
+        with Image.open(path) as image:
+            for frame in ImageSequence.Iterator(image):
+                frames.append(frame.convert("RGB"))
+                seconds.append((frame.info.get("duration") or 100) / 1000)  # none or 0: a tenth, as browsers show it
+    except Exception as error:  # Pillow raises many kinds; a file cut short is found in one of its later frames
+        raise ValueError(f"{path} is broken behind frame {len(frames)} ({error}): save it again") from None
+    return frames, sum(seconds) / len(seconds)
+
+
+def cut_picture(image, config, scale):
+    """The image as the vision encoder gets it, `scale` times as large, with a line around every token of the
+    decoder."""
+    _, rows, columns = qwen2vl.image_grid(image.height, image.width, config)
+    image = image.resize((columns * config.patch_size, rows * config.patch_size), Image.Resampling.BICUBIC)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    pen, side = ImageDraw.Draw(image), config.factor * scale
+    for x in range(0, image.width, side):
+        for y in range(0, image.height, side):
+            pen.rectangle((x, y, x + side - 1, y + side - 1), outline="#ff8800")
+    return image
+
+
+def draw_resolutions(rows, file, config, wide=280, tall=240):
+    """PNG: rows of (image, text) cut into tokens; the same picture at more and more pixels, and what is read there."""
+    page = Image.new("RGB", (max(map(len, rows)) * wide, len(rows) * tall), "white")
+    pen = ImageDraw.Draw(page)
+    for y, row in enumerate(rows):
+        for x, (image, text) in enumerate(row):
+            _, h, w = qwen2vl.image_grid(image.height, image.width, config)
+            cut = cut_picture(image, config, max(1, 180 // (max(h, w) * config.patch_size)))
+            page.paste(cut, (x * wide + 8, y * tall + 8))
+            pen.multiline_text((x * wide + 8, y * tall + 16 + cut.height), text, fill="black", spacing=4)
+    save_picture(page, file, "two pictures cut into their tokens, at three resolutions each")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1819,7 +3812,7 @@ def trace(model):
     def watch(name, module):
         def note(module, inputs, output):
             tensors = output if isinstance(output, tuple) else (output,)
-            rows.extend((name, x) for x in tensors if torch.is_tensor(x))
+            rows.extend((name, x) for x in tensors if torch.is_tensor(x) and x.numel())
 
         hooks.append(module.register_forward_hook(note))
 
@@ -1869,6 +3862,8 @@ def load_published(recipe, args, check=None):
 
         folder = recipe.module.checkpoint_folder(args.weights)
         config = recipe.module.config_from_published(folder)  # another family's is found before gigabytes are read
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder / 'tokenizer.json'} is missing{recipe.no_tokenizer}")
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         if check:
             check(config, tokenizer)
