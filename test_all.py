@@ -6996,6 +6996,17 @@ def test_blip2_starts_from_the_toy_towers_and_takes_its_stages_in_turn(runs, mon
     ]
 
 
+def test_stage_2_of_blip2_is_the_same_whether_stage_1_was_just_trained_or_is_in_the_cache(runs, monkeypatch):
+    """Stage 2 freezes what stage 1 trained for texts: the gradients left there must not count when they are clipped."""
+    monkeypatch.setattr(world.BLIP2Recipe, "start", lambda *_: fresh("blip2"))
+    monkeypatch.setattr(world.BLIP2Recipe, "stages", tuple(replace(p, steps=2) for p in world.BLIP2Recipe.stages))
+    just_trained = world.BLIP2Recipe().train()
+    (runs / "blip2" / "checkpoint.pt").unlink()
+    from_cache = world.BLIP2Recipe().train()
+    for (name, a), b in zip(just_trained.named_parameters(), from_cache.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_what_a_step_of_blip2_shows_is_true(monkeypatch):
     """In both stages; a fourth of stage 1 are near misses: scenes with one property of one thing changed."""
     recipe, shown, near, change_one = world.BLIP2Recipe(), [], [], world.change_one

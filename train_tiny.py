@@ -701,6 +701,7 @@ def fit(name, plan, model, loss_of, code, data="world", expected=None, after_ste
 
 def train(name, plan, model, loss_of, state, path, expected, after_step):
     """The part of `fit` that runs when there is something left to do."""
+    model.zero_grad()  # what an earlier stage left where nothing trains now would count in the clipped norm
     optimizers, start, log = make_optimizers(plan, model), state["step"], state["log"]
     for optimizer, saved in zip(optimizers, state.get("optimizers", ())):
         optimizer.load_state_dict(saved)
