@@ -1,15 +1,15 @@
 """
 Every test of the repo.
 
-    python test_all.py              everything (three to four minutes on two cores; SLOW=1 trains the demos too)
+    python test_all.py              everything (SLOW=1 trains the demos too)
     python test_all.py -k clip      tests with clip in their name
     python test_all.py -k "not compile and not two_processes" -x
-    python test_all.py -k kernels   the kernels; where there is a GPU on it, with fresh random inputs (SEED=n repeats a run).
-                                    compute-sanitizer python test_all.py -k "kernels and configuration" looks for bad accesses,
-                                    the same with --tool racecheck for races
+    python test_all.py -k kernels   the kernels; where there is a GPU on it, with fresh random inputs (SEED=n repeats them).
+                                    compute-sanitizer python test_all.py -k "kernels and configuration" looks for bad
+                                    accesses, the same with --tool racecheck for races
 
-It all runs offline and without a GPU: Triton's kernels run under its interpreter (TRITON_INTERPRET=1, set below) and are
-compiled, not run, for three generations of GPUs. The oracles are tiny random models of `transformers`.
+It all runs offline and without a GPU: Triton's kernels run under its interpreter (TRITON_INTERPRET=1, set below) and
+are compiled, not run, for three generations of GPUs. The oracles are tiny random models of `transformers`.
 """
 
 import os
@@ -1487,8 +1487,8 @@ def make_blip2_oracle(transformers, retrieval):
     """Four Q-Former layers, so that the image is looked at twice; 6 queries, fewer than the image has patches."""
     torch.manual_seed(0)
     text = transformers.OPTConfig(
-        hidden_size=32, ffn_dim=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, max_position_embeddings=64,
-        word_embed_proj_dim=32, eos_token_id=2,
+        hidden_size=32, ffn_dim=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, eos_token_id=2,
+        max_position_embeddings=64, word_embed_proj_dim=32,
     )  # fmt: skip
     qformer = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3, vocab_size=90)
     config = transformers.Blip2Config(
@@ -3358,7 +3358,7 @@ def open_flamingo_helpers():
     found = importlib.util.find_spec("open_flamingo")
     if found is None or importlib.util.find_spec("einops_exts") is None:
         pytest.skip(
-            "open_flamingo asks for torch 2.0.1; to run this: pip install --no-deps open_flamingo==2.0.1 einops einops_exts"
+            "it asks for torch 2.0.1; to run this: pip install --no-deps open_flamingo==2.0.1 einops einops_exts"
         )
     spec = importlib.util.spec_from_file_location("open_flamingo_helpers", Path(found.origin).parent / "src/helpers.py")
     module = importlib.util.module_from_spec(spec)
@@ -4171,7 +4171,7 @@ def test_cogvlm_counts_its_tokens():
         assert made == cogvlm.num_image_tokens(32, 32, config) == (6 if config.strided else 18)
 
 
-ROLES_BY_HAND = {  # ids with I an image token -> (images of so many tokens, expert of each token, position of each token)
+ROLES_BY_HAND = {  # ids with I an image token -> (tokens of each image, expert of each token, position of each token)
     "w w I I I I I w w": (5, "l l v v v v l l l", "0 1 2 3 3 3 4 5 6"),
     "I I I w": (3, "v v l l", "0 1 2 3"),
     "w I I I I": (4, "l v v v l", "0 1 2 2 3"),
@@ -4499,10 +4499,14 @@ def test_cogvlm_prompts_are_the_published_ones():
 
 
 MALFORMED = [
-    "", " ", "no box", "[[", "[[]]", "[[,,,]]", "[[1,2,3,4]]", "[[0001,000,100,100]]", "[[000,000,100]]", "[[000,000,100,100,200]]",
-    "[[100,100,100,200]]", "[[100,100,200,100]]", "[[300,100,200,200]]", "[[100,300,200,200]]", "[[-10,000,100,100]]", "[[1e3,000,100,100]]",
-    "[[000,000,100,100]", "[000,000,100,100]]", "((000,000,100,100))", "[[000 000 100 100]]", "[[000,,100,100]]", "[[0x1,000,100,100]]",
-    "[[٠٠٠,٠٠٠,١٠٠,١٠٠]]", "[[000,000,100,1 0]]", "\0" * 50, "[" * 100_000, "[[000," * 50_000, "9" * 200_000, "[[000,000,100,\n100]]",
+    "", " ", "no box", "[[", "[[]]", "[[,,,]]", "[[1,2,3,4]]", "[[0001,000,100,100]]", "[[000,000,100]]",
+    "[[000,000,100,100,200]]",
+    "[[100,100,100,200]]", "[[100,100,200,100]]", "[[300,100,200,200]]", "[[100,300,200,200]]", "[[-10,000,100,100]]",
+    "[[1e3,000,100,100]]",
+    "[[000,000,100,100]", "[000,000,100,100]]", "((000,000,100,100))", "[[000 000 100 100]]", "[[000,,100,100]]",
+    "[[0x1,000,100,100]]",
+    "[[٠٠٠,٠٠٠,١٠٠,١٠٠]]", "[[000,000,100,1 0]]", "\0" * 50, "[" * 100_000, "[[000," * 50_000, "9" * 200_000,
+    "[[000,000,100,\n100]]",
 ]  # fmt: skip
 
 
@@ -6039,7 +6043,8 @@ def test_qwen_flops_and_tokens_follow_the_area_with_windows():
 
 
 @pytest.mark.parametrize("family, preset", [
-    ("llava", "tiny"), ("llava", "llava-1.5-7b"), ("qwen2vl", "tiny"), ("qwen2vl", "qwen2-vl-2b"), ("qwen2vl", "qwen2-vl-7b"),
+    ("llava", "tiny"), ("llava", "llava-1.5-7b"), ("qwen2vl", "tiny"), ("qwen2vl", "qwen2-vl-2b"),
+    ("qwen2vl", "qwen2-vl-7b"),
     ("cogvlm", "tiny"), ("blip2", "tiny"),
 ])  # fmt: skip
 def test_anatomy_counts_the_flops_of_a_new_word_with_its_head_tied_or_not(family, preset, capsys):

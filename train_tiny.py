@@ -2159,7 +2159,7 @@ class BLIP2Recipe(Recipe):
     def row(self, text):
         """A description behind the prompt -> ids and labels. Only the description counts."""
         prompt, reply = self.prompt_row(DESCRIBE), text_rows([f" {text}"])[0]
-        return prompt + reply, [blip2.IGNORE_INDEX] * len(prompt) + reply
+        return prompt + reply, prompt + reply
 
     def loss(self, model, samples, plan, step):
         """Stage 1: contrast, matching, generation. Stage 2: OPT writes the text; padding is to the right of it."""
