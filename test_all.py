@@ -4,7 +4,7 @@ Every test of the repo.
     python test_all.py              everything (SLOW=1 trains the demos too)
     python test_all.py -k clip      tests with clip in their name
     python test_all.py -k "not compile and not two_processes" -x
-    python test_all.py -k kernels   the kernels; where there is a GPU on it, with fresh random inputs (SEED=n repeats them).
+    python test_all.py -k kernels   the kernels; where there is a GPU on it, with fresh inputs (SEED=n repeats a run).
                                     compute-sanitizer python test_all.py -k "kernels and configuration" looks for bad
                                     accesses, the same with --tool racecheck for races
 
