@@ -57,47 +57,31 @@ from kernels import attention_maps, draw_mask, rope_2d
 # The world: things on a canvas
 
 
-COLOURS = {
+COLOURS = {  # all bright, since a shape that hardly shows teaches little
     "red": (255, 70, 60),
     "green": (60, 220, 90),
-    "blue": (80, 140, 255),  # all bright, since a shape that
+    "blue": (80, 140, 255),
     "yellow": (255, 225, 60),
     "purple": (205, 90, 245),
     "white": (250, 250, 250),
-}  # hardly shows teaches little
+}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = {"small": 0.30, "large": 0.42}  # side, as a fraction of the canvas's shorter side; below a half
 JITTER = 0.25  # 1: anywhere in its quarter of the canvas; 0: always in the middle
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 NUMBERS = ("zero", "one", "two", "three", "four")
-NAMES = (
-    "blick",
-    "dax",
-    "fep",
-    "gazzer",
-    "kiki",
-    "lorp",
-    "modi",
-    "pilk",
-    "rif",
-    "tufa",
-    "wug",
-    "zibo",
-    "tepa",
-    "mip",
-    "nax",
-    "sorb",
-)  # words without a meaning, to be given one in a few examples
+# words without a meaning, to be given one in a few examples
+NAMES = tuple("blick dax fep gazzer kiki lorp modi pilk rif tufa wug zibo tepa mip nax sorb".split())
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)  # 30
-UNSEEN_PAIRS = (
+UNSEEN_PAIRS = (  # a fifth of all: each colour once, each shape at most twice
     ("red", "triangle"),
     ("green", "circle"),
-    ("blue", "cross"),  # a fifth: each colour once, each shape
+    ("blue", "cross"),
     ("yellow", "ring"),
     ("purple", "square"),
     ("white", "circle"),
-)  # at most twice
+)
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
 
@@ -252,25 +236,10 @@ def draw(scene, width=32, height=32):
     return image
 
 
-# Numbers to read: three columns by five rows per digit, one bit per pixel, rows from the top.
-GLYPHS = {
-    digit: bits
-    for digit, bits in zip(
-        "0123456789",
-        (
-            0b111101101101111,
-            0b010110010010111,
-            0b111001111100111,
-            0b111001111001111,
-            0b101101111001001,
-            0b111100111001111,
-            0b111100111101111,
-            0b111001010010010,
-            0b111101111101111,
-            0b111101111001111,
-        ),
-    )
-}
+# Numbers to read: three columns by five rows per digit, one bit per pixel, rows from the top, written in octal.
+GLYPHS = dict(
+    zip("0123456789", (0o75557, 0o26227, 0o71747, 0o71717, 0o55711, 0o74717, 0o74757, 0o71222, 0o75757, 0o75717))
+)
 
 
 def draw_number(text, width=32, height=32, colour="white", grey=20):
@@ -452,24 +421,8 @@ def text_line(rng):
 
 
 VOCAB_SIZE = 512  # 256 bytes + 240 merges + 16 special tokens, which come last
-SPECIAL = (
-    "<pad>",
-    "<bos>",
-    "<eos>",
-    "<image>",
-    "<video>",
-    "<boi>",
-    "<eoi>",
-    "<mask>",
-    "<cls>",
-    "<sep>",
-    "<dec>",
-    "<|endofchunk|>",
-    "<spare1>",
-    "<spare2>",
-    "<spare3>",
-    "<spare4>",
-)
+SPECIAL = "<pad> <bos> <eos> <image> <video> <boi> <eoi> <mask> <cls> <sep> <dec> <|endofchunk|>".split()
+SPECIAL += ["<spare1>", "<spare2>", "<spare3>", "<spare4>"]
 MERGES = VOCAB_SIZE - 256 - len(SPECIAL)
 SPECIAL_IDS = {token: 256 + MERGES + i for i, token in enumerate(SPECIAL)}
 PAD_ID, BOS_ID, EOS_ID, IMAGE_ID, VIDEO_ID, BOI_ID, EOI_ID, MASK_ID, CLS_ID, SEP_ID, DEC_ID, CHUNK_ID = range(496, 508)
@@ -748,6 +701,7 @@ def fit(name, plan, model, loss_of, code, data="world", expected=None, after_ste
 
 def train(name, plan, model, loss_of, state, path, expected, after_step):
     """The part of `fit` that runs when there is something left to do."""
+    model.zero_grad()  # what an earlier stage left where nothing trains now would count in the clipped norm
     optimizers, start, log = make_optimizers(plan, model), state["step"], state["log"]
     for optimizer, saved in zip(optimizers, state.get("optimizers", ())):
         optimizer.load_state_dict(saved)
@@ -2205,7 +2159,7 @@ class BLIP2Recipe(Recipe):
     def row(self, text):
         """A description behind the prompt -> ids and labels. Only the description counts."""
         prompt, reply = self.prompt_row(DESCRIBE), text_rows([f" {text}"])[0]
-        return prompt + reply, [blip2.IGNORE_INDEX] * len(prompt) + reply
+        return prompt + reply, prompt + reply
 
     def loss(self, model, samples, plan, step):
         """Stage 1: contrast, matching, generation. Stage 2: OPT writes the text; padding is to the right of it."""
