@@ -2159,7 +2159,7 @@ class BLIP2Recipe(Recipe):
     def row(self, text):
         """A description behind the prompt -> ids and labels. Only the description counts."""
         prompt, reply = self.prompt_row(DESCRIBE), text_rows([f" {text}"])[0]
-        return prompt + reply, prompt + reply
+        return prompt + reply, [blip2.IGNORE_INDEX] * len(prompt) + reply
 
     def loss(self, model, samples, plan, step):
         """Stage 1: contrast, matching, generation. Stage 2: OPT writes the text; padding is to the right of it."""
@@ -2167,7 +2167,7 @@ class BLIP2Recipe(Recipe):
         pixels = blip2.preprocess(pictures, model.config.vision).to(device)
         if plan.stage:
             ids, mask = qformer_rows(texts)
-            hard_negatives = torch.Generator().manual_seed(1_000_003 * plan.seed + step)
+            hard_negatives = torch.Generator().manual_seed(plan.seed + step)
             return model.stage1_loss(pixels, ids.to(device), mask.to(device), hard_negatives)
         rows = [self.row(text) for text in texts]
         ids, _ = pad([ids for ids, _ in rows])
