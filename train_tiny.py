@@ -1267,7 +1267,7 @@ class CLIPRecipe(Recipe):
 
     def claims(self, model, args):
         rng = rng_for("clip claims")
-        right = self.retrieval(model, test_samples(rng, 512))
+        right = self.retrieval(model, unseen_samples(rng, 512))
         pairs = [unseen_pair_scene(rng, 1) for _ in range(300)]
         bare, ensemble = self.naming(model, pairs, ("{}",)), self.naming(model, pairs, TEMPLATES)
         return [
@@ -1277,7 +1277,7 @@ class CLIPRecipe(Recipe):
         ]
 
     def measure(self, model):
-        return [self.retrieval(model, test_samples(rng_for("clip ablations"), 512))]
+        return [self.retrieval(model, unseen_samples(rng_for("clip ablations"), 512))]
 
     def compare(self, means):
         (softmax16,), (sigmoid16,), (softmax128,), (sigmoid128,) = means.values()
@@ -1290,7 +1290,7 @@ class CLIPRecipe(Recipe):
     # The workbench
 
     def example(self, model):
-        pictures, texts = zip(*test_samples(rng_for("trace"), 2))
+        pictures, texts = zip(*unseen_samples(rng_for("trace"), 2))
         ids, _ = self.tokenizer_of(model)(texts)
         return dict(pixels=clip.preprocess(pictures, model.config.vision), ids=ids)
 
@@ -1311,7 +1311,7 @@ class CLIPRecipe(Recipe):
                 forget("clip")
             model = self.train(args.device)
             tokenize = self.tokenizer_of(model)
-        [(picture, text)] = test_samples(rng_for("clip demo"), 1)
+        [(picture, text)] = unseen_samples(rng_for("clip demo"), 1)
         shares = clip.rank_prompts(model, images or [picture], prompts, tokenize)
         for name, row in zip(args.image or [f"[{text}]"], shares):
             order = row.argsort(descending=True).tolist()
@@ -1334,7 +1334,7 @@ class CLIPRecipe(Recipe):
 
     def demo(self, args):
         rng = rng_for("clip demo")
-        samples, unseen = test_samples(rng, 256), [unseen_pair_scene(rng, 1) for _ in range(120)]
+        samples, unseen = unseen_samples(rng, 256), [unseen_pair_scene(rng, 1) for _ in range(120)]
         say("A world of coloured shapes. An image of 32 x 32 pixels is 16 patches; its text is, for example:")
         say(f"    {samples[0][1]}")
         before = self.retrieval(self.start(args.device, seed=0), samples)
@@ -1377,7 +1377,7 @@ class CLIPRecipe(Recipe):
         ]
 
 
-def test_samples(rng, count):
+def unseen_samples(rng, count):
     """[(picture, full caption)] of scenes never trained on."""
     scenes = [make_scene(rng, split="test") for _ in range(count)]
     return [(draw(scene), caption(scene)) for scene in scenes]
