@@ -2060,9 +2060,10 @@ def test_vilt_bad_input_is_an_error_that_names_what_is_wrong():
         model(pixels, ids, pixel_mask=torch.ones(2, 4, 4))
     with pytest.raises(ValueError, match="padded on the right"):
         model(pixels, ids, torch.arange(7) >= torch.tensor([[0], [3]]))
-    nothing, hole, corner = (torch.ones(2, 32, 32, dtype=torch.bool) for _ in range(3))
-    nothing[1], hole[1, 8:16, 8:16], corner[1, :8] = False, False, False
-    for pixel_mask in (nothing, hole, corner):
+    nothing, hole, corner, moved = (torch.ones(2, 32, 32, dtype=torch.bool) for _ in range(4))
+    nothing[1], hole[1, 8:16, 8:16], corner[1, :8], moved[1] = False, False, False, False
+    moved[1, :8, :16] = moved[1, :16, :8] = moved[1, 16:24, 16:24] = True  # four patches, but no two by two
+    for pixel_mask in (nothing, hole, corner, moved):
         with pytest.raises(ValueError, match="image 1 "):
             model(pixels, ids, pixel_mask=pixel_mask)
     with pytest.raises(AttributeError, match="vqa_head"):
