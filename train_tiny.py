@@ -1168,8 +1168,8 @@ def toy_clip(device="cpu"):
 def gather_features(features):
     """Features [b,E] of this process -> those of the joint batch [W*b,E], in the order of the ranks.
 
-    Every process then computes the whole loss, and its share is 1/W of it. all_gather sends no gradient back, so that
-    each process gets one for its own rows only: W times the gradient there makes up for the share of 1/W.
+    all_gather sends no gradient back, so that each process has one for its own rows only. Each process counts 1/W of
+    the whole loss (see CLIPRecipe.loss); the factor W below makes up for it.
     """
     parts = [torch.empty_like(features) for _ in range(WORLD_SIZE)]
     dist.all_gather(parts, features.detach().contiguous())
@@ -1180,13 +1180,11 @@ def gather_features(features):
 class CLIPRecipe(Recipe):
     module, model_class = clip, clip.CLIP
     stages = (Plan("", 700, 64, lr=1e-3, weight_decay=0.5, warmup=60),)
-    variants = {
-        f"{loss} {batch}": dict(loss=loss, batch=batch) for batch in (16, 128) for loss in ("softmax", "sigmoid")
-    }
+    variants = {f"{loss} {B}": dict(loss=loss, batch=B) for B in (16, 128) for loss in ("softmax", "sigmoid")}
     ablation_steps = 500
 
     def train(self, *args, batch=None, **changes):
-        """batch: an ablation's, in the place of the plan's."""
+        """batch: an ablation's, instead of the plan's."""
         if batch:
             self.stages = tuple(replace(plan, batch=batch) for plan in self.stages)
         return super().train(*args, **changes)
@@ -1195,11 +1193,10 @@ class CLIPRecipe(Recipe):
         return dict(name=f"clip-{args.loss}", loss=args.loss) if args.loss != "softmax" else {}
 
     def start(self, device, seed, loss="softmax", tower=None, vision=None):
-        """CLIP, or with SigLIP's switches: no class token, text that is not causal. tower: a trained vision tower to
-        start from. vision: a tower of another kind in the place of CLIP's; its class token comes first."""
+        """tower: a trained vision tower to start from. vision: one of another kind, whose class token comes first."""
         torch.manual_seed(seed)
         config = clip.PRESETS["tiny"]
-        if loss == "sigmoid":
+        if loss == "sigmoid":  # SigLIP: no class token, text that is not causal
             without = replace(config.vision, class_token=False, ln_pre=False)
             config = replace(config, loss=loss, vision=without, text=replace(config.text, causal=False))
         model = clip.CLIP(config)
@@ -1213,8 +1210,7 @@ class CLIPRecipe(Recipe):
         return model
 
     def batch(self, plan, step):
-        """[(picture, caption)]. All scenes of a step have equally many things, so that counting them tells nothing
-        apart, and the captions are about equally long."""
+        """[(picture, caption)]. All scenes of a step have equally many things: counting them does not help."""
         count = rng_for(plan.seed, step).choice((1, 2, 2, 3, 4))
         scenes = [(make_scene(rng, count), rng) for rng in batch_rngs(plan.seed, step, plan.batch)]
         return [(draw(scene), caption(scene, rng)) for scene, rng in scenes]
@@ -1226,7 +1222,7 @@ class CLIPRecipe(Recipe):
         return image, clip.encode_prompts(model, [text for _, text in samples], self.tokenizer_of(model))
 
     def tokenizer_of(self, model):
-        """What clip.py calls tokenize: texts -> ids and, where padding would be seen, mask."""
+        """The toy's `tokenize` (see clip.encode_prompts). Causal text needs no mask: padding comes after it."""
 
         def tokenize(texts):
             ids, mask = pad(text_rows(texts, model.config.text.context))
@@ -1235,7 +1231,6 @@ class CLIPRecipe(Recipe):
         return tokenize
 
     def loss(self, model, samples, plan, step):
-        """Each pair is compared with all others of the joint batch."""
         image, text = self.features(model, samples)
         if WORLD_SIZE == 1 or not image.requires_grad:  # alone, or own data are measured
             return model.loss(image, text)
@@ -1272,9 +1267,8 @@ class CLIPRecipe(Recipe):
 
     def claims(self, model, args):
         rng = rng_for("clip claims")
-        unseen = [make_scene(rng, split="test") for _ in range(512)]
+        right = self.retrieval(model, unseen_samples(rng, 512))
         pairs = [unseen_pair_scene(rng, 1) for _ in range(300)]
-        right = self.retrieval(model, [(draw(scene), caption(scene)) for scene in unseen])
         bare, ensemble = self.naming(model, pairs, ("{}",)), self.naming(model, pairs, TEMPLATES)
         return [
             Claim("clip: retrieval, right caption among 512 unseen scenes", 1 / 512, right, 0.95),
@@ -1283,9 +1277,7 @@ class CLIPRecipe(Recipe):
         ]
 
     def measure(self, model):
-        rng = rng_for("clip ablations")
-        scenes = [make_scene(rng, split="test") for _ in range(512)]
-        return [self.retrieval(model, [(draw(scene), caption(scene)) for scene in scenes])]
+        return [self.retrieval(model, unseen_samples(rng_for("clip ablations"), 512))]
 
     def compare(self, means):
         (softmax16,), (sigmoid16,), (softmax128,), (sigmoid128,) = means.values()
@@ -1298,62 +1290,51 @@ class CLIPRecipe(Recipe):
     # The workbench
 
     def example(self, model):
-        rng = rng_for("trace")
-        scenes = [make_scene(rng, split="test") for _ in range(2)]
-        ids, _ = self.tokenizer_of(model)([caption(scene) for scene in scenes])
-        return dict(pixels=clip.preprocess([draw(scene) for scene in scenes], model.config.vision), ids=ids)
-
-    def check_question(self, question, images, toy):
-        if not question.strip():
-            raise ValueError("the prompt is empty: write what to look for, as in --prompt 'a red circle'")
-        if toy:
-            check_fits(text_rows([question])[0], clip.PRESETS["tiny"].text.context)
+        pictures, texts = zip(*unseen_samples(rng_for("trace"), 2))
+        ids, _ = self.tokenizer_of(model)(texts)
+        return dict(pixels=clip.preprocess(pictures, model.config.vision), ids=ids)
 
     def ask(self, args):
         """--image and --prompt: how well each of your prompts fits each of your images, the best first."""
-        images, prompts = [load_image(path) for path in args.image], args.prompt
+        images, prompts = self.load_images(args), args.prompt
         if args.weights and not (images and prompts):
-            example = "--image photo.jpg --prompt 'a cat' --prompt 'a dog'"
-            raise ValueError(f"--weights needs --image and --prompt, as in {example}")
-        for prompt in prompts:
-            self.check_question(prompt, images, toy=not args.weights)
+            raise ValueError("--weights needs images and prompts: --image photo.jpg --prompt 'a cat' --prompt 'a dog'")
+        if not all(prompt.strip() for prompt in prompts):
+            raise ValueError("the prompt is empty: write what to look for, as in --prompt 'a red circle'")
         if args.weights:
             model, tokenize = self.published(args)
         else:
+            prompts = prompts or ["a red circle", "a blue square", "a green triangle"]
+            for ids in text_rows(prompts):
+                check_fits(ids, clip.PRESETS["tiny"].text.context)
             if args.fresh:
                 forget("clip")
             model = self.train(args.device)
-            tokenize, prompts = (
-                self.tokenizer_of(model),
-                prompts or ["a red circle", "a blue square", "a green triangle"],
-            )
-        scene = make_scene(rng_for("clip demo"), split="test")
-        shares = clip.rank_prompts(model, images or [draw(scene)], prompts, tokenize)
-        for name, row in zip(args.image or [f"[{caption(scene)}]"], shares):
+            tokenize = self.tokenizer_of(model)
+        [(picture, text)] = unseen_samples(rng_for("clip demo"), 1)
+        shares = clip.rank_prompts(model, images or [picture], prompts, tokenize)
+        for name, row in zip(args.image or [f"[{text}]"], shares):
             order = row.argsort(descending=True).tolist()
             say(name, *(f"  {100 * row[i]:5.1f} %  {prompts[i]}" for i in order))
 
     def published(self, args):
-        """--weights -> (model, tokenize). A prompt that is too long is found before the weights are read."""
-
-        def rows(tokenizer, texts):
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            return [tokenizer.encode(text).ids for text in texts]
+        """--weights -> (model, tokenize for args.prompt). Prompts that are too long are found before loading."""
+        rows = []
 
         def check(config, tokenizer):
-            longest = max(map(len, rows(tokenizer, args.prompt)))
-            if longest > config.text.context:
-                stop(f"clip.py: a prompt has {longest} tokens, the context holds {config.text.context}: shorten it")
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            rows.extend(tokenizer.encode(prompt).ids for prompt in args.prompt)
+            longest, context = max(map(len, rows)), config.text.context
+            if longest > context:
+                stop(f"clip.py: a prompt has {longest} tokens, the context holds {context}: shorten it")
 
-        model, tokenizer = load_published(self, args, check)
-        return model, lambda texts: (clip.pad_texts(rows(tokenizer, texts), model.config.text), None)
+        model, _ = load_published(self, args, check)
+        return model, lambda prompts: (clip.pad_texts(rows, model.config.text), None)
 
     def demo(self, args):
         rng = rng_for("clip demo")
-        scenes = [make_scene(rng, split="test") for _ in range(256)]
-        samples = [(draw(scene), caption(scene)) for scene in scenes]
-        unseen = [unseen_pair_scene(rng, 1) for _ in range(120)]
+        samples, unseen = unseen_samples(rng, 256), [unseen_pair_scene(rng, 1) for _ in range(120)]
         say("A world of coloured shapes. An image of 32 x 32 pixels is 16 patches; its text is, for example:")
         say(f"    {samples[0][1]}")
         before = self.retrieval(self.start(args.device, seed=0), samples)
@@ -1362,79 +1343,72 @@ class CLIPRecipe(Recipe):
         say(f"after training, for {self.retrieval(model, samples):.0%} of images it has never seen")
         say(f"pairs never shown in training ({', '.join(' '.join(pair) for pair in UNSEEN_PAIRS)}):")
         say(f"    named rightly, out of 30, {self.naming(model, unseen, TEMPLATES):.0%} (guessing: 3 %)")
-        shown = [*samples[:7], (draw(unseen[0]), caption(unseen[0]))]
-        pictures, texts = zip(*shown)
-        with torch.no_grad():
-            image, text = self.features(model, shown)
-            similarity = model.logits(image, text).softmax(-1).cpu()
-        heat = patch_importance(model, pictures[-1], text[-1])
+        pictures, texts = zip(*samples[:7], (draw(unseen[0]), caption(unseen[0])))
+        similarity = clip.rank_prompts(model, pictures, texts, self.tokenizer_of(model))
+        text = clip.encode_prompts(model, texts, self.tokenizer_of(model))[-1]
+        heat = patch_importance(model, pictures[-1], text)
         say(f"\nwhich patches carry the similarity to {texts[-1]!r}? Lost when one patch is painted grey, in 1/100:")
         say(*("    " + " ".join(f"{100 * value:5.1f}" for value in row) for row in heat.tolist()))
         draw_similarity(pictures, similarity, heat, RUNS / "clip" / "demo.png")
 
     def masks(self):
         padded = torch.tensor([[0, 0, 0, 0, -1, -1]])
+        siglip = draw_mask(6, 6, q_segments=padded, k_segments=padded)
         return [
-            ("image tower: the class token and all patches see each other", draw_mask(5, 5)),
-            (
-                "CLIP's text tower: causal, so the end-of-text token is the only one that has seen everything",
-                draw_mask(6, 6, causal=True),
-            ),
-            (
-                "SigLIP's text tower: both ways (here with a mask: 4 tokens and 2 of padding)",
-                draw_mask(6, 6, q_segments=padded, k_segments=padded),
-            ),
+            ("image tower: the class token and all patches attend to each other", draw_mask(5, 5)),
+            ("CLIP's text tower: causal; only the end-of-text token attends to all", draw_mask(6, 6, causal=True)),
+            ("SigLIP's text tower: both ways (here with a mask: 4 tokens and 2 of padding)", siglip),
         ]
 
     def costs(self, model):
-        """Visual tokens and FLOPs, as lines of text; of a model on the meta device."""
-        config, side, T, E = (
-            model.config,
-            model.config.vision.image_size,
-            model.config.text.context,
-            model.config.embed_dim,
-        )
-        pixels, ids = torch.empty(1, 3, side, side, device="meta"), torch.zeros(1, T, dtype=torch.long, device="meta")
-        tokens = clip.num_image_tokens(side, side, config)
-        of_class = " (one is the class token)" if config.vision.class_token else ""
-        of_an_image, of_a_text = count_flops(lambda: model.vision(pixels)), count_flops(lambda: model.text(ids))
+        """Visual tokens and FLOPs, as lines of text."""
+        config, side = model.config, model.config.vision.image_size
+        T, E = config.text.context, config.embed_dim
+        image = count_flops(lambda: model.vision(torch.empty(1, 3, side, side)))
+        text = count_flops(lambda: model.text(torch.zeros(1, T, dtype=torch.long)))
+        tokens = f"{clip.num_image_tokens(side, side, config)} tokens"
+        if config.vision.class_token:
+            tokens += " (one is the class token)"
         return [
             f"one stage, {config.loss} loss: all parameters are trained",
-            f"image {side} x {side} -> {tokens} tokens{of_class} -> 1 vector of {E};  "
-            f"text of {T} tokens -> 1 vector of {E}",
-            f"FLOPs: {of_an_image:,} for an image, {of_a_text:,} for a text; B pairs cost B times the sum,",
+            f"image {side} x {side} -> {tokens} -> 1 vector of {E};  text of {T} tokens -> 1 vector of {E}",
+            f"FLOPs: {image:,} for an image, {text:,} for a text; B pairs cost B times the sum,",
             f"and the similarity matrix 2 * B * B * {E}. No KV cache: nothing is generated.",
         ]
 
 
+def unseen_samples(rng, count):
+    """[(picture, full caption)] of scenes never trained on."""
+    scenes = [make_scene(rng, split="test") for _ in range(count)]
+    return [(draw(scene), caption(scene)) for scene in scenes]
+
+
 @torch.no_grad()
 def patch_importance(model, picture, text):
-    """How much of the similarity to a text [E] each patch carries, [rows,columns]: what is lost when that patch alone
-    is painted grey. Works for any tower, since it only asks the model again, once per patch."""
-    P = model.config.vision.patch_size
+    """The similarity to a text [E] that is lost when one patch is painted grey, for each patch, [rows,columns]."""
+    P, grid = model.config.vision.patch_size, model.config.vision.image_size // model.config.vision.patch_size
     pixels = clip.preprocess([picture], model.config.vision).to(text.device)
-    rows, columns = pixels.shape[2] // P, pixels.shape[3] // P
-    hidden = pixels.repeat(rows * columns, 1, 1, 1)
-    for i in range(rows * columns):
-        y, x = P * (i // columns), P * (i % columns)
+    hidden = pixels.repeat(grid * grid, 1, 1, 1)
+    for i in range(grid * grid):
+        y, x = P * (i // grid), P * (i % grid)
         hidden[i, :, y : y + P, x : x + P] = pixels.mean()
     similarity = model.encode_image(torch.cat([pixels, hidden])) @ text  # [1+N]
-    return (similarity[0] - similarity[1:]).view(rows, columns).cpu()
+    return (similarity[0] - similarity[1:]).view(grid, grid).cpu()
 
 
-def draw_similarity(pictures, similarity, heat, file, cell=64):
-    """PNG: the pictures beside their rows of the similarity matrix [B,B] (white: 1), and the last picture with the
-    patches that carry its similarity."""
-    B = len(pictures)
-    page = Image.new("RGB", ((B + 1) * cell + 20, (B + 1) * cell + 20), "white")
+def draw_similarity(pictures, similarity, heat, file):
+    """PNG: each picture beside its row of similarity [B,B], where 1 is white; below, the last picture and its heat."""
+    B, cell, side = len(pictures), 64, 60
+    left, below = cell + 20, B * cell + 12
+    page = Image.new("RGB", (left + B * cell,) * 2, "white")
     pen = ImageDraw.Draw(page)
     for i, picture in enumerate(pictures):
-        page.paste(picture.resize((cell - 4, cell - 4), Image.Resampling.NEAREST), (2, i * cell + 2))
-        for j in range(B):
-            x, y, level = (j + 1) * cell + 20, i * cell, int(255 * similarity[i, j])
-            pen.rectangle((x, y, x + cell - 4, y + cell - 4), fill=(level,) * 3, outline="red" if i == j else "grey")
-    page.paste(heat_picture(pictures[-1], heat.clamp(min=0), cell - 4), (2, B * cell + 12))
-    pen.text((cell + 20, B * cell + 12), "the last image again: bright patches carry its similarity", fill="black")
+        page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (2, i * cell + 2))
+        for j, share in enumerate(similarity[i].tolist()):
+            x, y, level = left + j * cell, i * cell, int(255 * share)
+            pen.rectangle((x, y, x + side, y + side), fill=(level,) * 3, outline="red" if i == j else "grey")
+    page.paste(heat_picture(pictures[-1], heat.clamp(min=0), side), (2, below))
+    pen.text((left, below), "the last image again: bright patches carry its similarity", fill="black")
     save_picture(page, file, f"the similarity matrix: {B} images by {B} texts, the diagonal should be bright")
 
 
@@ -2159,7 +2133,7 @@ class BLIP2Recipe(Recipe):
     def row(self, text):
         """A description behind the prompt -> ids and labels. Only the description counts."""
         prompt, reply = self.prompt_row(DESCRIBE), text_rows([f" {text}"])[0]
-        return prompt + reply, prompt + reply
+        return prompt + reply, [blip2.IGNORE_INDEX] * len(prompt) + reply
 
     def loss(self, model, samples, plan, step):
         """Stage 1: contrast, matching, generation. Stage 2: OPT writes the text; padding is to the right of it."""
@@ -2167,7 +2141,7 @@ class BLIP2Recipe(Recipe):
         pixels = blip2.preprocess(pictures, model.config.vision).to(device)
         if plan.stage:
             ids, mask = qformer_rows(texts)
-            hard_negatives = torch.Generator().manual_seed(1_000_003 * plan.seed + step)
+            hard_negatives = torch.Generator().manual_seed(plan.seed + step)
             return model.stage1_loss(pixels, ids.to(device), mask.to(device), hard_negatives)
         rows = [self.row(text) for text in texts]
         ids, _ = pad([ids for ids, _ in rows])
