@@ -994,7 +994,8 @@ class Recipe:
         @torch.no_grad()
         def measured():
             loss, metrics = self.loss(model, self.collect(held[:64], plan, 0), plan, 0)
-            return {"loss": float(loss)} | {name: float(value) for name, value in metrics.items()}
+            of_rows = {name: float(value) for name, value in metrics.items() if "gate" not in name}  # of no row
+            return {"loss": float(loss)} | of_rows
 
         before = measured()
         self.fit(run_name(f"{self.family}-own", args.seed, args.steps), model, plan, draw_batch, fingerprint)
