@@ -2141,7 +2141,7 @@ class BLIP2Recipe(Recipe):
         pixels = blip2.preprocess(pictures, model.config.vision).to(device)
         if plan.stage:
             ids, mask = qformer_rows(texts)
-            hard_negatives = torch.Generator().manual_seed(plan.seed + step)
+            hard_negatives = torch.Generator().manual_seed(1_000_003 * plan.seed + step)
             return model.stage1_loss(pixels, ids.to(device), mask.to(device), hard_negatives)
         rows = [self.row(text) for text in texts]
         ids, _ = pad([ids for ids, _ in rows])
