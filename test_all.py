@@ -6023,9 +6023,9 @@ def test_qwen_anatomy_says_what_trains_and_what_an_image_costs(capsys):
     out = capsys.readouterr().out
     assert "stage 1: 665,271,296 trained" in out and "stage 3: 1,543,714,304 trained" in out
     assert "28,672 bytes a token" in out and "from 3,136 to 12,845,056 pixels" in out
-    found = re.findall(r"(\d+) x (\d+) +([\d,]+) +([\d,]+) +([\d,]+)", out)
+    found = re.findall(r"(\d+) x (\d+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+)", out)
     rows = {(int(row[0]), int(row[1])): row for row in found}
-    assert rows[224, 224][2] == "64" and rows[476, 1288][2] == "782"
+    assert rows[224, 224][2] == "64" and rows[476, 1288][2] == "782" and rows[224, 224][5] == f"{64 * 28672:,}"
     flops = [int(rows[size][3].replace(",", "")) for size in ((224, 224), (224, 448))]
     assert flops[1] > 2 * flops[0], "attention over the whole frame grows with the square"
 
@@ -7907,10 +7907,10 @@ def test_qwens_parts_show_what_they_say_and_the_cache_knows_what_came_before(run
     assert re.search(r"part1.*plan changed.*\n.*steps12.*towers changed", capsys.readouterr().out)
 
 
-def test_the_code_of_qwens_training_is_what_its_steps_show_however_the_program_is_started(monkeypatch):
-    code = lambda: world.Qwen2VLRecipe().code()
-    before = code()
-    for name, value in (("__name__", "__main__"), ("LONG_MOVIES", (8,)), ("NEW_CANVASES", ())):
+def test_the_code_of_qwens_training_is_what_its_steps_use_however_the_program_is_started(monkeypatch):
+    code, source, syntax_tree = lambda: world.Qwen2VLRecipe().code(), TRAIN_TINY.read_text(), world.syntax_tree
+    before, here = code(), os.path.relpath(TRAIN_TINY)
+    for name, value in (("__name__", "__main__"), ("__file__", here), ("LONG_MOVIES", (8,)), ("NEW_CANVASES", ())):
         monkeypatch.setattr(world, name, value)
         assert code() == before, name
         monkeypatch.undo()
@@ -7918,6 +7918,23 @@ def test_the_code_of_qwens_training_is_what_its_steps_show_however_the_program_i
         monkeypatch.setattr(world, name, value)
         assert code() != before, name
         monkeypatch.undo()
+
+    def code_after(old, new):
+        assert source.count(old) == 1, old
+        tree = ast.parse(source.replace(old, new))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(world, "syntax_tree", lambda path: tree if path == world.__file__ else syntax_tree(path))
+            return code()
+
+    before = code_after("class Qwen2VLRecipe", "class Qwen2VLRecipe")
+    for old, new in (
+        ('encode_turn(asked, f" {right}"', 'encode_turn(asked, f"{right}"'),  # a method that loss uses
+        ("for kind in rng.sample(kinds, len(kinds)):", "for kind in kinds:"),  # ask: a function, not the method
+        ("x = self.patch_embedding(patches) + ", "x = self.patch_embedding(patches) - "),  # a class
+    ):
+        assert code_after(old, new) != before, old
+    for old in ("In goes a picture as it is", "--weights needs --prompt, as in", "two pictures cut into their tokens"):
+        assert code_after(old, "other words") == before, old
 
 
 def test_a_step_of_qwen_weighs_kinds_by_their_samples(monkeypatch):
@@ -8054,6 +8071,17 @@ def test_qwens_demo_shows_its_pictures_and_refuses_a_prompt_that_does_not_fit(ru
     main("--image", image, "--prompt", "what is it?", "--prompt", "what colour is it?")
     out = capsys.readouterr().out
     assert out.startswith("what is it? -> ") and "\nwhat colour is it? -> " in out and out.count("\n") == 2
+
+
+def test_qwen_is_told_how_long_the_frames_of_a_clip_last(tmp_path, monkeypatch):
+    odd_files(tmp_path)
+    recipe, told, answer = world.Qwen2VLRecipe(), [], qwen2vl.answer
+    monkeypatch.setattr(qwen2vl, "answer", lambda *given, **options: told.append(options) or answer(*given, **options))
+    files = dict(image=[tmp_path / "one.png"], video=[tmp_path / "moving.gif", tmp_path / "moving.gif"])
+    model, words = fresh("qwen2vl"), (world.encode, world.decode)
+    recipe.answer(model, recipe.load_images(argparse.Namespace(**files)), "what moves?", *words)
+    recipe.answer(model, recipe.load_images(argparse.Namespace(image=[], video=[])), "what moves?", *words)
+    assert told[0]["seconds"] == pytest.approx([0.0, 0.2, 0.2]) and told[1]["seconds"] is None
 
 
 def test_qwens_trace_shows_an_image_and_a_clip(capsys):
