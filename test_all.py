@@ -7933,7 +7933,11 @@ def test_the_code_of_qwens_training_is_what_its_steps_use_however_the_program_is
         ("x = self.patch_embedding(patches) + ", "x = self.patch_embedding(patches) - "),  # a class
     ):
         assert code_after(old, new) != before, old
-    for old in ("In goes a picture as it is", "--weights needs --prompt, as in", "two pictures cut into their tokens"):
+    for old in (
+        "In goes a picture as it is",
+        "is not an image that Pillow can read",
+        "two pictures cut into their tokens",
+    ):
         assert code_after(old, "other words") == before, old
 
 
