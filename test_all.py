@@ -5576,8 +5576,9 @@ def fails_in_one_line(call, capsys, *words):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_mask_and_anatomy_print_something_true(family, capsys):
-    # ViLT: words and patches in one row; Qwen2-VL: the patches of all images in one row
-    tokens = {"vilt": ", 96]", "qwen2vl": ", 96]", "clip": "[2, 17, 96]"}.get(family, "[2, 16, 96]")
+    # ViLT: words and patches in one row; Qwen2-VL: the patches of all images in one row; Flamingo: three images a row
+    tokens = {"vilt": ", 96]", "qwen2vl": ", 96]", "clip": "[2, 17, 96]", "flamingo": "[6, 17, 96]"}
+    tokens = tokens.get(family, "[2, 16, 96]")
     blocks = {"blip2": "blocks x 3"}.get(family, "blocks x 4")  # of the tiny vision tower
     for option, words in (("--trace", [tokens]), ("--show-mask", ["# #", "# ."]), ("--anatomy", [blocks])):
         world.workbench(family, [option])
