@@ -5703,7 +5703,8 @@ def test_odd_videos_cost_one_line_that_names_them(untaught, tmp_path, capsys, mo
         assert "what moves? ->" in capsys.readouterr().out
 
 
-def test_vilts_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(runs, capsys):
+def test_vilts_demo_refuses_a_prompt_that_is_empty_or_too_long_before_it_trains(runs, monkeypatch, capsys):
+    monkeypatch.setattr(world.Recipe, "train", None)
     main = lambda prompt: lambda: world.workbench("vilt", ["--demo", "--prompt", prompt])
     fails_in_one_line(main("red " * 60), capsys, "63 tokens", "40")
     fails_in_one_line(main(" "), capsys, "empty")
