@@ -987,13 +987,13 @@ def tiny_model_and_inputs(family):
     return model, inputs | dict(pixels=pixels)
 
 
-MANY_BREAKS = {"blip2", "clip", "cogvlm", "flamingo", "llava", "qwen2vl", "vilt"}  # more than two so far
+GRAPH_BREAKS = {"vilt": 8, "cogvlm": 10, "qwen2vl": 12}  # at most; 2 in the others
 
 
 @pytest.mark.parametrize("family", MODULES)
-def test_torch_compile_breaks_a_forward_pass_twice_at_most_and_in_no_kernel(family):
-    """Where Python needs a number that only the data contain (`if x.sum() != n`, tolist, nonzero) a graph ends, and the
-    graph of every caller with it. Graph breaks are the graphs of one forward pass, less one."""
+def test_torch_compile_meets_few_graph_breaks_in_a_forward_pass_and_none_in_a_kernel(family):
+    """A graph ends where Python needs a number that only the data contain, and the graph of every caller with it: the
+    sizes of ViLT's and Qwen2-VL's images, the tokens of each of CogVLM's experts. Breaks are graphs, less one."""
     from torch._dynamo.backends.debugging import ExplainWithBackend
 
     model, inputs = tiny_model_and_inputs(family)
@@ -1005,9 +1005,7 @@ def test_torch_compile_breaks_a_forward_pass_twice_at_most_and_in_no_kernel(fami
     innermost = [reason.user_stack[-1] for reason in report.break_reasons]
     lines = sorted({f"{Path(x.filename).relative_to(ROOT)}:{x.lineno} {x.line}" for x in innermost})
     assert not [line for line in lines if line.startswith("kernels")]
-    if report.graph_break_count > 2 and family in MANY_BREAKS:
-        pytest.xfail(f"{report.graph_break_count} graph breaks: " + "; ".join(lines))
-    assert report.graph_break_count <= 2, lines
+    assert report.graph_break_count <= GRAPH_BREAKS.get(family, 2), lines
 
 
 WITHOUT_MASKS = """
@@ -6396,7 +6394,7 @@ def test_unseen_pairs_are_never_drawn_nor_named_in_training():
     words = [world.text_line(rng) for _ in range(3000)]
     for scene in many_scenes(1000):
         words += [world.caption(scene), world.caption(scene, rng)]
-        words += [" ".join(make(scene, rng) or ("", "")) for make in world.QUESTIONS.values()]
+        words += [" ".join(world.question(kind, scene, rng) or ("", "")) for kind in world.QUESTIONS]
     for text in words:
         assert not any(name in text for name in unseen), text
 
@@ -6443,11 +6441,11 @@ def truth(scene, question):
     raise AssertionError(f"unknown question {question!r}")
 
 
-@pytest.mark.parametrize("kind", list(world.QUESTIONS))
+@pytest.mark.parametrize("kind", world.QUESTIONS)
 def test_answers_are_true(kind):
     rng, answers = random.Random(4), set()
     for scene in many_scenes(400):
-        pair = world.QUESTIONS[kind](scene, rng)
+        pair = world.question(kind, scene, rng)
         if pair:
             assert pair[1] == truth(scene, pair[0]), (world.caption(scene), pair)
             answers.add(pair[1])
@@ -6457,7 +6455,7 @@ def test_answers_are_true(kind):
 def test_yes_and_no_are_balanced():
     rng, scenes = random.Random(5), many_scenes(1000)
     for kind in ("there", "pair"):
-        yes = sum(world.QUESTIONS[kind](scene, rng)[1] == "yes" for scene in scenes)
+        yes = sum(world.question(kind, scene, rng)[1] == "yes" for scene in scenes)
         assert 400 < yes < 600
 
 
@@ -8348,22 +8346,14 @@ def test_own_pairs_of_vilt_are_matched_with_the_pictures_of_other_texts():
         recipe.own(rows[0][0], "red " * 60)
 
 
-def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
-    """Nor a near miss that is one: of the scenes that differ from a training scene in one word, an eighth are test
-    scenes."""
-    shown, draw = [], world.draw
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_recipe_shows_a_test_scene_in_training(family, monkeypatch):
+    shown, draw, recipe = [], world.draw, world.RECIPES[family]()
     monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
-    monkeypatch.setattr(world, "blip2_loss", lambda *_: None)  # the scenes only, no model
-    monkeypatch.setattr(world, "fit", lambda plan, model, loss_of, *_, **__: [loss_of(step) for step in range(20)])
-    recipes = {
-        "qwen2vl": lambda: [world.qwen_scene(rng) for rng in world.batch_rngs(0, "qwen", 400)],
-        "blip2, stage 1": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 1, "", 1),
-        "blip2, stage 2": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 2, "", 1),
-    }
-    for name, draw_batches in recipes.items():
-        shown.clear()
-        draw_batches()
-        assert len(shown) >= 320 and not any(scene.is_test for scene in shown), name
+    for plan in recipe.stages:
+        for step in range(20):
+            recipe.batch(plan, step)
+    assert len(shown) >= 320 and not any(scene.is_test for scene in shown)
 
 
 @pytest.mark.parametrize("batch", [world.ViLTRecipe().batch, world.near_miss_pairs])
@@ -8676,11 +8666,12 @@ def test_the_toy_presets_have_the_tokenizers_special_tokens():
 
 def test_the_readme_shows_only_commands_that_exist():
     readme = (ROOT / "README.md").read_text()
-    for script, options in re.findall(r"^ *python (\w+\.py)([^\n#`]*)", readme, re.MULTILINE):
-        assert (ROOT / script).exists(), script
-        text = (ROOT / script).read_text()
-        for option in re.findall(r"--[a-z-]+", options):
-            assert option in text, f"{script} has no {option}"
+    for script, options in re.findall(r"^ *python (\w+)\.py([^\n#`]*)", readme, re.MULTILINE):
+        assert (ROOT / f"{script}.py").exists(), script
+        known = {"train_tiny": world.trainer_command_line}.get(script, lambda: world.command_line(script))
+        if script != "test_all":
+            known = known()._option_string_actions
+            assert all(option in known for option in re.findall(r"--[a-z-]+", options)), (script, options)
 
 
 def test_the_readmes_claims_have_the_names_that_the_code_prints():
