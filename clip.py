@@ -339,7 +339,7 @@ class TextTower(nn.Module):
             raise ValueError(f"the text has {T} tokens, the context holds {self.config.context}: shorten the text")
         rule = dict(causal=self.config.causal)
         if mask is not None:
-            if not mask[:, 0].all():
+            if not torch.compiler.is_compiling() and not mask[:, 0].all():  # a value that torch.compile does not know
                 raise ValueError("texts are padded on the right: the first column of the mask must be True")
             segments = mask.int() - 1  # 0 for a real token, -1 for padding, to which nothing attends
             rule |= dict(q_segments=segments, k_segments=segments)
@@ -357,10 +357,10 @@ class TextTower(nn.Module):
         if self.config.eos_token_id == 2:  # the first published configs; the end-of-text token has the highest id
             return ids.argmax(1)
         is_end = ids == self.config.eos_token_id
-        missing = (~is_end.any(1)).nonzero()
-        if len(missing):
-            end = self.config.eos_token_id
-            raise ValueError(f"text {int(missing[0])} has no end-of-text token (id {end}): was it cut off?")
+        missing = ~is_end.any(1)  # [B]
+        if not torch.compiler.is_compiling() and missing.any():
+            text, end = int(missing.int().argmax()), self.config.eos_token_id
+            raise ValueError(f"text {text} has no end-of-text token (id {end}): was it cut off?")
         return is_end.int().argmax(1)  # the first one, since CLIP pads with the same id
 
 

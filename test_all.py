@@ -987,13 +987,13 @@ def tiny_model_and_inputs(family):
     return model, inputs | dict(pixels=pixels)
 
 
-MANY_BREAKS = {"blip2", "clip", "cogvlm", "flamingo", "llava", "qwen2vl", "vilt"}  # more than two so far
+GRAPH_BREAKS = {"vilt": 8, "cogvlm": 10, "qwen2vl": 12}  # at most; 2 in the others
 
 
 @pytest.mark.parametrize("family", MODULES)
-def test_torch_compile_breaks_a_forward_pass_twice_at_most_and_in_no_kernel(family):
-    """Where Python needs a number that only the data contain (`if x.sum() != n`, tolist, nonzero) a graph ends, and the
-    graph of every caller with it. Graph breaks are the graphs of one forward pass, less one."""
+def test_torch_compile_meets_few_graph_breaks_in_a_forward_pass_and_none_in_a_kernel(family):
+    """A graph ends where Python needs a number that only the data contain, and the graph of every caller with it: the
+    sizes of ViLT's and Qwen2-VL's images, the tokens of each of CogVLM's experts. Breaks are graphs, less one."""
     from torch._dynamo.backends.debugging import ExplainWithBackend
 
     model, inputs = tiny_model_and_inputs(family)
@@ -1005,9 +1005,7 @@ def test_torch_compile_breaks_a_forward_pass_twice_at_most_and_in_no_kernel(fami
     innermost = [reason.user_stack[-1] for reason in report.break_reasons]
     lines = sorted({f"{Path(x.filename).relative_to(ROOT)}:{x.lineno} {x.line}" for x in innermost})
     assert not [line for line in lines if line.startswith("kernels")]
-    if report.graph_break_count > 2 and family in MANY_BREAKS:
-        pytest.xfail(f"{report.graph_break_count} graph breaks: " + "; ".join(lines))
-    assert report.graph_break_count <= 2, lines
+    assert report.graph_break_count <= GRAPH_BREAKS.get(family, 2), lines
 
 
 WITHOUT_MASKS = """
@@ -5577,8 +5575,9 @@ def fails_in_one_line(call, capsys, *words):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_mask_and_anatomy_print_something_true(family, capsys):
-    # ViLT: words and patches in one row; Qwen2-VL: the patches of all images in one row
-    tokens = {"vilt": ", 96]", "qwen2vl": ", 96]", "clip": "[2, 17, 96]"}.get(family, "[2, 16, 96]")
+    # ViLT: words and patches in one row; Qwen2-VL: the patches of all images in one row; Flamingo: three images a row
+    tokens = {"vilt": ", 96]", "qwen2vl": ", 96]", "clip": "[2, 17, 96]", "flamingo": "[6, 17, 96]"}
+    tokens = tokens.get(family, "[2, 16, 96]")
     blocks = {"blip2": "blocks x 3"}.get(family, "blocks x 4")  # of the tiny vision tower
     for option, words in (("--trace", [tokens]), ("--show-mask", ["# #", "# ."]), ("--anatomy", [blocks])):
         world.workbench(family, [option])
@@ -6024,9 +6023,9 @@ def test_qwen_anatomy_says_what_trains_and_what_an_image_costs(capsys):
     out = capsys.readouterr().out
     assert "stage 1: 665,271,296 trained" in out and "stage 3: 1,543,714,304 trained" in out
     assert "28,672 bytes a token" in out and "from 3,136 to 12,845,056 pixels" in out
-    found = re.findall(r"(\d+) x (\d+) +([\d,]+) +([\d,]+) +([\d,]+)", out)
+    found = re.findall(r"(\d+) x (\d+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+)", out)
     rows = {(int(row[0]), int(row[1])): row for row in found}
-    assert rows[224, 224][2] == "64" and rows[476, 1288][2] == "782"
+    assert rows[224, 224][2] == "64" and rows[476, 1288][2] == "782" and rows[224, 224][5] == f"{64 * 28672:,}"
     flops = [int(rows[size][3].replace(",", "")) for size in ((224, 224), (224, 448))]
     assert flops[1] > 2 * flops[0], "attention over the whole frame grows with the square"
 
@@ -6267,7 +6266,7 @@ def test_cogvlm_shows_which_expert_and_position_each_token_takes(capsys):
     assert table[2:7] == [("boi", "vision", "2"), *[("patch", "vision", "3")] * 3, ("eoi", "language", "4")]
 
 
-def test_cogvlms_demo_refuses_a_prompt_that_does_not_fit_before_it_trains(runs, tmp_path, capsys):
+def test_cogvlms_demo_refuses_a_prompt_that_does_not_fit_before_it_trains(fits, tmp_path, capsys):
     ask = lambda *options: lambda: world.workbench("cogvlm", ["--demo", *options])
     prompt = world.encode(cogvlm.build_prompt("red", "vqa"))
     words = 256 - 24 + 1 - len(cogvlm.prompt_row(prompt, cogvlm.PRESETS["tiny"]))  # one too many behind the first
@@ -6277,7 +6276,7 @@ def test_cogvlms_demo_refuses_a_prompt_that_does_not_fit_before_it_trains(runs, 
     fails_in_one_line(ask(*two, "--prompt", "red" + " red" * (words - 18)), capsys, "233 tokens", "232")
     fails_in_one_line(ask("--prompt", " "), capsys, "empty")
     fails_in_one_line(ask("--prompt", "<image> where?"), capsys, "leave <image> out")
-    assert not list(runs.iterdir()) or [path.name for path in runs.iterdir()] == ["a.png"]
+    assert not fits
 
 
 @pytest.mark.parametrize("kind", ["vilt mlm", "vilt vqa", "vilt rank"])
@@ -6396,7 +6395,7 @@ def test_unseen_pairs_are_never_drawn_nor_named_in_training():
     words = [world.text_line(rng) for _ in range(3000)]
     for scene in many_scenes(1000):
         words += [world.caption(scene), world.caption(scene, rng)]
-        words += [" ".join(make(scene, rng) or ("", "")) for make in world.QUESTIONS.values()]
+        words += [" ".join(world.question(kind, scene, rng) or ("", "")) for kind in world.QUESTIONS]
     for text in words:
         assert not any(name in text for name in unseen), text
 
@@ -6443,11 +6442,11 @@ def truth(scene, question):
     raise AssertionError(f"unknown question {question!r}")
 
 
-@pytest.mark.parametrize("kind", list(world.QUESTIONS))
+@pytest.mark.parametrize("kind", world.QUESTIONS)
 def test_answers_are_true(kind):
     rng, answers = random.Random(4), set()
     for scene in many_scenes(400):
-        pair = world.QUESTIONS[kind](scene, rng)
+        pair = world.question(kind, scene, rng)
         if pair:
             assert pair[1] == truth(scene, pair[0]), (world.caption(scene), pair)
             answers.add(pair[1])
@@ -6457,7 +6456,7 @@ def test_answers_are_true(kind):
 def test_yes_and_no_are_balanced():
     rng, scenes = random.Random(5), many_scenes(1000)
     for kind in ("there", "pair"):
-        yes = sum(world.QUESTIONS[kind](scene, rng)[1] == "yes" for scene in scenes)
+        yes = sum(world.question(kind, scene, rng)[1] == "yes" for scene in scenes)
         assert 400 < yes < 600
 
 
@@ -7908,10 +7907,10 @@ def test_qwens_parts_show_what_they_say_and_the_cache_knows_what_came_before(run
     assert re.search(r"part1.*plan changed.*\n.*steps12.*towers changed", capsys.readouterr().out)
 
 
-def test_the_code_of_qwens_training_is_what_its_steps_show_however_the_program_is_started(monkeypatch):
-    code = lambda: world.Qwen2VLRecipe().code()
-    before = code()
-    for name, value in (("__name__", "__main__"), ("LONG_MOVIES", (8,)), ("NEW_CANVASES", ())):
+def test_the_code_of_qwens_training_is_what_its_steps_use_however_the_program_is_started(monkeypatch):
+    code, source, syntax_tree = lambda: world.Qwen2VLRecipe().code(), TRAIN_TINY.read_text(), world.syntax_tree
+    before, here = code(), os.path.relpath(TRAIN_TINY)
+    for name, value in (("__name__", "__main__"), ("__file__", here), ("LONG_MOVIES", (8,)), ("NEW_CANVASES", ())):
         monkeypatch.setattr(world, name, value)
         assert code() == before, name
         monkeypatch.undo()
@@ -7919,6 +7918,27 @@ def test_the_code_of_qwens_training_is_what_its_steps_show_however_the_program_i
         monkeypatch.setattr(world, name, value)
         assert code() != before, name
         monkeypatch.undo()
+
+    def code_after(old, new):
+        assert source.count(old) == 1, old
+        tree = ast.parse(source.replace(old, new))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(world, "syntax_tree", lambda path: tree if path == world.__file__ else syntax_tree(path))
+            return code()
+
+    before = code_after("class Qwen2VLRecipe", "class Qwen2VLRecipe")
+    for old, new in (
+        ('encode_turn(asked, f" {right}"', 'encode_turn(asked, f"{right}"'),  # a method that loss uses
+        ("for kind in rng.sample(kinds, len(kinds)):", "for kind in kinds:"),  # ask: a function, not the method
+        ("x = self.patch_embedding(patches) + ", "x = self.patch_embedding(patches) - "),  # a class
+    ):
+        assert code_after(old, new) != before, old
+    for old in (
+        "In goes a picture as it is",
+        "is not an image that Pillow can read",
+        "two pictures cut into their tokens",
+    ):
+        assert code_after(old, "other words") == before, old
 
 
 def test_a_step_of_qwen_weighs_kinds_by_their_samples(monkeypatch):
@@ -8055,6 +8075,17 @@ def test_qwens_demo_shows_its_pictures_and_refuses_a_prompt_that_does_not_fit(ru
     main("--image", image, "--prompt", "what is it?", "--prompt", "what colour is it?")
     out = capsys.readouterr().out
     assert out.startswith("what is it? -> ") and "\nwhat colour is it? -> " in out and out.count("\n") == 2
+
+
+def test_qwen_is_told_how_long_the_frames_of_a_clip_last(tmp_path, monkeypatch):
+    odd_files(tmp_path)
+    recipe, told, answer = world.Qwen2VLRecipe(), [], qwen2vl.answer
+    monkeypatch.setattr(qwen2vl, "answer", lambda *given, **options: told.append(options) or answer(*given, **options))
+    files = dict(image=[tmp_path / "one.png"], video=[tmp_path / "moving.gif", tmp_path / "moving.gif"])
+    model, words = fresh("qwen2vl"), (world.encode, world.decode)
+    recipe.answer(model, recipe.load_images(argparse.Namespace(**files)), "what moves?", *words)
+    recipe.answer(model, recipe.load_images(argparse.Namespace(image=[], video=[])), "what moves?", *words)
+    assert told[0]["seconds"] == pytest.approx([0.0, 0.2, 0.2]) and told[1]["seconds"] is None
 
 
 def test_qwens_trace_shows_an_image_and_a_clip(capsys):
@@ -8316,22 +8347,14 @@ def test_own_pairs_of_vilt_are_matched_with_the_pictures_of_other_texts():
         recipe.own(rows[0][0], "red " * 60)
 
 
-def test_no_recipe_shows_a_test_scene_in_training(monkeypatch):
-    """Nor a near miss that is one: of the scenes that differ from a training scene in one word, an eighth are test
-    scenes."""
-    shown, draw = [], world.draw
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_recipe_shows_a_test_scene_in_training(family, monkeypatch):
+    shown, draw, recipe = [], world.draw, world.RECIPES[family]()
     monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
-    monkeypatch.setattr(world, "blip2_loss", lambda *_: None)  # the scenes only, no model
-    monkeypatch.setattr(world, "fit", lambda plan, model, loss_of, *_, **__: [loss_of(step) for step in range(20)])
-    recipes = {
-        "qwen2vl": lambda: [world.qwen_scene(rng) for rng in world.batch_rngs(0, "qwen", 400)],
-        "blip2, stage 1": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 1, "", 1),
-        "blip2, stage 2": lambda: world.blip2_stage(blip2.BLIP2(blip2.PRESETS["tiny"]), 2, "", 1),
-    }
-    for name, draw_batches in recipes.items():
-        shown.clear()
-        draw_batches()
-        assert len(shown) >= 320 and not any(scene.is_test for scene in shown), name
+    for plan in recipe.stages:
+        for step in range(20):
+            recipe.batch(plan, step)
+    assert len(shown) >= 320 and not any(scene.is_test for scene in shown)
 
 
 @pytest.mark.parametrize("batch", [world.ViLTRecipe().batch, world.near_miss_pairs])
@@ -8644,11 +8667,12 @@ def test_the_toy_presets_have_the_tokenizers_special_tokens():
 
 def test_the_readme_shows_only_commands_that_exist():
     readme = (ROOT / "README.md").read_text()
-    for script, options in re.findall(r"^ *python (\w+\.py)([^\n#`]*)", readme, re.MULTILINE):
-        assert (ROOT / script).exists(), script
-        text = (ROOT / script).read_text()
-        for option in re.findall(r"--[a-z-]+", options):
-            assert option in text, f"{script} has no {option}"
+    for script, options in re.findall(r"^ *python (\w+)\.py([^\n#`]*)", readme, re.MULTILINE):
+        assert (ROOT / f"{script}.py").exists(), script
+        known = {"train_tiny": world.trainer_command_line}.get(script, lambda: world.command_line(script))
+        if script != "test_all":
+            known = known()._option_string_actions
+            assert all(option in known for option in re.findall(r"--[a-z-]+", options)), (script, options)
 
 
 def test_the_readmes_claims_have_the_names_that_the_code_prints():

@@ -994,7 +994,8 @@ class Recipe:
         @torch.no_grad()
         def measured():
             loss, metrics = self.loss(model, self.collect(held[:64], plan, 0), plan, 0)
-            return {"loss": float(loss)} | {name: float(value) for name, value in metrics.items()}
+            of_rows = {name: float(value) for name, value in metrics.items() if "gate" not in name}  # of no row
+            return {"loss": float(loss)} | of_rows
 
         before = measured()
         self.fit(run_name(f"{self.family}-own", args.seed, args.steps), model, plan, draw_batch, fingerprint)
@@ -2141,7 +2142,7 @@ class BLIP2Recipe(Recipe):
         pixels = blip2.preprocess(pictures, model.config.vision).to(device)
         if plan.stage:
             ids, mask = qformer_rows(texts)
-            hard_negatives = torch.Generator().manual_seed(plan.seed + step)
+            hard_negatives = torch.Generator().manual_seed(1_000_003 * plan.seed + step)
             return model.stage1_loss(pixels, ids.to(device), mask.to(device), hard_negatives)
         rows = [self.row(text) for text in texts]
         ids, _ = pad([ids for ids, _ in rows])
@@ -2645,7 +2646,7 @@ class FlamingoRecipe(Recipe):
     def ask(self, args):
         """--image and --prompt: rows of images and text to be continued. Without an image it is text alone; without a
         prompt it is the images alone."""
-        images, texts = [load_image(path) for path in args.image], args.prompt
+        images, texts = self.load_images(args), args.prompt
         if args.weights and not texts:
             example = "--weights DIR --image photo.jpg --prompt 'User: <image>What is it?'"
             raise ValueError(f"--weights needs --prompt, as in {example}")
@@ -2655,8 +2656,13 @@ class FlamingoRecipe(Recipe):
         prompts = [flamingo.build_prompt(text, len(images)) for text in texts]
         if args.weights:
             prompts = [flamingo.surround_images(prompt) for prompt in prompts]
-            self.check_length(args.weights, prompts)
-            model, words = load_published(self, args)
+
+            def check(config, words):
+                longest = max(len(words.encode(prompt).ids) for prompt in prompts)
+                if longest >= config.language.context:
+                    raise ValueError(f"the prompt has {longest} tokens, the context holds {config.language.context}")
+
+            model, words = load_published(self, args, check)
             for prompt in prompts:
                 say(flamingo.answer(model, images, prompt, lambda text: words.encode(text).ids, words.decode))
             return
@@ -2667,21 +2673,6 @@ class FlamingoRecipe(Recipe):
             new = flamingo.answer(model, images, prompt, encode, decode) or "(it stops at once)"
             made_up = "(a made-up name: no example in the prompt, as in '<image> dax<|endofchunk|><image>')"
             say(f"{prompt} -> {new}" + ("" if "<|endofchunk|>" in prompt else f" {made_up}"))
-
-    def check_length(self, path, prompts):
-        """Find a prompt too long for a published checkpoint before gigabytes are read. Whatever is wrong with its files
-        is left to load_published."""
-        try:
-            from tokenizers import Tokenizer
-
-            folder = flamingo.checkpoint_folder(path)
-            context = flamingo.config_from_published(folder).language.context
-            words = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception:
-            return
-        longest = max(len(words.encode(prompt).ids) for prompt in prompts)
-        if longest >= context:
-            raise ValueError(f"the prompt has {longest} tokens, the context holds {context}")
 
     def demo(self, args):
         rng, config = rng_for("flamingo demo"), flamingo.PRESETS["tiny"]
