@@ -2074,7 +2074,7 @@ def unseen_pair_questions(rng, count):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# BLIP2
+# BLIP-2
 
 OPT_STEPS = 500
 
@@ -3736,7 +3736,7 @@ def trace(model):
         hooks.append(module.register_forward_hook(note))
 
     for name, module in model.named_modules():
-        if name.count(".") < 2 or name.count(".") == 2 and name[-1].isdigit():
+        if name.count(".") < 2 or name.count(".") == 2 and name.split(".")[-1].isdigit():
             watch(name or "the whole model", module)
     try:
         yield rows
