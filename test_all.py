@@ -5561,7 +5561,7 @@ def test_loading_streams_tensor_by_tensor(oracles, monkeypatch):
 def run(*command, cwd=ROOT, **environment):
     """A command in a process of its own -> CompletedProcess with text."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=1800)
 
 
 def fails_in_one_line(call, capsys, *words):
