@@ -1824,24 +1824,23 @@ def test_pad_rows_puts_padding_where_it_is_told():
 # Images become squares of numbers as the published processors make them
 
 
-PROCESSORS = {  # preset -> the published processor, its options, and a change of our config
-    "clip-vit-base-patch32": ("CLIP", {}, {}),
-    "siglip-base-patch16-224": ("Siglip", {}, {}),
-    "idefics-9b": ("Idefics", {}, {}),
-    "blip2-opt-2.7b": ("Blip", dict(size={"height": 224, "width": 224}), {}),
-    "llava-1.5-7b": ("CLIP", dict(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}), {}),
-    "llava-1.5-13b": ("Llava", dict(do_pad=True), dict(image_size=224, resize="pad")),
-    "cogvlm-chat-17b": ("Siglip", dict(size={"height": 490, "width": 490}, resample=3), {}),
+PROCESSORS = {  # family, preset -> the published processor, its options, and a change of our config
+    ("clip", "clip-vit-base-patch32"): ("CLIP", {}, {}),
+    ("clip", "siglip-base-patch16-224"): ("Siglip", {}, {}),
+    ("flamingo", "idefics-9b"): ("Idefics", {}, {}),
+    ("blip2", "blip2-opt-2.7b"): ("Blip", dict(size={"height": 224, "width": 224}), {}),
+    ("llava", "llava-1.5-7b"): ("CLIP", dict(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}), {}),
+    ("llava", "llava-1.5-13b"): ("Llava", dict(do_pad=True), dict(image_size=224, resize="pad")),
+    ("cogvlm", "cogvlm-chat-17b"): ("Siglip", dict(size={"height": 490, "width": 490}, resample=3), {}),
 }
 
 
-@pytest.mark.parametrize("preset", PROCESSORS)
-def test_preprocessing_equals_the_published_processor(preset):
-    name, options, changes = PROCESSORS[preset]
-    module = next(module for module in MODULES.values() if preset in module.PRESETS)
+@pytest.mark.parametrize("family, preset", PROCESSORS)
+def test_preprocessing_equals_the_published_processor(family, preset):
+    (name, options, changes), module = PROCESSORS[family, preset], MODULES[family]
     config = replace(module.PRESETS[preset].vision, **changes)
-    if name == "Siglip" and module is cogvlm:
-        options |= dict(image_mean=config.mean, image_std=config.std)
+    if family == "cogvlm":  # which has no processor of its own: SigLIP's, with CLIP's colours
+        options = options | dict(image_mean=config.mean, image_std=config.std)
     processor = getattr(quiet_transformers(), f"{name}ImageProcessorPil")(**options)
     for image in pictures():
         theirs = processor(image.convert("RGB"), return_tensors="pt")
@@ -3851,8 +3850,9 @@ def test_a_demo_trains_and_answers(tmp_path_factory, family, least):
     folder = tmp_path_factory.getbasetemp()  # one for all of them, which share towers
     done = run(str(ROOT / f"{family}.py"), "--demo", cwd=folder)
     assert done.returncode == 0, done.stderr
-    share = re.search(r"(?:of 200 more questions|after training,(?: for)?|stage 2, .*:) (\d+)%", done.stdout)
-    assert int(share[1]) >= least, done.stdout
+    forms = "of 200 more questions (%)|after training, (?:for )?(%)|after stage 2, .* (%) of the things"
+    shares = re.search(forms.replace("%", r"\d+%"), done.stdout).groups()
+    assert max(int(share.rstrip("%")) for share in shares if share) >= least, done.stdout
     assert (folder / "runs" / family / "demo.png").exists()
     if family == "clip":  # trained already: only the claims are measured
         done = run(str(ROOT / "train_tiny.py"), "clip", cwd=folder)

@@ -78,7 +78,7 @@ def milliseconds(f, called=False):
     return timer.blocked_autorange().median * 1e3
 
 
-print_once = functools.cache(print)
+print_once = functools.cache(print)  # it does nothing when it is called with the same text again
 
 
 def attempt(f):
@@ -86,7 +86,8 @@ def attempt(f):
     try:
         return f()
     except Exception as error:
-        print_once(f"  left out: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", file=sys.stderr)
+        reason = str(error).strip().partition("\n")[0][:110]
+        print_once(f"  left out: {type(error).__name__}: {reason}", file=sys.stderr)
 
 
 def both_ways(f, inputs, grad):
@@ -356,7 +357,8 @@ def compile_job(job):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 made = launch(kernel, *args, **options | {"warmup": True})
         except Exception as error:
-            return rows.append(row | {"note": f"failed: {type(error).__name__}: {str(error).strip()[:80]!r}"})
+            reason = str(error).strip().rpartition("\n")[2][:80]
+            return rows.append(row | {"note": f"failed: {type(error).__name__}: {reason}"})
         if not (log := printed.getvalue()):  # ptxas -v: nothing if this process has compiled the kernel before
             return
         row |= {"warps": made.metadata.num_warps, "stages": made.metadata.num_stages}
