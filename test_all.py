@@ -5,6 +5,7 @@ Every test of the repo.
     python test_all.py -k clip          a family's tests; also: kernels, rope, checkpoints, command_line, world, trainer
     python test_all.py -k "trainer and not resumed" -x
     SEED=7 python test_all.py -k kernels    other random inputs (on a GPU they are new each time)
+    compute-sanitizer python test_all.py -k every_size_of_tiles    on a GPU: bad accesses; --tool racecheck: races
 
 All of it runs offline and without a GPU: Triton's kernels run in its interpreter and are compiled, not run, for three
 generations of GPUs. The oracles are tiny random models of `transformers`, saved in the published layout.
@@ -873,7 +874,7 @@ bench.main()
 def test_the_benchmark_prints_six_tables_and_writes_them_to_a_file(tmp_path):
     """Every call is made once instead of being timed. The blocks visited are those that each mask leaves."""
     run = run_bench("-c", QUICK, "--json", str(tmp_path / "tables.json"))
-    assert run.returncode == 0 and not run.stderr, run.stdout + run.stderr
+    assert run.returncode == 0 and "left out" not in run.stderr, run.stdout + run.stderr
     assert re.findall(r"^\d \w+", run.stdout, re.M) == "1 attention,2 masks,3 few,4 RoPE,5 errors,6 blocks".split(",")
     results = json.loads((tmp_path / "tables.json").read_text())
     assert results["torch"] == torch.__version__ and results["device"] == "CPU"

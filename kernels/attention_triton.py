@@ -316,10 +316,10 @@ def _dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, Q_SEG, K_SEG, PREFIX_LEN, INDEX, COU
 # Tile sizes: (queries BM, keys BN, warps, stages of the load pipeline)
 
 # Direction, padded head width -> tiles for descriptors (Hopper, Blackwell), tiles for pointers (all other calls).
-# Chosen by compiling: under any one rule at most 16 bytes spill on sm_80, sm_90 and sm_100 (`python -m kernels.bench
-# --compile` lists them), and on a GeForce no tile takes more by pointers than the 99 KB of shared memory that it has.
-# Which of those that fit is fastest is for a GPU to say (--tiles). Beside each: what speaks against its neighbours, in
-# registers, bytes spilled and KB shared, the worst of no mask, causal and packed on any of the three, in bf16.
+# Chosen by compiling for sm_80, sm_90 and sm_100 (`python -m kernels.bench --compile` lists registers and spills); on a
+# GeForce no tile takes more by pointers than the 99 KB of shared memory that it has. Which of those that fit is fastest
+# is for a GPU to say. Beside each: what speaks against its neighbours, in registers, bytes spilled and KB shared, the
+# worst of no mask, causal and packed on any of the three, in bf16.
 # Eight warps are two warp groups of 64 rows each; with three stages a tile is fetched two steps before it is needed.
 CONFIGS = {
     # at most 128 registers: two programs fit a multiprocessor, one's exp under the other's products (BN 128: 244)

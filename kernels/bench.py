@@ -8,12 +8,12 @@
     1 attention     TFLOP/s by length. A forward pass counts 4 B H Tq Tk Dh operations (half of them if causal) and a
                     backward pass 2.5 times as many, as in the FlashAttention papers.
     2 masks         Milliseconds of a masked call and of the call beside it. Their quotient should come near the last
-                    column, the quotient of the pairs (query, key) that the two leave.
+                    column, the quotient of the pairs (query, key) that the two leave. What the kernels keep with a
+                    mask (attention_blocks.py) is there before the timing starts.
     3 few queries   Microseconds: one new token against a long cache, 64 latents against an image. "called": with
                     Python's part, which counts where such short calls follow each other.
     4 RoPE          GB/s: q and k, read once and written once, divided by the time (cosines and sines are not counted),
-                    beside the copy of a large tensor. (2D and M-RoPE differ in their angles alone. What fits the
-                    cache of a CPU is faster than the copy.)
+                    beside the copy of a large tensor. On a CPU, tensors that fit its cache are faster than that.
     5 errors        The largest error against float64 of the output and of each gradient, and that error divided by the
                     one of attention written down in the same precision.
     6 blocks        Blocks of scores that the forward pass visits, counted by the kernels' own planning, beside the
@@ -28,10 +28,10 @@ and v (RoPE: q and k), of a graph that is kept. What is compared has tensors of 
 [B,T,H,Dh] in memory), the same mask and a gradient of the same kind. A dash: it could not be run, and stderr says why.
 
     triton          this folder's kernels, timed on a GPU only; on a CPU `torch` takes their place
-    torch           the torch backend of kernels.attention, where torch chooses
+    torch           the torch backend, where torch chooses how
+    reference       the reference backend, in float32
     flash, cudnn    scaled_dot_product_attention, held to that backend
-    reference       the reference backend of kernels.attention, in float32
-    eager           the same steps in the precision of q, as a first implementation has them
+    eager, compile  the steps written down in the precision of q, as they are and through torch.compile
 """
 
 import argparse
