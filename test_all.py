@@ -1567,28 +1567,35 @@ def test_greedy_tokens_equal_those_of_the_published_model(oracles, load, monkeyp
 @pytest.mark.parametrize("kind", DECODERS)
 @torch.no_grad()
 def test_padding_on_either_side_changes_no_logit_and_prompts_are_padded_on_the_left(load, kind):
+    """The first row is padded; in the others the same columns contain words."""
     model, given = load(kind), RICHEST[kind]
     expected, words = model(**given), model.generate(**given, max_new_tokens=9)
     for left in (True, False):
         space = (5, 0) if left else (0, 5)
-        mask = F.pad(torch.ones_like(given["ids"], dtype=torch.bool), space)
-        padded = given | dict(ids=F.pad(given["ids"], space), mask=mask)
-        close(model(**padded)[mask].view_as(expected), expected)
+        longer = given | dict(ids=F.pad(given["ids"], space, value=7))
+        mask = torch.ones_like(longer["ids"], dtype=torch.bool)
+        mask[0] = F.pad(torch.ones_like(mask[0, 5:]), space)
+        logits = model(**longer, mask=mask)
+        close(logits[0][mask[0]], expected[0])
+        close(logits[1:], model(**longer)[1:])
         if left:
-            assert torch.equal(model.generate(**padded, max_new_tokens=9), words)
+            padded = model.generate(**longer, mask=mask, max_new_tokens=9)
+            assert torch.equal(padded[0], words[0])
+            assert torch.equal(padded[1:], model.generate(**longer, max_new_tokens=9)[1:])
         else:
             with refuses(ValueError, "left"):
-                model.generate(**padded)
+                model.generate(**longer, mask=mask)
 
 
 @pytest.mark.parametrize("kind", DECODERS)
 @torch.no_grad()
 def test_logits_with_the_cache_equal_those_without(load, monkeypatch, kind):
-    """On logits: a wrong cache still picks mostly the right words. Without padding and with it."""
+    """On logits: a wrong cache still picks mostly the right words. Without padding and with the first row padded."""
     model, given, steps = load(kind), RICHEST[kind], watch_steps(monkeypatch, kind)
     for columns in (0, 3):
-        mask = F.pad(torch.ones_like(given["ids"], dtype=torch.bool), (columns, 0))
-        prompt = F.pad(given["ids"], (columns, 0))
+        prompt = F.pad(given["ids"], (columns, 0), value=7)
+        mask = torch.ones_like(prompt, dtype=torch.bool)
+        mask[0, :columns] = False
         words = model.generate(**given | dict(ids=prompt, mask=mask), max_new_tokens=9)
         full = given | dict(ids=torch.cat([prompt, words], 1), mask=F.pad(mask, (0, 9), value=True))
         close(torch.stack(steps, 1), model(**full)[:, -10:-1])
