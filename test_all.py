@@ -1667,10 +1667,8 @@ def test_sixteen_bits_stay_near_float32_and_finite_for_bright_images(load, kind,
 
 def tiny_model(family):
     torch.manual_seed(0)
-    return MODELS[family](replace(MODULES[family].PRESETS["tiny"], **TINY_CHANGES.get(family, {})))
-
-
-TINY_CHANGES = {"vilt": dict(tasks=("mlm", "vqa"), answers=4)}
+    changes = dict(tasks=("mlm", "vqa"), answers=4) if family == "vilt" else {}
+    return MODELS[family](replace(MODULES[family].PRESETS["tiny"], **changes))
 
 
 def tiny_batch(model, family, stage=None):
@@ -1680,14 +1678,13 @@ def tiny_batch(model, family, stage=None):
     words[:, -1] = torch.arange(20, 24)
     labels = torch.full_like(words, -100)
     labels[:, -1] = words[:, -1]
-    ends = torch.full((4, 1), world.EOS_ID)
     if family == "clip":
-        return dict(ids=torch.cat([words, ends], 1), pixels=pixels), None
+        return dict(ids=F.pad(words, (0, 1), value=world.EOS_ID), pixels=pixels), None
     if family == "vilt":
         return dict(ids=words.masked_fill(labels > 0, world.MASK_ID), pixels=pixels), labels
     if family == "blip2" and stage == 1:
-        start, end = torch.full((4, 1), world.CLS_ID), torch.full((4, 1), world.SEP_ID)
-        return dict(ids=torch.cat([start, words, end], 1), pixels=pixels), None
+        ids = F.pad(F.pad(words, (1, 0), value=world.CLS_ID), (0, 1), value=world.SEP_ID)
+        return dict(ids=ids, pixels=pixels), None
     given = dict(pixels=pixels)
     if family == "qwen2vl":
         given = dict(zip(("patches", "grid_thw"), qwen_patches(*[(1, 4, 4)] * 4, width=384)))
@@ -2000,13 +1997,8 @@ def test_a_preset_has_the_published_config_and_exactly_the_published_parameters(
         published = getattr(transformers, raw["architectures"][0])(transformers.AutoConfig.for_model(**fields))
         theirs = dict(published.named_parameters())
         if family == "llava":  # its files have other names than its modules
-            theirs = renamed(
-                theirs,
-                (r"^lm_", "model.lm_"),
-                (r"^model\.language_model\.", "model.model."),
-                (r"^model\.(lm|mod)", r"language_model.\1"),
-                (r"^model\.", ""),
-            )
+            inside = (r"^model\.language_model\.", "language_model.model."), (r"^lm_head", "language_model.lm_head")
+            theirs = renamed(theirs, *inside, (r"^model\.", ""))
         weights = dict(pair for name, p in theirs.items() for pair in module.our_tensors(name, p))
         if family == "flamingo":
             module.fold_vocabulary(MODELS[family](config), weights)
