@@ -4317,9 +4317,17 @@ def test_a_family_interrupted_in_every_stage_and_resumed_is_bit_identical(family
 
 
 def test_a_second_ctrl_c_ends_at_once(runs, monkeypatch, capsys):
-    monkeypatch.setattr(world, "update", lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    steps = []
+
+    def update(*_):
+        steps.append(len(steps))
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(world, "update", update)
     with ends(130, capsys):
         world.main(["clip"])
+    assert steps == [0]
     assert not (runs / "clip/checkpoint.pt").exists()
 
 
