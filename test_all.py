@@ -1,11 +1,13 @@
 """
 Every test of the repo.
 
-    python test_all.py                  everything (SLOW=1 trains the demos too)
+    python test_all.py                  everything, in as many processes as there are cores, at most four (SLOW=1
+                                        trains the demos too)
     python test_all.py -k clip          a family's tests; also: kernels, rope, checkpoints, command_line, world, trainer
     python test_all.py -k "trainer and not resumed" -x
+    python test_all.py -n 0 -k clip --pdb   in one process, which a debugger needs
     SEED=7 python test_all.py -k kernels    other random inputs (on a GPU they are new each time)
-    compute-sanitizer python test_all.py -k every_size_of_tiles    on a GPU: bad accesses; --tool racecheck: races
+    compute-sanitizer python test_all.py -n 0 -k every_size_of_tiles    on a GPU: bad accesses; --tool racecheck: races
 
 All of it runs offline and without a GPU: Triton's kernels run in its interpreter and are compiled, not run, for three
 generations of GPUs. The oracles are tiny random models of `transformers`, saved in the published layout.
@@ -2677,13 +2679,6 @@ def test_the_losses_of_vilt_by_hand_and_as_published(oracles, load):
     assert metrics["vqa score"] == targets[torch.arange(3), logits.argmax(1)].mean()
 
 
-def test_the_rank_head_of_vilt_starts_from_the_yes_of_the_matching_head():
-    model = vilt.ViLT(replace(vilt.PRESETS["tiny"], tasks=("itm", "rank")))
-    model.start_rank_head()
-    hidden = noise(3, 9, 96)
-    close(model.rank_score(hidden), model.itm_logits(hidden)[:, 1])
-
-
 @pytest.mark.parametrize("height, width", [(384, 608), (70, 333)])
 def test_the_costs_of_vilt_and_of_a_resnet_are_those_that_torch_counts(height, width):
     transformers, config = quiet_transformers(), vilt.PRESETS["vilt-b32-mlm"]
@@ -3196,16 +3191,6 @@ def test_text_of_cogvlm_touches_no_vision_weight():
     assert model(ids, pixels)[:, 1:].isnan().all()
 
 
-def test_each_expert_of_cogvlm_is_given_its_own_tokens_only():
-    (model, ids, pixels), seen = cogvlm_tiny(), []
-    for layer in model.language.layers:
-        for expert in (layer.vision_expert, layer.language_expert):
-            for part in (expert.query_key_value, expert.dense, expert.mlp):
-                part.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    model(ids, pixels)
-    assert seen == [34, 16] * 3 * 3  # 2 x (boi and 16 patches); 2 x (<bos>, eoi, 6 words)
-
-
 def test_prompts_and_conversations_of_cogvlm_are_the_published_ones():
     assert cogvlm.build_prompt("what is this?") == "Question: what is this? Answer:"
     assert cogvlm.build_prompt("what is this?", "vqa") == "Question: what is this? Short answer:"
@@ -3326,17 +3311,6 @@ def test_packed_images_equal_one_image_at_a_time_in_qwen2vl(load, kind):
     alone = model.image_tokens(patches[:68], torch.tensor([QWEN_A, QWEN_B, (1, 4, 8)]))  # of the clip its first step
     close(alone, packed[: len(alone)])
     assert qwen2vl.Packing(torch.arange(12) // 4, "cpu").shapes == [(3, 4)]  # images of one size are one batch
-
-
-def test_patches_of_qwen2vl_stand_in_the_mergers_order_and_windows_are_cut_from_the_corner():
-    places = qwen2vl.patch_places(torch.tensor([[1, 2, 4], [2, 2, 2]]), 2)
-    assert places[1, :8].tolist() == [0, 0, 1, 1] * 2 and places[2, :8].tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
-    assert places[0].tolist() == [0] * 8 + [1] * 4 + [2] * 4
-    for window_size in (16, 20):  # pixels, in windows of whole tokens, each of 8 pixels
-        config = replace(qwen2vl.VISION_2_5, patch_size=4, window_size=window_size)
-        places, table = qwen2vl.patch_places(torch.tensor([[1, 6, 6]]), 2), torch.full((6, 6), -1)
-        table[places[1], places[2]] = qwen2vl.window_segments(places, config)
-        assert table.tolist() == [[0, 0, 0, 0, 1, 1]] * 4 + [[2, 2, 2, 2, 3, 3]] * 2
 
 
 def test_learned_positions_of_qwen2vl_stand_where_their_patches_do():
@@ -5408,4 +5382,6 @@ chapter("trainer")
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are so small that a second thread only gets in the way
+    processes = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
+    sys.exit(pytest.main([__file__, "-q", *processes, *sys.argv[1:]]))
