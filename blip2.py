@@ -79,7 +79,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from kernels import attention
+from kernels import Rule, attention
 
 IGNORE_INDEX = -100  # a label that does not count; cross_entropy's own default
 ITC_TEMPERATURE = 0.07  # where the published code's learned temperature starts, and CLIP's
@@ -209,11 +209,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(context_width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, context, **rule):
+    def forward(self, x, context, rule=None):
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,T,Dh]
         k = self.k_proj(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,N,Dh]
         v = self.v_proj(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        o = attention(q, k, v, **rule)  # [B,H,T,Dh]
+        o = attention(q, k, v, rule)  # [B,H,T,Dh]
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
 
@@ -270,20 +270,20 @@ class VisionTower(nn.Module):
 
 
 def qformer_rule(attends, L, mask):
-    """Who may attend to whom among L queries and the T words behind them -> arguments of kernels.attention.
+    """Who may attend to whom among L queries and the T words behind them -> a Rule of kernels.attention.
 
     attends: "contrastive", "matching" or "generation" (paper 3.2, Figure 2); mask [B,T], True = real word. Queries and
     words attend within their segment. Padding is in segment -1, which attends to nothing and is attended to by nothing.
     """
     B = len(mask)
     segment_of_words = {"contrastive": 1, "matching": 0, "generation": 0}[attends]  # the queries are in segment 0
-    queries = torch.zeros(B, L, dtype=torch.long, device=mask.device)
-    words = torch.where(mask, segment_of_words, -1)
+    queries = torch.zeros(B, L, dtype=torch.int32, device=mask.device)
+    words = torch.where(mask, segment_of_words, -1).int()
     segments = torch.cat([queries, words], dim=1)  # [B,L+T]
-    rule = dict(q_segments=segments, k_segments=segments)
-    if attends == "generation":  # causal, except that the L queries in front are open to all
-        rule |= dict(causal=True, prefix=torch.full((B,), L, device=mask.device))
-    return rule
+    if attends != "generation":
+        return Rule(q_segments=segments, k_segments=segments)
+    prefix = torch.full((B,), L, dtype=torch.int32, device=mask.device)  # causal, but the L queries are open to all
+    return Rule(causal=True, prefix=prefix, q_segments=segments, k_segments=segments)
 
 
 class QFormerBlock(nn.Module):
@@ -305,7 +305,7 @@ class QFormerBlock(nn.Module):
 
     def forward(self, x, L, image, rule):
         """x [B,L+T,D], of which the first L are queries; image [B,N,Dv]."""
-        x = self.ln_self(x + self.self_attn(x, x, **rule))
+        x = self.ln_self(x + self.self_attn(x, x, rule))
         queries, words = x[:, :L], x[:, L:]
         if self.cross_attn is not None:
             queries = self.ln_cross(queries + self.cross_attn(queries, image))
@@ -398,7 +398,7 @@ class OPTAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # [B,H,length+T,Dh]
-        o = attention(q, k, v, **rule)  # [B,H,T,Dh]
+        o = attention(q, k, v, rule)  # [B,H,T,Dh]
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
 
@@ -454,12 +454,12 @@ class OPT(nn.Module):
         past = 0 if cache is None else cache.length
         if past + T > self.config.context:
             raise ValueError(f"{past + T} tokens (text and image) do not fit the context of {self.config.context}")
-        rule = dict(causal=True)
+        rule = Rule(causal=True)
         positions = torch.arange(past, past + T, device=x.device).expand(B, T)
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
             segments = mask.int() - 1  # 0 for a real token, -1 for padding, to which nothing attends
-            rule |= dict(q_segments=segments[:, past:], k_segments=segments)
+            rule = Rule(causal=True, q_segments=segments[:, past:], k_segments=segments)
         x = x + self.embed_positions(positions + self.OFFSET)
         for i, layer in enumerate(self.layers):
             x = layer(x, rule, cache, i)

@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from kernels import attention
+from kernels import Rule, attention
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -190,12 +190,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
 
-    def forward(self, x, **rule):
+    def forward(self, x, rule=None):
         B, T, D = x.shape
         q = self.q_proj(x).view(B, T, self.heads, -1).transpose(1, 2)  # [B,H,T,Dh]
         k = self.k_proj(x).view(B, T, self.heads, -1).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.heads, -1).transpose(1, 2)
-        o = attention(q, k, v, **rule)  # [B,H,T,Dh]
+        o = attention(q, k, v, rule)  # [B,H,T,Dh]
         return self.out_proj(o.transpose(1, 2).reshape(B, T, D))
 
 
@@ -209,8 +209,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, **rule):
-        x = x + self.attn(self.ln_1(x), **rule)
+    def forward(self, x, rule=None):
+        x = x + self.attn(self.ln_1(x), rule)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -337,15 +337,15 @@ class TextTower(nn.Module):
         T = ids.shape[1]
         if T > self.config.context:
             raise ValueError(f"the text has {T} tokens, the context holds {self.config.context}: shorten the text")
-        rule = dict(causal=self.config.causal)
+        rule = Rule(causal=self.config.causal)
         if mask is not None:
             if not torch.compiler.is_compiling() and not mask[:, 0].all():  # a value that torch.compile does not know
                 raise ValueError("texts are padded on the right: the first column of the mask must be True")
             segments = mask.int() - 1  # 0 for a real token, -1 for padding, to which nothing attends
-            rule |= dict(q_segments=segments, k_segments=segments)
+            rule = Rule(causal=self.config.causal, q_segments=segments, k_segments=segments)
         x = self.token_embedding(ids) + self.position_embedding.weight[:T]  # [B,T,D]
         for block in self.blocks:
-            x = block(x, **rule)
+            x = block(x, rule)
         return self.ln_final(x)
 
     def feature_index(self, ids, mask=None):

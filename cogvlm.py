@@ -77,7 +77,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from kernels import apply_rope, attention, rope_1d
+from kernels import Rule, apply_rope, attention, rope_1d
 
 IGNORE_INDEX = -100  # a label that does not count; cross_entropy's own default
 
@@ -447,7 +447,7 @@ class ExpertBlock(nn.Module):
         q, k = apply_rope(q, k, rotation)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        o = attention(q, k, v, **rule)  # [B,H,T,Dh], one softmax over words and patches
+        o = attention(q, k, v, rule)  # [B,H,T,Dh], one softmax over words and patches
         o = routing.sort(o.transpose(1, 2).flatten(2))  # [B*T,H*Dh]
         x = x + routing.route(o, patches=vision.dense, words=language.dense)
         h = self.post_attention_layernorm(x)
@@ -499,10 +499,10 @@ class ExpertDecoder(nn.Module):
         past = 0 if cache is None else cache.length
         if past + T > self.config.context:
             raise ValueError(f"{past + T} tokens (text and image) do not fit the context of {self.config.context}")
-        rule = dict(causal=True)
+        rule = Rule(causal=True)
         if mask is not None:
             segments = mask.int() - 1  # 0 for a real token, -1 for padding, to which nothing attends
-            rule |= dict(q_segments=segments[:, past:], k_segments=segments)
+            rule = Rule(causal=True, q_segments=segments[:, past:], k_segments=segments)
         if roles is None:
             routing = Routing((B, T))
             roles = torch.full((B, past + T), TEXT, device=x.device)

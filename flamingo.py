@@ -30,7 +30,7 @@ Words before the first image attend to nothing, and cross-attention returns exac
 
                      . . . .
                      # # . .        that is the whole mask: the segments of query and key must be equal,
-                     # # . .        attention(..., q_segments=[-1 0 0 0 1 1 1], k_segments=[0 0 1 1])
+                     # # . .        Rule(q_segments=[-1 0 0 0 1 1 1], k_segments=[0 0 1 1])
                      # # . .
                      . . # #
                      . . # #
@@ -82,7 +82,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from kernels import apply_rope, attention, rope_1d
+from kernels import Rule, apply_rope, attention, rope_1d
 
 IGNORE_INDEX = -100  # a label that does not count; cross_entropy's own default
 
@@ -293,11 +293,10 @@ class CrossAttention(nn.Module):
         v = self.v_proj(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return self.k_norm(k), v
 
-    def forward(self, x, k, v, q_segments=None, k_segments=None):
-        """x [B,T,D] attends to k, v [B,H,S,Dh] where the segments [B,T] and [B,S] are equal -> [B,T,D]; exactly 0 for a
-        query that attends to nothing."""
+    def forward(self, x, k, v, rule=None):
+        """x [B,T,D] attends to k, v [B,H,S,Dh] as the rule says -> [B,T,D]; exactly 0 where it attends to nothing."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,T,Dh]
-        o = attention(self.q_norm(q), k, v, q_segments=q_segments, k_segments=k_segments)
+        o = attention(self.q_norm(q), k, v, rule)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
 
@@ -316,10 +315,10 @@ class PerceiverLayer(nn.Module):
         self.fc2 = nn.Linear(config.mlp_width, width, bias=False)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, latents, x, k_segments=None):
+    def forward(self, latents, x, rule=None):
         q = self.norm_latents(latents)
         k, v = self.attn.keys_values(torch.cat([self.norm_media(x), q], dim=1))
-        latents = latents + self.attn(q, k, v, k_segments=k_segments)
+        latents = latents + self.attn(q, k, v, rule)
         return latents + self.fc2(self.activation(self.fc1(self.norm_mlp(latents))))
 
 
@@ -354,13 +353,13 @@ class PerceiverResampler(nn.Module):
             times[frame_mask] = torch.cat([self.times(count) for count in frame_mask.sum(1).tolist()])
             x = x + times[:, :, None]
         x = x.flatten(1, 2)  # [n,F*N,Dv]: time and space in one row
-        k_segments = None
+        rule = None
         if frame_mask is not None:
             segments = (frame_mask.int() - 1).repeat_interleave(N, dim=1)  # -1 for padding, to which nothing attends
-            k_segments = F.pad(segments, (0, L))  # [n,F*N+L], the latents themselves are keys too
+            rule = Rule(k_segments=F.pad(segments, (0, L)))  # [n,F*N+L], the latents themselves are keys too
         latents = self.latents.expand(n, L, -1)
         for layer in self.layers:
-            latents = layer(latents, x, k_segments)
+            latents = layer(latents, x, rule)
         return self.norm(latents)
 
 
@@ -432,7 +431,7 @@ class DecoderAttention(nn.Module):
         q, k = apply_rope(q, k, rotation)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        o = attention(q, k, v, **rule)  # [B,H,T,Dh]; rule: which query attends to which key, see kernels.attention
+        o = attention(q, k, v, rule)  # [B,H,T,Dh]; rule: which query attends to which key, see kernels.attention
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -480,11 +479,11 @@ class GatedBlock(nn.Module):
         self.attn_gate = nn.Parameter(torch.zeros(size)) if config.gate != "none" else None
         self.ffw_gate = nn.Parameter(torch.zeros(size)) if config.gate != "none" else None
 
-    def forward(self, x, k, v, q_segments, k_segments):
-        """x [B,T,D] attends to k, v [B,H,M*L,Dh], the projected latents, where the segments are equal -> [B,T,D]."""
+    def forward(self, x, k, v, rule):
+        """x [B,T,D] attends to k, v [B,H,M*L,Dh], the projected latents, each word to those of its image -> [B,T,D]."""
         attn_gate = 1.0 if self.attn_gate is None else self.attn_gate.tanh()
         ffw_gate = 1.0 if self.ffw_gate is None else self.ffw_gate.tanh()
-        x = x + attn_gate * self.cross_attn(self.input_layernorm(x), k, v, q_segments, k_segments)
+        x = x + attn_gate * self.cross_attn(self.input_layernorm(x), k, v, rule)
         return x + ffw_gate * self.mlp(self.post_attention_layernorm(x))
 
 
@@ -533,18 +532,20 @@ class LanguageModel(nn.Module):
         past = 0 if cache is None else cache.length
         if past + T > self.config.context:
             raise ValueError(f"{past + T} tokens do not fit the context of {self.config.context}")
-        rule = dict(causal=True)
+        rule = Rule(causal=True)
         positions = torch.arange(past, past + T, device=x.device).expand(B, T)
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
             segments = mask.int() - 1  # 0 for a real token, -1 for padding, to which nothing attends
-            rule |= dict(q_segments=segments[:, past:], k_segments=segments)
+            rule = Rule(causal=True, q_segments=segments[:, past:], k_segments=segments)
         rotation = rope_1d(positions, self.config.head_width, self.config.rope_base)  # cosines and sines
+        if media is not None:
+            images = media.q_segments if past == 0 else media.q_segments[:, -1:].expand(B, T)
+            to_media = Rule(q_segments=images, k_segments=media.k_segments)
         for i, layer in enumerate(self.layers):
             if media is not None and i in media.inserted:
                 block, k, v = media.inserted[i]
-                images = media.q_segments if past == 0 else media.q_segments[:, -1:].expand(B, T)
-                x = block(x, k, v, images, media.k_segments)
+                x = block(x, k, v, to_media)
             x = layer(x, rotation, rule, cache, i)
         if cache is not None:
             cache.length += T
@@ -603,7 +604,7 @@ def media_segments(ids, config, mask=None):
     is_image = ids == config.image_token_id
     if mask is not None:
         is_image = is_image & mask
-    return is_image.cumsum(1) - 1
+    return is_image.cumsum(1, dtype=torch.int32) - 1
 
 
 def real_frames(media, media_mask=None):
@@ -656,7 +657,7 @@ class Flamingo(nn.Module):
 
     def project(self, latents, q_segments, real):
         """latents [B,M,L,Dv], q_segments [B,T] of the words, real [B,M] (False = padding) -> Media for `hidden`."""
-        number = (real.cumsum(1) - 1).masked_fill(~real, -1)  # [B,M]: the i-th real one is image i
+        number = (real.cumsum(1, dtype=torch.int32) - 1).masked_fill(~real, -1)  # [B,M]: the i-th real one is image i
         k_segments = number.repeat_interleave(latents.shape[2], dim=1)  # [B,M*L]
         row = latents.flatten(1, 2)  # [B,M*L,Dv]
         inserted = {}

@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from kernels import apply_rope, attention, rope_1d
+from kernels import Rule, apply_rope, attention, rope_1d
 
 IGNORE_INDEX = -100  # a label that does not count; cross_entropy's own default
 
@@ -299,7 +299,7 @@ class DecoderAttention(nn.Module):
         q, k = apply_rope(q, k, rotation)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        o = attention(q, k, v, **rule)  # [B,H,T,Dh]; rule: which query attends to which key, see kernels.attention
+        o = attention(q, k, v, rule)  # [B,H,T,Dh]; rule: which query attends to which key, see kernels.attention
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -347,12 +347,12 @@ class LanguageModel(nn.Module):
         past = 0 if cache is None else cache.length
         if past + T > self.config.context:
             raise ValueError(f"{past + T} tokens (text and image) do not fit the context of {self.config.context}")
-        rule = dict(causal=True)
+        rule = Rule(causal=True)
         positions = torch.arange(past, past + T, device=x.device).expand(B, T)
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
             segments = mask.int() - 1  # 0 for a real token, -1 for padding, to which nothing attends
-            rule |= dict(q_segments=segments[:, past:], k_segments=segments)
+            rule = Rule(causal=True, q_segments=segments[:, past:], k_segments=segments)
         rotation = rope_1d(positions, self.config.head_width, self.config.rope_base)  # cosines and sines
         for i, layer in enumerate(self.layers):
             x = layer(x, rotation, rule, cache, i)

@@ -75,7 +75,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from kernels import apply_rope, attention, mrope, rope_2d
+from kernels import Rule, apply_rope, attention, mrope, rope_2d
 
 IGNORE_INDEX = -100  # a label that does not count; cross_entropy's own default
 
@@ -468,7 +468,7 @@ class DecoderAttention(nn.Module):
         q, k = apply_rope(q, k, rotation)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        o = attention(q, k, v, **rule)  # [B,H,T,Dh]; rule: which query attends to which key, see kernels.attention
+        o = attention(q, k, v, rule)  # [B,H,T,Dh]; rule: which query attends to which key, see kernels.attention
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -516,10 +516,10 @@ class LanguageModel(nn.Module):
         past = 0 if cache is None else cache.length
         if past + T > c.context:
             raise ValueError(f"{past + T} tokens (text and image) do not fit the context of {c.context}")
-        rule = dict(causal=True)
+        rule = Rule(causal=True)
         if mask is not None:
             segments = mask.int() - 1  # 0 for a real token, -1 for padding, to which nothing attends
-            rule |= dict(q_segments=segments[:, past:], k_segments=segments)
+            rule = Rule(causal=True, q_segments=segments[:, past:], k_segments=segments)
         rotation = mrope(positions, c.head_width, c.mrope_sections, c.rope_base)  # cosines and sines, for all layers
         for i, layer in enumerate(self.layers):
             x = layer(x, rotation, rule, cache, i)

@@ -51,7 +51,7 @@ import flamingo
 import llava
 import qwen2vl
 import vilt
-from kernels import attention_maps, draw_mask, rope_2d
+from kernels import Rule, attention_maps, draw_mask, rope_2d
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The world: things on a canvas
@@ -1354,10 +1354,10 @@ class CLIPRecipe(Recipe):
 
     def masks(self):
         padded = torch.tensor([[0, 0, 0, 0, -1, -1]])
-        siglip = draw_mask(6, 6, q_segments=padded, k_segments=padded)
+        siglip = draw_mask(6, 6, Rule(q_segments=padded, k_segments=padded))
         return [
             ("image tower: the class token and all patches attend to each other", draw_mask(5, 5)),
-            ("CLIP's text tower: causal; only the end-of-text token attends to all", draw_mask(6, 6, causal=True)),
+            ("CLIP's text tower: causal; only the end of the text attends to all", draw_mask(6, 6, Rule(causal=True))),
             ("SigLIP's text tower: both ways (here with a mask: 4 tokens and 2 of padding)", siglip),
         ]
 
@@ -1824,7 +1824,7 @@ class ViLTRecipe(Recipe):
             ("one encoder: 3 words, the class token, 4 patches; every token attends to every token", draw_mask(8, 8)),
             (
                 "the same with padding: 2 words and 1 of padding, the class token, 2 patches and 2 of padding",
-                draw_mask(8, 8, q_segments=padded, k_segments=padded),
+                draw_mask(8, 8, Rule(q_segments=padded, k_segments=padded)),
             ),
         ]
 
@@ -1989,13 +1989,13 @@ class LLaVARecipe(Recipe):
             ("vision tower: the class token and all patches see each other", draw_mask(5, 5)),
             (
                 "decoder: causal over words and patches alike, here 2 words, 4 patches, 2 words",
-                draw_mask(8, 8, causal=True),
+                draw_mask(8, 8, Rule(causal=True)),
             ),
             (
                 "decoder, a row with 2 tokens of padding on the left",
-                draw_mask(8, 8, causal=True, q_segments=padded, k_segments=padded),
+                draw_mask(8, 8, Rule(causal=True, q_segments=padded, k_segments=padded)),
             ),
-            ("decoder with a KV cache: 2 new tokens after 6 cached ones", draw_mask(2, 8, causal=True)),
+            ("decoder with a KV cache: 2 new tokens after 6 cached ones", draw_mask(2, 8, Rule(causal=True))),
         ]
 
     def costs(self, model, words=64):
@@ -2274,7 +2274,7 @@ class BLIP2Recipe(Recipe):
         draw_queries(rows, RUNS / "blip2" / "demo.png")
 
     def masks(self):
-        rule = lambda attends, *real: draw_mask(5, 5, **blip2.qformer_rule(attends, 2, torch.tensor([real])))
+        rule = lambda attends, *real: draw_mask(5, 5, blip2.qformer_rule(attends, 2, torch.tensor([real])))
         return [
             ("vision tower: the class token and all patches see each other", draw_mask(5, 5)),
             (
@@ -2288,7 +2288,7 @@ class BLIP2Recipe(Recipe):
             ),
             ("the same with 2 words and 1 of padding", rule("generation", True, True, False)),
             ("every query sees every patch in the cross-attention; words never do", draw_mask(2, 5)),
-            ("decoder: causal, here 2 query outputs and 4 words", draw_mask(6, 6, causal=True)),
+            ("decoder: causal, here 2 query outputs and 4 words", draw_mask(6, 6, Rule(causal=True))),
         ]
 
     def costs(self, model, words=64):
@@ -2725,7 +2725,7 @@ class FlamingoRecipe(Recipe):
         ids = torch.tensor([[IMAGE_ID if word == "<image>" else 0 for word in words]])
         segments = flamingo.media_segments(ids, flamingo.PRESETS["tiny"])
         images = torch.tensor([[0, 0, 1, 1]])
-        rows = draw_mask(len(words), 4, q_segments=segments, k_segments=images).splitlines()
+        rows = draw_mask(len(words), 4, Rule(q_segments=segments, k_segments=images)).splitlines()
         return [
             (
                 "inserted blocks: words attend to the latents (2 each) of the last of 2 images before them",
@@ -2733,7 +2733,7 @@ class FlamingoRecipe(Recipe):
             ),
             (
                 "language model: causal; images before the last are known through the words that attended to them",
-                draw_mask(len(words), len(words), causal=True),
+                draw_mask(len(words), len(words), Rule(causal=True)),
             ),
             ("resampler: 2 latents attend to 4 features and to themselves", draw_mask(2, 6)),
             ("vision tower: the class token and all patches see each other", draw_mask(5, 5)),
@@ -2751,7 +2751,7 @@ class FlamingoRecipe(Recipe):
         features = torch.empty(1, 1, 1 + (side // config.vision.patch_size) ** 2, Dv, device="meta")
         latents = torch.empty(1, 1, L, Dv, device="meta")
         prompt = torch.empty(1, words, language.width, device="meta")
-        segments = torch.zeros(1, words, dtype=torch.long, device="meta")
+        segments = torch.zeros(1, words, dtype=torch.int32, device="meta")
         real = torch.ones(1, 1, dtype=torch.bool, device="meta")
         cache = 2 * language.layers * language.kv_heads * language.head_width  # numbers per token: keys and values
         cross = 2 * inserted * language.width * L  # numbers per image: keys and values of its latents
@@ -3062,13 +3062,13 @@ class CogVLMRecipe(Recipe):
             ("vision tower: the class token and all patches see each other", draw_mask(4, 4)),
             (
                 "decoder: one softmax, causal over words and patches alike, whichever expert made the keys",
-                draw_mask(9, 9, causal=True),
+                draw_mask(9, 9, Rule(causal=True)),
             ),
             (
                 "decoder, a row with 2 tokens of padding on the left",
-                draw_mask(9, 9, causal=True, q_segments=padded, k_segments=padded),
+                draw_mask(9, 9, Rule(causal=True, q_segments=padded, k_segments=padded)),
             ),
-            ("decoder with a KV cache: 2 new words after 7 cached tokens", draw_mask(2, 9, causal=True)),
+            ("decoder with a KV cache: 2 new words after 7 cached tokens", draw_mask(2, 9, Rule(causal=True))),
         ]
 
     def costs(self, model, words=64):
@@ -3425,28 +3425,28 @@ class Qwen2VLRecipe(Recipe):
 
     def masks(self):
         grid = torch.tensor([[1, 2, 2], [2, 2, 2]])
-        frames = qwen2vl.patch_places(grid, 2)[0]
+        frames = qwen2vl.patch_places(grid, 2)[:1]
         small = replace(qwen2vl.VISION_2_5, window_size=28)
-        windows = qwen2vl.window_segments(qwen2vl.patch_places(torch.tensor([[1, 4, 4]]), 2), small)
+        windows = qwen2vl.window_segments(qwen2vl.patch_places(torch.tensor([[1, 4, 4]]), 2), small)[None]
         padded = torch.tensor([[-1, -1, 0, 0, 0, 0, 0, 0]])
         return [
             (
                 "vision encoder, one packed row: an image of 2 x 2 patches, a clip of two frame pairs of 2 x 2",
-                draw_mask(12, 12, q_segments=frames, k_segments=frames),
+                draw_mask(12, 12, Rule(q_segments=frames, k_segments=frames)),
             ),
             (
                 "Qwen2.5-VL's windows, here of 2 x 2 patches in an image of 4 x 4; in 4 of 32 layers all see all",
-                draw_mask(16, 16, q_segments=windows, k_segments=windows),
+                draw_mask(16, 16, Rule(q_segments=windows, k_segments=windows)),
             ),
             (
                 "decoder: causal over words and image tokens alike, here 2 words, 4 tokens, 2 words",
-                draw_mask(8, 8, causal=True),
+                draw_mask(8, 8, Rule(causal=True)),
             ),
             (
                 "decoder, a row with 2 tokens of padding on the left",
-                draw_mask(8, 8, causal=True, q_segments=padded, k_segments=padded),
+                draw_mask(8, 8, Rule(causal=True, q_segments=padded, k_segments=padded)),
             ),
-            ("decoder with a KV cache: 2 new tokens after 6 cached ones", draw_mask(2, 8, causal=True)),
+            ("decoder with a KV cache: 2 new tokens after 6 cached ones", draw_mask(2, 8, Rule(causal=True))),
         ]
 
     def costs(self, model, words=64):

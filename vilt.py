@@ -67,7 +67,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from kernels import attention
+from kernels import Rule, attention
 
 IGNORE_INDEX = -100  # a label that does not count; cross_entropy's own default
 
@@ -133,7 +133,7 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. rule: which token attends to which, as arguments of kernels.attention."""
+    """Multi-head self-attention. rule: which token attends to which, see kernels.attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, S, self.heads, -1).transpose(1, 2)  # [B,H,S,Dh]
         k = self.k_proj(x).view(B, S, self.heads, -1).transpose(1, 2)
         v = self.v_proj(x).view(B, S, self.heads, -1).transpose(1, 2)
-        return self.out_proj(attention(q, k, v, **rule).transpose(1, 2).reshape(B, S, D))
+        return self.out_proj(attention(q, k, v, rule).transpose(1, 2).reshape(B, S, D))
 
 
 class Block(nn.Module):
@@ -331,10 +331,10 @@ class ViLT(nn.Module):
     def encode(self, x, real):
         """x [B,S,D], real [B,S] (True = no padding) -> hidden [B,S,D]. Modality and position are known from the
         embeddings alone: in another order the same tokens give the same hidden states."""
-        rule = {}  # every token attends to every token
+        rule = None  # every token attends to every token
         if not real.all():
             segments = real.int() - 1  # 0 for a real token, -1 for padding, to which nothing attends
-            rule = dict(q_segments=segments, k_segments=segments)
+            rule = Rule(q_segments=segments, k_segments=segments)
         for block in self.blocks:
             x = block(x, rule)
         return self.ln_post(x)

@@ -6,16 +6,16 @@
                 with what a mask leaves to do, rope_triton.py); the default on CUDA from Ampere on, except for float64
                 and heads wider than 256
 
-    from kernels import attention, backend
+    from kernels import Rule, attention, backend
     with backend("reference"):
-        o = attention(q, k, v, causal=True)
+        o = attention(q, k, v, Rule(causal=True))
 
 Axis letters, everywhere in this folder: B batch, T length (Tq of the queries, Tk of the keys), H query heads, K
 key/value heads (K divides H, G = H // K query heads share one), Dh head width.
 """
 
-from .attention import allowed, attention, attention_maps, backend, draw_mask
+from .attention import Rule, attention, attention_maps, backend, draw_mask
 from .rope import apply_rope, mrope, rope_1d, rope_2d
 
-__all__ = ["allowed", "attention", "attention_maps", "backend", "draw_mask"]
+__all__ = ["Rule", "attention", "attention_maps", "backend", "draw_mask"]
 __all__ += ["apply_rope", "mrope", "rope_1d", "rope_2d"]

@@ -1,6 +1,7 @@
 """Attention: the one mask rule of this repo, the plain maths, and the call that everything else goes through.
 
-    o = attention(q, k, v, causal=..., prefix=..., q_segments=..., k_segments=...)
+    rule = Rule(causal=..., prefix=..., q_segments=..., k_segments=...)      once, for all layers of a model
+    o = attention(q, k, v, rule)
 
 Query i may look at key j if both are in the same segment (a negative one is padding), and, when causal, if
 j <= i + (Tk - Tq) or j < prefix. There is no other rule: every mask of the seven families is one of these (rows look at
@@ -104,65 +105,102 @@ def _gpu_fits(device):
     return torch.cuda.get_device_capability(device) >= (8, 0)  # older ones have no bf16 matrix instructions
 
 
-def choose_backend(x):
-    """The backend that works on a tensor like x: what was asked for, else triton on CUDA and torch elsewhere."""
-    name = _forced
-    if name == "auto":
-        # B is the third axis of the grid, which has at most 2**16 - 1 programs
-        fits = x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= 256 and len(x) < 2**16
-        return "triton" if fits and _triton_installed() and _gpu_fits(x.device) else "torch"
-    if name == "triton":
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > 256:
-            raise ValueError("the triton backend takes float32, float16 and bfloat16 and heads up to 256 wide, "
-                             f"not {x.dtype} and {x.shape[-1]}")  # fmt: skip
-        if not x.is_cuda:
+def choose_backend(q, k):
+    """The backend that works on q and k: what was asked for, else triton on CUDA and torch elsewhere."""
+    # The axes of a grid have at most 2**16 - 1 programs: one for each row of the batch, one for each 16 or more tokens
+    fits = q.dtype in (torch.float32, torch.float16, torch.bfloat16) and q.shape[3] <= 256
+    fits = fits and len(q) < 2**16 and max(q.shape[2], k.shape[2]) < 2**20 - 16
+    if _forced == "auto":
+        return "triton" if q.is_cuda and fits and _triton_installed() and _gpu_fits(q.device) else "torch"
+    if _forced == "triton":
+        if not fits:
+            raise ValueError("the triton backend takes float32, float16 and bfloat16, heads up to 256 wide, batches "
+                             f"below 2**16 and about 2**20 tokens at most, not {q.dtype} and q {[*q.shape]}, "
+                             f"k {[*k.shape]}")  # fmt: skip
+        if not q.is_cuda:
             if os.environ.get("TRITON_INTERPRET") != "1":
-                raise RuntimeError(f"the triton backend needs a CUDA tensor, not one on {x.device.type}; to run it on "
+                raise RuntimeError(f"the triton backend needs a CUDA tensor, not one on {q.device.type}; to run it on "
                                    "the CPU, slowly, set TRITON_INTERPRET=1 before the first use")  # fmt: skip
-            if x.dtype == torch.bfloat16:
+            if q.dtype == torch.bfloat16:
                 raise ValueError("Triton's interpreter computes bfloat16 wrong: use float32 or float16 there")
-    return name
+    return _forced
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Who may look at whom
 
 
-def allowed(Tq, Tk, *, causal=False, prefix=None, q_segments=None, k_segments=None, device=None):
-    """The one mask rule of the repo -> bool [B,Tq,Tk], True = query i may look at key j. B is 1 where all rows agree.
+class Rule:
+    """Who may look at whom. A model makes one for each forward pass and passes it to all of its layers: what a backend
+    works out from it is worked out once.
 
-    segments [B,Tq] and [B,Tk]: both equal and not negative (negative = padding, None = everything is in segment 0);
+    q_segments [B,Tq] and k_segments [B,Tk]: both equal and not negative (negative = padding, None = all in segment 0);
     causal: the last query stands at the last key, j <= i + (Tk - Tq), so that a KV cache needs nothing special;
     prefix [B]: keys j < prefix[b] are open to earlier queries too: causal does not close them, segments still may.
+    The tensors are integers of at most 31 bits and must not change afterwards; the values of int32 need no check, for
+    which Python would wait for a GPU. Raises ValueError for others.
     """
-    for x in (q_segments, k_segments, prefix):
-        device = x.device if x is not None else device
-    if q_segments is None and k_segments is None:
+
+    def __init__(self, *, causal=False, prefix=None, q_segments=None, k_segments=None):
+        if prefix is not None and not causal:
+            raise ValueError("prefix opens keys that causal=True would close; without causal it means nothing")
+        self.causal, self.prefix = causal, _int32("prefix", prefix)
+        self.q_segments, self.k_segments = _int32("q_segments", q_segments), _int32("k_segments", k_segments)
+        self._kept = {}
+
+    def once(self, key, make):
+        """make(), the first time that this key is asked for."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def allowed(self, Tq, Tk, device=None):
+        """-> bool [B,Tq,Tk], True = query i may look at key j. B is 1 where all rows agree."""
+        return self.once((Tq, Tk), lambda: self._allowed(Tq, Tk, device))
+
+    def _allowed(self, Tq, Tk, device):
+        for x in (self.q_segments, self.k_segments, self.prefix):
+            device = x.device if x is not None else device
         ok = torch.ones(1, Tq, Tk, dtype=torch.bool, device=device)
-    else:
-        q_seg = 0 if q_segments is None else q_segments[:, :, None]
-        k_seg = 0 if k_segments is None else k_segments[:, None, :]
-        B = (k_segments if q_segments is None else q_segments).shape[0]
-        ok = ((q_seg == k_seg) & (k_seg >= 0 if q_segments is None else q_seg >= 0)).expand(B, Tq, Tk)
-    if causal:
-        i = torch.arange(Tq, device=device)[:, None]
-        j = torch.arange(Tk, device=device)
-        past = j <= i + (Tk - Tq)  # [Tq,Tk]
-        if prefix is not None:
-            past = past | (j < prefix[:, None, None])  # [B,Tq,Tk]
-        ok = ok & past
-    return ok
+        if self.q_segments is not None or self.k_segments is not None:
+            q_seg = 0 if self.q_segments is None else self.q_segments[:, :, None]
+            k_seg = 0 if self.k_segments is None else self.k_segments[:, None, :]
+            ok = ok & (q_seg == k_seg) & (k_seg >= 0 if self.q_segments is None else q_seg >= 0)  # [B,Tq,Tk]
+        if self.causal:
+            i = torch.arange(Tq, device=device)[:, None]
+            j = torch.arange(Tk, device=device)
+            past = j <= i + (Tk - Tq)  # [Tq,Tk]
+            if self.prefix is not None:
+                past = past | (j < self.prefix[:, None, None])  # [B,Tq,Tk]
+            ok = ok & past
+        return ok
+
+    def check(self, B, Tq, Tk, device):
+        """Raises ValueError unless the tensors have these sizes and lie there."""
+        shapes = dict(prefix=(B,), q_segments=(B, Tq), k_segments=(B, Tk))
+        for name, shape in shapes.items():
+            x = getattr(self, name)
+            if x is not None and x.shape != shape:
+                raise ValueError(f"{name} has the shape {[*x.shape]} where {[*shape]} was expected")
+            if x is not None and x.device != device:
+                raise ValueError(f"{name} lies on {x.device}, q on {device}")
 
 
-def draw_mask(Tq, Tk, *, causal=False, prefix=None, q_segments=None, k_segments=None):
-    """The rule as text, one line per query and one sign per key: # may look, . may not.
+def _int32(name, x):
+    if x is None or x.dtype == torch.int32:
+        return x
+    if x.dtype == torch.bool or x.is_floating_point():
+        raise ValueError(f"{name} must be integers, not {x.dtype}; from a mask with True = token: mask.int() - 1")
+    ids = x.int()
+    if not torch.compiler.is_compiling() and (ids != x).any():
+        raise ValueError(f"{name} must be integers of at most 31 bits, not {x[ids != x][0]}")
+    return ids
 
-    Segments may be lists or tensors, [T] or [B,T] (the first of the batch is drawn), prefix a number or a tensor.
-    """
-    as_batch = lambda x, shape: None if x is None else torch.as_tensor(x).reshape(shape)[:1]
-    rule = dict(causal=causal, prefix=as_batch(prefix, -1))
-    rule |= dict(q_segments=as_batch(q_segments, (-1, Tq)), k_segments=as_batch(k_segments, (-1, Tk)))
-    return "\n".join(" ".join(".#"[int(x)] for x in row) for row in allowed(Tq, Tk, **rule)[0])
+
+def draw_mask(Tq, Tk, rule=None):
+    """The rule as text, one line per query and one sign per key: # may look, . may not. Of a batch the first row."""
+    table = (rule or Rule()).allowed(Tq, Tk)[0]
+    return "\n".join(" ".join(".#"[int(x)] for x in row) for row in table)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,7 +213,7 @@ def _reference(q, k, v, rule, scale):
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = (x.to(wide).repeat_interleave(G, dim=1) for x in (k, v))  # [B,H,Tk,Dh]: G query heads share a key head
     s = q.to(wide) @ k.transpose(-1, -2) * scale  # [B,H,Tq,Tk]
-    ok = allowed(*s.shape[2:], **rule, device=q.device)[:, None]  # [B or 1,1,Tq,Tk]
+    ok = rule.allowed(*s.shape[2:], q.device)[:, None]  # [B or 1,1,Tq,Tk]
     seen = ok.any(-1, keepdim=True)
     # softmax of a row of -inf alone would be NaN: a query that sees nothing gets scores 0 here and weights 0 below
     s = s.masked_fill(~ok, -torch.inf).masked_fill(~seen, 0.0)
@@ -191,14 +229,13 @@ def _reference(q, k, v, rule, scale):
 def _torch(q, k, v, rule, scale):
     """scaled_dot_product_attention under our rule; builds no mask where none is needed."""
     Tq, Tk = q.shape[2], k.shape[2]
-    mask, is_causal = None, False
-    if rule["q_segments"] is not None or rule["k_segments"] is not None:
-        mask = allowed(Tq, Tk, **rule)
-    elif rule["causal"]:
+    mask, is_causal, seen = None, False, None
+    if rule.q_segments is not None or rule.k_segments is not None:
+        mask = rule.allowed(Tq, Tk)
+    elif rule.causal and Tq > 1:  # a single query is the last one: it may look at every key
         # torch aligns is_causal at the first key, we at the last: the same thing only where Tq equals Tk
-        is_causal = Tq == Tk and rule["prefix"] is None
-        mask = None if is_causal else allowed(Tq, Tk, **rule, device=q.device)
-    seen = None
+        is_causal = Tq == Tk and rule.prefix is None
+        mask = None if is_causal else rule.allowed(Tq, Tk, q.device)
     if mask is not None:
         mask = mask[:, None]  # [B or 1,1,Tq,Tk]
         if q.device.type != "cpu":
@@ -234,11 +271,10 @@ def attention_maps():
         _maps = before
 
 
-def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments=None, scale=None, return_lse=False):
-    """softmax(q k^T scale) v over the keys that `allowed` allows -> o, like q.
+def attention(q, k, v, rule=None, *, scale=None, return_lse=False):
+    """softmax(q k^T scale) v over the keys that the rule allows (None: all of them) -> o, like q.
 
     q [B,H,Tq,Dh]   k, v [B,K,Tk,Dh], K divides H
-    q_segments [B,Tq], k_segments [B,Tk], prefix [B]: integers of at most 31 bits
     scale is Dh ** -0.5 unless given. A query with no key to look at returns zeros and sends no gradient.
     return_lse adds lse [B,H,Tq] float32, the natural log of the sum of exp(scores), -inf for a query that sees nothing;
     no gradient flows through it. Raises ValueError for shapes, dtypes and devices that do not go together.
@@ -250,22 +286,16 @@ def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments
                          "together: same B and Dh, k and v alike, K divides H")  # fmt: skip
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
-    if prefix is not None:
-        if not causal:
-            raise ValueError("prefix opens keys that causal=True would close; without causal it means nothing")
-        _check_integers("prefix", prefix, (B,), q.device)
-    if q_segments is not None:
-        _check_integers("q_segments", q_segments, (B, Tq), q.device)
-    if k_segments is not None:
-        _check_integers("k_segments", k_segments, (B, Tk), q.device)
+    rule = Rule() if rule is None else rule
+    rule.check(B, Tq, Tk, q.device)
     if scale is None:
         scale = Dh**-0.5
     elif not scale > 0:
         raise ValueError(f"scale must be positive, not {scale}")
-    causal = causal and Tq > 1  # a single query is the last one: it may look at every key
-    rule = dict(causal=causal, prefix=prefix, q_segments=q_segments, k_segments=k_segments)
 
-    name = choose_backend(q)
+    name = choose_backend(q, k)
+    if name == "triton" and _forced == "auto" and Tq == 1:
+        name = "torch"  # a new token and its cache: torch shares the keys out among programs, our kernels do not
     if _maps is not None or name == "reference" or not q.numel() or not k.numel():
         o, lse, weights = _reference(q, k, v, rule, scale)
         if _maps is not None:
@@ -280,12 +310,3 @@ def attention(q, k, v, *, causal=False, prefix=None, q_segments=None, k_segments
 
         o, lse = flash_attention(q, k, v, rule, scale)
     return (o, lse) if return_lse else o
-
-
-def _check_integers(name, x, shape, device):
-    if x.shape != shape:
-        raise ValueError(f"{name} has the shape {[*x.shape]} where {[*shape]} was expected")
-    if x.dtype == torch.bool or x.is_floating_point():
-        raise ValueError(f"{name} must be integers, not {x.dtype}; from a mask with True = token: mask.int() - 1")
-    if x.device != device:
-        raise ValueError(f"{name} lies on {x.device}, q on {device}")

@@ -8,16 +8,16 @@
     1 attention     TFLOP/s by length. A forward pass counts 4 B H Tq Tk Dh operations (half of them if causal) and a
                     backward pass 2.5 times as many, as in the FlashAttention papers.
     2 masks         Milliseconds of a masked call and of the call beside it. Their quotient should come near the last
-                    column, the quotient of the pairs (query, key) that the two leave. What the kernels keep with a
-                    mask (attention_blocks.py) is there before the timing starts.
+                    column, the quotient of the pairs (query, key) that the two leave. What a Rule keeps for all
+                    layers of a model is there before the timing starts.
     3 few queries   Microseconds: one new token against a long cache, 64 latents against an image. "called": with
                     Python's part, which counts where such short calls follow each other.
     4 RoPE          GB/s: q and k, read once and written once, divided by the time (cosines and sines are not counted),
                     beside the copy of a large tensor. On a CPU, tensors that fit its cache are faster than that.
     5 errors        The largest error against float64 of the output and of each gradient, and that error divided by the
                     one of attention written down in the same precision.
-    6 blocks        Blocks of scores that the forward pass visits, counted by the kernels' own planning, beside the
-                    pairs that the mask leaves. Nothing is timed.
+    6 blocks        Blocks of scores that the forward pass visits (attention_blocks.walks), beside the pairs that the
+                    mask leaves. Nothing is timed.
     --compile       Registers and spilled bytes (stored and loaded) of a thread, shared memory of a program, the matrix
                     instruction. One line for each configuration, all under one mask, that of a padded causal batch.
 
@@ -26,6 +26,11 @@ meanwhile, and its part shows only where it takes longer than that, about 0.1 ms
 torch.utils.benchmark.Timer makes one call after the other. A backward pass is timed alone: torch.autograd.grad for q, k
 and v (RoPE: q and k), of a graph that is kept. What is compared has tensors of the same layout (that of projections,
 [B,T,H,Dh] in memory), the same mask and a gradient of the same kind. A dash: it could not be run, and stderr says why.
+
+What would bring back what was left out of the kernels, since nobody had measured that it pays: tiles by descriptor
+(TMA), if they are 8 % faster at width 128, the geometric mean of table 1's two longest lengths in both passes; a split
+of the keys, if torch answers one token against 8k keys more than twice as fast as triton; lists of blocks in the place
+of walks, if 7 images in a row of 16k take 10 % more than a batch of them.
 
     triton          this folder's kernels, timed on a GPU only; on a CPU `torch` takes their place
     torch           the torch backend, where torch chooses how
@@ -55,7 +60,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
-from . import allowed, apply_rope, attention, backend, rope_1d
+from . import Rule, apply_rope, attention, backend, rope_1d
 from .attention import _triton_installed
 
 ON_GPU = torch.cuda.is_available() and _triton_installed()
@@ -174,8 +179,9 @@ def attention_table():
     for causal, Dh, T in product((False, True), (64, 128), lengths):
         B, H = tokens // T, width // Dh
         q, k, v = make(B, H, H, T, T, Dh, DTYPE)
-        grad, mask = torch.randn_like(q), allowed(T, T, causal=True, device=DEVICE) if causal else None
-        ours, theirs = (lambda: attention(q, k, v, causal=causal)), (lambda: sdpa(q, k, v, causal))
+        grad, rule = torch.randn_like(q), Rule(causal=causal)
+        mask = rule.allowed(T, T, DEVICE) if causal else None
+        ours, theirs = (lambda: attention(q, k, v, rule)), (lambda: sdpa(q, k, v, causal))
         runs = dict(triton=ours, flash=theirs, cudnn=theirs, eager=lambda: eager(q, k, v, mask))
         times = {}
         for name, f in (runs if ON_GPU else dict(torch=ours, reference=ours)).items():
@@ -190,14 +196,14 @@ def attention_table():
 def mask_table():
     # N images of P patches in a row, and seven of S, which is no multiple of a tile's length
     H, T, N, P, S = (16, 8192, 64, 256, 585) if ON_GPU else (4, 256, 8, 32, 45)
-    same = lambda ids: dict(q_segments=ids[None].to(DEVICE), k_segments=ids[None].to(DEVICE))
+    same = lambda ids: Rule(q_segments=ids[None].to(DEVICE), k_segments=ids[None].to(DEVICE))
     images = lambda n, patches: same(torch.arange(n).repeat_interleave(patches))
-    half, causal = same((torch.arange(T) < T // 2).int() - 1), dict(causal=True)  # -1 is padding
-    seven = lambda Dh: ((1, H, H, 7 * S, Dh), images(7, S), "torch, a batch", (7, H, H, S, Dh), {})
+    half, causal, full = same((torch.arange(T) < T // 2).int() - 1), Rule(causal=True), Rule()  # -1 is padding
+    seven = lambda Dh: ((1, H, H, 7 * S, Dh), images(7, S), "torch, a batch", (7, H, H, S, Dh), full)
     cases = {  # what: shape (B, H, K, T, Dh), rule, what stands beside it: shape, rule
-        "causal": ((1, H, H, T, 128), causal, "full", (1, H, H, T, 128), {}),
-        "half padding": ((1, H, H, T, 128), half, "full", (1, H, H, T, 128), {}),
-        f"{N} images in a row": ((1, H, H, N * P, 80), images(N, P), "a batch", (N, H, H, P, 80), {}),
+        "causal": ((1, H, H, T, 128), causal, "full", (1, H, H, T, 128), full),
+        "half padding": ((1, H, H, T, 128), half, "full", (1, H, H, T, 128), full),
+        f"{N} images in a row": ((1, H, H, N * P, 80), images(N, P), "a batch", (N, H, H, P, 80), full),
         "7 images in a row, width 72": seven(72),
         "7 images in a row, width 80": seven(80),
         "12 heads on 2, causal": ((1, 12, 2, T, 128), causal, "12 on 12", (1, 12, 12, T, 128), causal),
@@ -208,8 +214,8 @@ def mask_table():
         B, H, K, T, Dh = shape
         q, k, v = make(B, H, K, T, T, Dh, DTYPE)
         with held_to(name):
-            times = both_ways(lambda: attention(q, k, v, **rule), (q, k, v), torch.randn_like(q))
-        return *times, B * T * T * allowed(T, T, **rule, device=DEVICE).float().mean().item()
+            times = both_ways(lambda: attention(q, k, v, rule), (q, k, v), torch.randn_like(q))
+        return *times, B * T * T * rule.allowed(T, T, DEVICE).float().mean().item()
 
     rows = []
     for name, (shape, rule, beside, other_shape, other_rule) in cases.items():
@@ -264,7 +270,8 @@ def error_table():
     rows = []
     for (name, dtype), causal, Dh in product(kinds, (False, True), (64, 128)):
         inputs = make(1, 3, 1, T, T, Dh, dtype)
-        mask, grad = allowed(T, T, causal=causal, device=DEVICE), torch.randn_like(inputs[0])
+        rule, grad = Rule(causal=causal), torch.randn_like(inputs[0])
+        mask = rule.allowed(T, T, DEVICE)
 
         def results(f, inputs):
             out = f(*inputs)
@@ -274,7 +281,7 @@ def error_table():
         errors = lambda f: [(x - e).abs().max().item() for x, e in zip(results(f, inputs), exact)]
         plain = errors(lambda *x: eager(*x, mask))
         with held_to(name):
-            ours = attempt(lambda: errors(lambda *x: attention(*x, causal=causal))) or [None] * 4
+            ours = attempt(lambda: errors(lambda *x: attention(*x, rule))) or [None] * 4
         row = {"backend": name, "dtype": str(dtype)[6:], "mask": "causal" if causal else "full", "Dh": Dh}
         for what, x, y in zip(("o", "dq", "dk", "dv"), ours, plain):
             row |= {what: x, f"{what} /eager": ratio(x, y)}
@@ -285,10 +292,10 @@ def error_table():
 def block_table():
     if not _triton_installed():
         return print("\n6 blocks: left out, since the planning needs Triton")
-    from .attention_blocks import Mask
+    from .attention_blocks import walks
     from .attention_triton import CONFIGS
 
-    T, rows, (BM, BN, *_) = 2048, [], CONFIGS["forward", 128][0]
+    (BM, BN, *_), T, rows = CONFIGS["forward", 128], 2048, []
     t = torch.arange(T, device=DEVICE)[None]
     same = lambda ids: dict(q_segments=ids, k_segments=ids)
     cases = {
@@ -300,10 +307,11 @@ def block_table():
         "7 images": same(t * 7 // T),
     }
     for name, rule in cases.items():
-        # segments that are all one mask nothing, but make the plan list its blocks
-        rule = dict(causal=False, prefix=None, q_segments=torch.zeros_like(t), k_segments=None) | rule
-        unmasked, visited = Mask(rule, 1, T, T, t.device).plan(BM, BN, False)[1].sum((0, 1)).tolist()
-        total, pairs = (T // BM) * (T // BN), allowed(T, T, **rule).float().mean().item()
+        rule = dict(same(torch.zeros_like(t)), causal=False, prefix=None) | rule  # ids that are all one mask nothing
+        walk = walks(rule["q_segments"], rule["k_segments"], rule["prefix"], rule["causal"], BM, BN, False)
+        lo, a, z, hi = walk.unbind(-1)
+        visited, unmasked = (hi - lo).clamp(min=0).sum().item(), (z - a).sum().item()
+        total, pairs = (T // BM) * (T // BN), Rule(**rule).allowed(T, T).float().mean().item()
         row = {"mask": name, "pairs left": pairs, "visited": visited / total, "blocks": visited}
         rows.append(row | {"masked": visited - unmasked, "of": total})
     return show(f"6 blocks of {BM} x {BN} visited at {T} x {T}; masked: those where the mask is computed", rows)
@@ -316,17 +324,16 @@ TABLES |= dict(errors=error_table, blocks=block_table)
 # Compiling without a GPU
 
 GENERATIONS = {80: 163, 90: 227, 100: 227}  # compute capability -> KB of shared memory that one program may use
-# B, H, K, Tq, Tk of three calls, which between them take every direction of attention_triton.CONFIGS. They have what
+# B, H, K, Tq, Tk of two calls, which between them take every direction of attention_triton.CONFIGS. They have what
 # makes a kernel large: grouped heads, lengths that no tile divides, two rules in one mask
-CALLS = (8, 16, 4, 4000, 4000), (1, 16, 4, 64, 4000), (1, 16, 4, 1, 32000)
+CALLS = (8, 16, 4, 4000, 4000), (1, 16, 4, 64, 4000)
 
 
 def compile_jobs():
-    """-> what compile_job takes: compute capability, whether tiles come by descriptor (TMA), dtype, Dh, call."""
-    jobs = product(GENERATIONS, (True, False), [torch.bfloat16], (64, 128, 256), CALLS)
-    jobs = [job for job in jobs if job[0] >= 90 or not job[1]]
-    jobs += product(GENERATIONS, [False], [torch.float32], (64, 128), CALLS[:1])
-    jobs += product(GENERATIONS, [False], [torch.bfloat16], [128], ["RoPE"])
+    """-> what compile_job takes: compute capability, dtype, Dh, call."""
+    jobs = [*product(GENERATIONS, [torch.bfloat16], (64, 128, 256), CALLS)]
+    jobs += product(GENERATIONS, [torch.float32], (64, 128), CALLS[:1])
+    jobs += product(GENERATIONS, [torch.bfloat16], [128], ["RoPE"])
     return sorted(jobs, key=lambda job: job[0])
 
 
@@ -343,15 +350,12 @@ def compile_job(job):
 
     from . import attention_triton, rope_triton
 
-    sm, descriptors, dtype, Dh, call = job
+    sm, dtype, Dh, call = job
     rows, launch = [], JITFunction.run
 
     def compile_only(kernel, *args, **options):
         row = {"sm": sm, "kernel": kernel.__name__.strip("_").removesuffix("_kernel")}
         row |= {"Dh": Dh, "dtype": str(dtype)[6:], "BM": options.get("BM"), "BN": options.get("BN")}
-        if row["kernel"] in ("ranges", "plan"):  # they work on segment ids, with any width and tile
-            row |= {"Dh": None, "dtype": "int32", "BM": None, "BN": None}
-        row |= {"tiles by": "TMA" if any(hasattr(x, "block_shape") for x in args) else "pointers"}
         row |= dict.fromkeys(("warps", "stages", "registers", "spilled", "shared KB")) | {"unit": "", "note": ""}
         try:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -374,9 +378,8 @@ def compile_job(job):
     driver.set_active(SimpleNamespace(get_current_device=lambda: sm, get_current_stream=lambda device: 0,
                                       get_current_target=lambda: target))  # fmt: skip
     knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True  # for the log
-    of_the_gpu = dict(_has_tma=lambda device: descriptors, _processors=lambda device: 132)  # H100
-    patches = mock.patch.object(JITFunction, "run", compile_only), mock.patch.multiple(attention_triton, **of_the_gpu)
-    with patches[0], patches[1], torch.device("meta"):
+    small = mock.patch.object(attention_triton, "_is_small", lambda device: GENERATIONS[sm] < 200)
+    with small, mock.patch.object(JITFunction, "run", compile_only), torch.device("meta"):
         B, H, K, Tq, Tk = CALLS[0] if call == "RoPE" else call
         shapes = (B, Tq, H, Dh), (B, Tk, K, Dh), (B, Tk, K, Dh)
         q, k, v = (torch.empty(shape, dtype=dtype).transpose(1, 2).requires_grad_() for shape in shapes)
@@ -384,10 +387,9 @@ def compile_job(job):
             out = rope_triton.rope(q, k, *torch.empty(2, B, 1, Tq, Dh))
         else:
             q_seg, k_seg = (torch.empty(B, T, dtype=torch.int32) for T in (Tq, Tk))
-            rule = dict(causal=Tq > 1, prefix=None, q_segments=q_seg, k_segments=k_seg)
+            rule = Rule(causal=True, q_segments=q_seg, k_segments=k_seg)
             out = attention_triton.flash_attention(q, k, v, rule, Dh**-0.5)[:1]
-        if Tq > 1:
-            torch.autograd.grad(out, (q, k, v), [torch.empty_like(x) for x in out], allow_unused=True)
+        torch.autograd.grad(out, (q, k, v), [torch.empty_like(x) for x in out], allow_unused=True)
     return rows
 
 
@@ -401,7 +403,7 @@ def compile_all():
         for sm in GENERATIONS:
             largest = {}
             for row in [row for job in jobs if job[0] == sm for row in next(results)]:
-                key = (*row.values(),)[:9]  # up to the stages
+                key = (*row.values(),)[:8]  # up to the stages
                 largest[key] = max(row, largest.get(key, row), key=size)
             ordered = sorted(largest.values(), key=lambda row: (row["kernel"], row["dtype"], row["Dh"] or 0))
             rows += show(f"sm_{sm}: of a thread, registers and bytes spilled; of a program, shared memory", ordered)

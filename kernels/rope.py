@@ -91,7 +91,7 @@ def apply_rope(q, k, rotation):
     if k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:] or cos.shape != (len(q), 1, *q.shape[2:]):
         raise ValueError(f"q [B,H,T,Dh] {[*q.shape]}, k [B,K,T,Dh] {[*k.shape]} and cosines [B,1,T,Dh] "
                          f"{[*cos.shape]} do not go together")  # fmt: skip
-    if choose_backend(q) == "triton":
+    if choose_backend(q, k) == "triton":
         from .rope_triton import rope
 
         return rope(q, k, cos, sin)
