@@ -4215,7 +4215,20 @@ def test_muon_takes_the_hidden_matrices_and_vectors_do_not_decay():
         assert names == [others, ["up.bias", "norm.weight", "norm.bias", "lm_head.bias"], hidden][: 3 if muon else 2]
         found = [(group["weight_decay"], group["peak"]) for group in groups]
         assert found == [(0.3, 0.1), (0, 0.1), (0.3, 0.02)][: len(groups)]
-        assert isinstance(optimizers[-1], torch.optim.Muon if muon else torch.optim.AdamW)
+        assert isinstance(optimizers[-1], world.Muon if muon else torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
+def test_muon_is_torchs_in_full_precision(shape):
+    start = torch.randn(shape)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    options = dict(momentum=0.9, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    optimizers = world.Muon([ours], 0.05, 0.3), torch.optim.Muon([theirs], 0.05, **options)
+    for _ in range(4):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert distance(ours, theirs) < 0.02 * distance(ours, start)  # torch's rounds to 8 bits
 
 
 @pytest.mark.parametrize("family", FAMILIES)

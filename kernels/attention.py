@@ -43,11 +43,11 @@ Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691). For one query wi
 
     o = sum_j exp(s_j - m) v_j / l      l = sum_j exp(s_j - m)      m = max_j s_j
 
-where m only guards against overflow: any m gives the same o. So the keys can come in blocks. Keep (m, l, a), with
-a = sum exp(s_j - m) v_j, over the keys seen so far; a new block moves the maximum from m to m', and
+where m only guards against overflow: any m gives the same o. So the keys can come in blocks. Keep (m, l, acc), with
+acc = sum exp(s_j - m) v_j, over the keys seen so far; a new block moves the maximum from m to m', and
 
-    l' = exp(m - m') l + sum_{j in block} exp(s_j - m')
-    a' = exp(m - m') a + sum_{j in block} exp(s_j - m') v_j      at the end  o = a / l,  lse = m + log l
+    l'   = exp(m - m') l   + sum_{j in block} exp(s_j - m')
+    acc' = exp(m - m') acc + sum_{j in block} exp(s_j - m') v_j  at the end  o = acc / l,  lse = m + log l
 
 One number per query, lse, is kept for the way back, since p_j = exp(s_j - lse) is then the weight itself: the backward
 pass computes the scores a second time rather than reading Tq x Tk of them from memory. With g = dL/do,
@@ -62,7 +62,8 @@ D_i runs over all keys of row i, which no block has at hand. But sum_j p_ij (g_i
 g_i . o_i: D_i is the dot product of two rows that are there already. Each block can then be dealt with alone, in any
 order.
 
-attention_triton.py is this, in blocks. A query that sees nothing has l = 0: it returns zeros and sends no gradient.
+attention_triton.py is this, in blocks, under the same names. A query that sees nothing has l = 0: it returns zeros and
+sends no gradient.
 """
 
 import contextlib
