@@ -157,7 +157,7 @@ class Rule:
 
     def allowed(self, Tq, Tk, device=None):
         """-> bool [B,Tq,Tk], True = query i may look at key j. B is 1 where all rows agree."""
-        return self.once((Tq, Tk), lambda: self._allowed(Tq, Tk, device))
+        return self.once((Tq, Tk, device), lambda: self._allowed(Tq, Tk, device))
 
     def _allowed(self, Tq, Tk, device):
         for x in (self.q_segments, self.k_segments, self.prefix):
