@@ -4517,7 +4517,7 @@ def test_own_data_names_bad_rows_and_measures_a_tenth_kept_back_before_and_after
 ):
     recipe, shown = world.RECIPES[family], []
     note = lambda self, rows, *options, collect=recipe.collect: shown.append(rows) or collect(self, rows, *options)
-    monkeypatch.setattr(recipe, "collect", note)
+    monkeypatch.setattr(recipe, "collect", note)  # of rows as they were read
     row = lambda text, name="a.png": dict(file_name=name, text=text, question="what is it?", answer=text)
     rows = [row(f"thing {i % 3}", ("a.png", "b.png")[i % 2]) for i in range(24)]
     bad = [dict(question="what?"), row("  "), row("<image>"), "not json", '["a"]', row("word " * 500)]
@@ -4536,14 +4536,32 @@ def test_own_data_names_bad_rows_and_measures_a_tenth_kept_back_before_and_after
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_own_text_may_be_as_long_as_the_context_of_the_toy_and_no_longer(family):
     recipe, context = world.RECIPES[family](), dict(clip=32, vilt=40, qwen2vl=512).get(family, 256)
-    own = lambda words: recipe.own(Image.new("RGB", (32, 32)), *["what?"] * (len(recipe.fields) - 1), " red" * words)
+    row = lambda words: (Image.new("RGB", (32, 32)), *["what?"] * (len(recipe.fields) - 1), " red" * words)
     with pytest.raises(ValueError) as error:
-        own(context)
+        recipe.own(*row(context))
     words = 2 * context - int(re.search(r"\d+", str(error.value))[0])
-    rows = recipe.collect([own(words)] * 2, recipe.stages[-1], 0)
+    rows = recipe.collect([row(words)] * 2, recipe.stages[-1], 0)
     assert recipe.loss(fresh(family), rows, recipe.stages[-1], 0)[0].isfinite()
     with refuses(ValueError, context + 1, context):
-        own(words + 1)
+        recipe.own(*row(words + 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_an_own_photo_only_what_the_toy_sees_is_kept(family, tmp_path):
+    recipe, module = world.RECIPES[family](), MODULES[family]
+    config = getattr(module.PRESETS["tiny"], "vision", module.PRESETS["tiny"])
+    photos = [picture.convert("RGB") for picture in (*pictures(), Image.linear_gradient("L").resize((900, 9)))]
+    for i, photo in enumerate(photos):
+        photo.save(tmp_path / f"{i}.png")
+    rows = [dict(file_name=f"{i}.png", text="red", question="what?", answer="red") for i in range(len(photos))]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read, key = world.read_folder(tmp_path, recipe)
+    for photo, (kept, *_) in zip(photos, read, strict=True):
+        assert kept.width * kept.height <= 128 * 128
+        for seen, before in zip(module.preprocess([kept], config), module.preprocess([photo], config)):
+            assert torch.equal(seen, before)
+    read[0][0].transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "0.png")
+    assert world.read_folder(tmp_path, recipe)[1] != key, "another picture is another training"
 
 
 @pytest.mark.parametrize("family", ["flamingo", "blip2", "cogvlm", "llava", "qwen2vl"])
@@ -4588,7 +4606,7 @@ def test_a_folder_without_data_costs_one_line_before_anything_is_trained(runs, t
         file.write_bytes(content)
         fails_in_one_line(main, capsys, file, *words)
     file.write_text(row, encoding="utf-8-sig")  # as some editors save it
-    assert world.read_folder(tmp_path, ("text",), lambda image, text: text)[0] == ["Grüße"]
+    assert [words for _, words in world.read_folder(tmp_path, world.CLIPRecipe())[0]] == ["Grüße"]
     with ends(2, capsys, "two pairs", "1"):
         main()
 
