@@ -427,12 +427,12 @@ class CLIP(nn.Module):
         logits_per_text."""
         return self.logits(self.encode_image(pixels), self.encode_text(ids, mask))
 
-    def loss(self, image, text):
-        """The loss this model is trained with, of the features [B,E] of B pairs. -> loss, metrics."""
+    def loss(self, image, text, names=None):
+        """The loss this model is trained with, of the features [B,E] of B pairs. -> loss, metrics. names: see below."""
         scale = self.logit_scale.exp()
         if self.config.loss == "softmax":
-            return contrastive_loss(image, text, scale)
-        return sigmoid_loss(image, text, scale, self.logit_bias)
+            return contrastive_loss(image, text, scale, names)
+        return sigmoid_loss(image, text, scale, self.logit_bias, names)
 
     @torch.no_grad()
     def clip_logit_scale(self):
@@ -452,10 +452,11 @@ class CLIP(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training: everything trains, in one stage. The losses are functions of the features [B,E] of B pairs (image i belongs
 # to text i); logit_scale is the factor itself, not its log. Each pair is compared with all others of the batch, so with
-# several processes train_tiny.py first gathers the features of all of them.
+# several processes train_tiny.py first gathers the features of all of them. names [B] has a number for each text: where
+# two are equal, each text belongs to both images. Without names it is wrong for the other's image, as in the papers.
 
 
-def contrastive_loss(image, text, logit_scale):
+def contrastive_loss(image, text, logit_scale, names=None):
     """CLIP's symmetric cross-entropy, Figure 3 of the paper. -> loss, metrics.
 
     Before training all texts are about equally likely and the loss is about ln B; at logit_scale 0 it is exactly that.
@@ -464,20 +465,23 @@ def contrastive_loss(image, text, logit_scale):
     per_image = logit_scale * image @ text.T  # [B,B], row i: which text belongs to image i?
     per_text = logit_scale * text @ image.T  # [B,B], row i: which image belongs to text i?
     target = torch.arange(len(image), device=image.device)
+    if names is not None:  # equal texts have equal features, so to be drawn to one is to be drawn to all: none competes
+        others = (names[:, None] == names) & (target[:, None] != target)
+        per_image, per_text = per_image.masked_fill(others, -math.inf), per_text.masked_fill(others, -math.inf)
     loss = (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
     return loss, {"accuracy": (per_image.argmax(1) == target).float().mean()}
 
 
-def sigmoid_loss(image, text, logit_scale, logit_bias):
+def sigmoid_loss(image, text, logit_scale, logit_bias, names=None):
     """SigLIP's loss, Algorithm 1 of the paper: each of the B*B pairs is a yes/no question of its own. -> loss, metrics.
 
     No sum over the batch stands inside a logarithm, so that many devices can compute the matrix block by block (3.3).
     """
     logits = logit_scale * image @ text.T + logit_bias  # [B,B]
-    target = torch.arange(len(image), device=image.device)
-    sign = 2 * torch.eye(len(image), device=image.device) - 1  # +1 for "belongs together", -1 for "does not"
+    belongs = torch.eye(len(image), device=image.device) if names is None else (names[:, None] == names).float()
+    sign = 2 * belongs - 1  # +1 for "belongs together", -1 for "does not"
     loss = -F.logsigmoid(sign * logits).sum() / len(image)
-    return loss, {"accuracy": (logits.argmax(1) == target).float().mean()}
+    return loss, {"accuracy": belongs.gather(1, logits.argmax(1, keepdim=True)).mean()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2344,6 +2344,27 @@ def test_the_losses_of_clip_count_right_pairs_and_are_ln_b_where_nothing_can_be_
         assert clip.sigmoid_loss(image, text, 5.0, -2.0)[1]["accuracy"] == right
 
 
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_where_texts_are_equal_each_belongs_to_the_images_of_all_and_without_them_no_bit_changes(loss):
+    image, text = (F.normalize(noise(4, 8, seed=seed), dim=-1) for seed in (0, 1))
+    model = clip.CLIP(replace(clip.PRESETS["tiny"], loss=loss))
+    for names in (torch.arange(4), torch.tensor([2**31, 5, 0, 9])):
+        assert torch.equal(model.loss(image, text, names)[0], model.loss(image, text)[0])
+    names, text = torch.tensor([7, 3, 7, 1]), text[[0, 1, 0, 3]]
+    logits = model.logits(image, text).detach().double()
+    alike = names[:, None] == names
+    if loss == "softmax":  # of the images and the texts of the same name only its own is left
+        chosen = [torch.stack([x[i, j] - x[i, ~alike[i] | (names.new_tensor(range(4)) == i)].logsumexp(0) for i, j in
+                  enumerate(range(4))]).mean() for x in (logits, logits.T)]  # fmt: skip
+        wanted = -sum(chosen) / 2
+    else:
+        wanted = -torch.where(alike, F.logsigmoid(logits), F.logsigmoid(-logits)).sum() / 4
+    assert model.loss(image, text, names)[0].item() == pytest.approx(wanted.item(), rel=1e-5)
+    for best in (text, text.roll(1, 0)):
+        accuracy = model.loss(best, text, names)[1]["accuracy"].item()
+        assert accuracy == sum(torch.equal(a, b) for a, b in zip(best, text)) / 4
+
+
 @pytest.mark.parametrize("loss, limit", [("softmax", math.log(100)), ("sigmoid", 9.0)])
 def test_clip_limits_its_logit_scale_to_one_hundred_and_siglip_does_not(loss, limit):
     model = clip.CLIP(replace(clip.PRESETS["tiny"], loss=loss))
@@ -4519,7 +4540,7 @@ def test_own_data_names_bad_rows_and_measures_a_tenth_kept_back_before_and_after
     note = lambda self, rows, *options, collect=recipe.collect: shown.append(rows) or collect(self, rows, *options)
     monkeypatch.setattr(recipe, "collect", note)  # of rows as they were read
     row = lambda text, name="a.png": dict(file_name=name, text=text, question="what is it?", answer=text)
-    rows = [row(f"thing {i % 3}", ("a.png", "b.png")[i % 2]) for i in range(24)]
+    rows = [row(f"thing {i % 20}", ("a.png", "b.png")[i % 2]) for i in range(24)]
     bad = [dict(question="what?"), row("  "), row("<image>"), "not json", '["a"]', row("word " * 500)]
     bad += [row("x", "missing.png"), row("x", "torn.png")]
     (tmp_path / "torn.png").write_bytes(b"\x89PNG nothing")
@@ -4529,8 +4550,39 @@ def test_own_data_names_bad_rows_and_measures_a_tenth_kept_back_before_and_after
     assert out.count(f"no {recipe.fields[-1]}\n") == 3 and "missing.png" in out and "torn.png" in out
     held, *steps, held_again = [{id(row) for row in rows} for rows in shown]
     assert held == held_again and len(held) == 3 and not held & set().union(*steps)
-    before, after = map(float, re.search(r"loss of 3 rows kept back: ([\d.]+) before, ([\d.]+) after", out).groups())
+    before, after = map(float, re.search(r"3 rows kept back: loss ([\d.]+) before, ([\d.]+) after", out).groups())
     assert before != after and checkpoint_of(runs / f"{family}-own-steps1")["step"] == 1
+    assert re.search(r"for \d before, \d after; guessing is right for 1\.7", out), "two texts of the three are equal"
+    assert f"{family} is not trained yet" in out and f"{recipe.minutes} minutes" in out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_own_data_is_right_where_the_text_is_written_word_for_word_or_chosen_among_all_and_equal(family, monkeypatch):
+    recipe, model, red, blue = (
+        world.RECIPES[family](),
+        fresh(family),
+        *(Image.new("RGB", (32, 32), c) for c in ("red", "blue")),
+    )
+    said = {id(red): "red", id(blue): "blue ones"}
+    rows = [(red, "red"), (blue, "blue ones"), (blue, "red"), (red, "red"), (blue, "blue")]
+    fits = lambda pairs: torch.tensor([[0.0, said[id(picture)] == text] for picture, text in pairs])
+    if family == "clip":
+        of_texts = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.5, 0.5]]
+        features = [
+            torch.tensor([[picture is red, picture is blue] for picture, _ in rows]).float(),
+            torch.tensor(of_texts),
+        ]
+        monkeypatch.setattr(recipe, "features", lambda *_: features)
+    elif family == "vilt":
+        monkeypatch.setattr(recipe, "read", lambda model, pairs: (fits(pairs), None))
+        model.itm_logits = lambda scores: scores
+    else:
+        end = world.CHUNK_ID if family == "flamingo" else world.EOS_ID
+        texts = [[*world.encode(" " + said[id(picture)]), end] for picture, _ in rows]
+        monkeypatch.setattr(type(model), "generate", lambda *_, **__: world.pad(texts, end)[0])
+    if len(recipe.fields) == 2:
+        rows = [(picture, "what?", text) for picture, text in rows]
+    assert recipe.right(model, rows) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -4585,7 +4637,7 @@ def test_own_texts_are_learned_as_words_without_the_places_of_pictures(family, r
     assert own_data(monkeypatch, tmp_path, family, rows) == 0
     end = "<|endofchunk|>" if family == "flamingo" else "<eos>"
     assert learned == {f" {text}{end}" for text in ("{} it", "it", "<spare1><eos>")}
-    assert "loss of 6 rows trained on" in capsys.readouterr().out, "too few to keep any back"
+    assert "6 rows trained on" in capsys.readouterr().out, "too few to keep any back"
     own_data(monkeypatch, tmp_path, family, rows[1:])
     assert "data changed" in capsys.readouterr().out
 

@@ -226,7 +226,10 @@ def draw_thing(pen, thing, box):
 
 
 def draw(scene, width=32, height=32):
-    """The scene as a PIL image. Any canvas of at least 16 pixels a side; raises ValueError below."""
+    """The scene as a PIL image (own data have images already). Any canvas of at least 16 pixels a side; raises
+    ValueError below."""
+    if isinstance(scene, Image.Image):
+        return scene
     if min(width, height) < 16:
         raise ValueError(f"a canvas of {width} x {height} is too small for four things: at least 16 pixels a side")
     image = Image.new("RGB", (width, height), (scene.grey,) * 3)
@@ -520,6 +523,7 @@ class Plan:
     beta2: float = 0.98  # 0.999 is too slow a memory for a few hundred steps
     muon: float = 0.0  # > 0: Muon at this learning rate for hidden matrices
     demo: int = 0  # the number of steps when somebody waits for the demo; 0: as many as always
+    same: bool = False  # contrastive losses: do equal texts belong to each other's images? The papers': no
 
     def rate(self, step):
         """The fraction of the highest learning rate: linear warm-up, then half a cosine down to 5 % at the last
@@ -862,6 +866,8 @@ class Recipe:
     stages = ()
     fields = ("text",)  # what a row of own data needs besides file_name
     variants, beats, ablation_steps = {}, (), 300  # {variant: changes}, (claim, better variant, worse variant)
+    rightly = "the right text is written"  # what `right` counts
+    minutes = 3  # that all of its training takes on two CPU cores, towers included
     special_tokens = True  # does a published tokenizer add those of its own to a prompt?
     no_tokenizer = ""  # what to do when a published folder has none
 
@@ -1009,12 +1015,14 @@ class Recipe:
     def own_data(self, args):
         """The toy learns from your rows; of twenty or more every tenth is kept back."""
         rows, fingerprint = read_folder(args.data, self)
-        held = rows[::10] if len(rows) >= 20 else rows
+        held = rows[::10][:200] if len(rows) >= 20 else rows  # more would take longer to measure than to train on
         rest = [row for i, row in enumerate(rows) if i % 10] if len(rows) >= 20 else rows
         plan = self.stages[-1]
         batch = min(plan.batch, len(rest)) // WORLD_SIZE * WORLD_SIZE
-        plan = replace(plan, steps=args.steps or 100, batch=batch, seed=args.seed)
+        plan = replace(plan, steps=args.steps or 100, batch=batch, seed=args.seed, same=True)
         self.check_own(rest, plan)
+        if not self.done():
+            say(f"the toy {self.family} is not trained yet: that comes first, in up to {self.minutes} minutes")
         model = self.train(args.device, **self.options(args))
         share = batch // WORLD_SIZE
 
@@ -1024,17 +1032,26 @@ class Recipe:
 
         @torch.no_grad()
         def measured():
-            loss, metrics = self.loss(model, self.collect(held[:64], plan, 0), plan, 0)
-            of_rows = {name: float(value) for name, value in metrics.items() if "gate" not in name}  # of no row
-            return {"loss": float(loss)} | of_rows
+            return float(self.loss(model, self.collect(held[:64], plan, 0), plan, 0)[0]), self.right(model, held)
 
         before = measured()
         self.fit(run_name(f"{self.family}-own", args.seed, args.steps), model, plan, draw_batch, fingerprint)
+        after, words = measured(), [row[1:] for row in held]
+        asked = [row[:-1] for row in words]  # guessing: for each row the text of any row that asks the same
+        guessed = sum(words.count(row) / asked.count(row[:-1]) for row in words)
         which = "kept back" if rest is not rows else "trained on (too few to keep any back)"
-        rows = f"of {len(held[:64])} rows {which}"
-        say(*(f"{what} {rows}: {before[what]:.3f} before, {after:.3f} after" for what, after in measured().items()))
+        say(
+            f"of {len(held)} rows {which}: loss {before[0]:.3f} before, {after[0]:.3f} after;",
+            f"{self.rightly} for {before[1]} before, {after[1]} after; guessing is right for {guessed:.1f}",
+        )
         say(f"the trained model is in {model.folder}")
         return []
+
+    def right(self, model, rows):
+        """For how many rows of own data is the last text written word for word?"""
+        longest = 1 + max(len(ids) for ids in text_rows([row[-1] for row in rows]))
+        said = self.answers(model, [(row[0], "".join(row[1:-1]) or DESCRIBE) for row in rows], longest)
+        return sum(text == row[-1] for text, row in zip(said, rows))
 
     def shrink(self, picture):
         """What preprocessing leaves of a picture, as a picture. To preprocess it again changes nothing; of a photo of
@@ -1223,6 +1240,7 @@ def gather_features(features):
 
 class CLIPRecipe(Recipe):
     module, model_class = clip, clip.CLIP
+    minutes, rightly = 1, "the right text is found among theirs"
     stages = (Plan("", 700, 64, lr=1e-3, weight_decay=0.5, warmup=60),)
     variants = {f"{loss} {B}": dict(loss=loss, batch=B) for B in (16, 128) for loss in ("softmax", "sigmoid")}
     ablation_steps = 500
@@ -1275,10 +1293,13 @@ class CLIPRecipe(Recipe):
         return tokenize
 
     def loss(self, model, samples, plan, step):
-        image, text = self.features(model, samples)
-        if WORLD_SIZE == 1 or not image.requires_grad:  # alone, or own data are measured
-            return model.loss(image, text)
-        loss, metrics = model.loss(gather_features(image), gather_features(text))
+        features = [*self.features(model, samples)]
+        if plan.same:
+            names = [zlib.crc32(text.encode()) for _, text in samples]
+            features.append(torch.tensor(names, device=features[0].device))
+        if WORLD_SIZE == 1 or not features[0].requires_grad:  # alone, or own data are measured
+            return model.loss(*features)
+        loss, metrics = model.loss(*map(gather_features, features))
         return loss / WORLD_SIZE, metrics  # the share of this process: losses and gradients are summed over all
 
     def expected(self, model, plan):
@@ -1294,6 +1315,9 @@ class CLIPRecipe(Recipe):
     def check_own(self, rows, plan):
         if plan.batch < 2:
             stop(f"a contrastive loss tells at least two pairs apart, the data have {len(rows)}")
+
+    def right(self, model, rows):
+        return round(self.retrieval(model, rows) * len(rows))
 
     @torch.no_grad()
     def retrieval(self, model, samples):
@@ -1558,6 +1582,7 @@ def near_miss_pairs(plan, step):
 
 class ViLTRecipe(Recipe):
     module, model_class = vilt, vilt.ViLT
+    rightly = "the right text is found among theirs"
     stages = (Plan("", 1300, 32, lr=3e-3, muon=3e-3, warmup=60, weight_decay=0.02, demo=450),)
     variants = {"with WPA": {}, "without WPA": dict(wpa_weight=0.0), "clip": dict(rival=True)}
     ablation_steps = 700
@@ -1633,6 +1658,14 @@ class ViLTRecipe(Recipe):
         texts = [text for _, text in rows]
         index, labels = vilt.swap_images(texts, rng_for(plan.seed, ("swap", step)))
         return rows, [(rows[i][0], text, label) for i, text, label in zip(index, texts, labels)]
+
+    def right(self, model, rows):
+        """For how many pictures does the right one of all texts match best?"""
+        texts, found = sorted({text for _, text in rows}), 0
+        for picture, right in rows:
+            logits = model.itm_logits(self.read(model, [(picture, text) for text in texts])[0])
+            found += texts[(logits[:, 1] - logits[:, 0]).argmax()] == right
+        return found
 
     def prompt(self, model, asked):
         """[(picture, text)] -> what the model takes."""
@@ -2140,6 +2173,7 @@ def toy_opt(device="cpu"):
 
 class BLIP2Recipe(Recipe):
     module, model_class = blip2, blip2.BLIP2
+    minutes = 4
     stages = (
         Plan("stage1", 800, 16, lr=3e-3, muon=6e-3, demo=100),
         Plan("", 1200, 16, lr=3e-3, muon=1.2e-2, weight_decay=0.02, demo=300),
@@ -2613,6 +2647,10 @@ class FlamingoRecipe(Recipe):
         device = inputs["media"].device
         return inputs | dict(ids=ids.to(device), mask=mask.to(device))
 
+    def right(self, model, rows):
+        longest = 1 + max(len(ids) for ids in text_rows([text for _, text in rows]))
+        return sum(said == text for said, (_, text) in zip(self.answers(model, [[row] for row in rows], longest), rows))
+
     def answers(self, model, episodes, longest=6):
         """What the model calls the last scene of each episode, after the others with their names."""
         said = []
@@ -2946,6 +2984,7 @@ def toy_vicuna(device="cpu", steps=None):
 
 class CogVLMRecipe(Recipe):
     module, model_class, fields = cogvlm, cogvlm.CogVLM, ("question", "answer")
+    minutes = 9
     stages = (Plan("", 1700, 16, lr=3e-3, muon=1.2e-2, warmup=50, weight_decay=0.02, demo=300),)
     variants = {  # deep fusion; shallow, as LLaVA's, with the language model frozen; shallow, and it trains too
         "visual experts": {},
@@ -3234,6 +3273,7 @@ class Qwen2VLRecipe(Recipe):
     and numbers to read; everything trains once more, at a lower rate, so that what was learned is kept."""
 
     module, model_class, fields = qwen2vl, qwen2vl.Qwen2VL, ("question", "answer")
+    minutes = 4
     stages = (
         Plan("part1", 900, 16, lr=2e-3, muon=3e-3, warmup=50, weight_decay=0.02, demo=350),
         Plan("", 560, 18, lr=0.67 * 2e-3, muon=0.67 * 3e-3, warmup=50, weight_decay=0.02, demo=100),
