@@ -445,7 +445,7 @@ class CLIP(nn.Module):
         """A published CLIP or SigLIP: a folder in the Hugging Face layout, or a hub id."""
         folder = checkpoint_folder(path)
         with torch.device("meta"):  # shapes only; memory comes with the weights
-            model = cls(config_from_published(folder))
+            model = cls(config_from_folder(folder))
         return load_weights(model, folder, dtype, device).eval()
 
 
@@ -606,6 +606,17 @@ def checkpoint_folder(path):
     from huggingface_hub import snapshot_download  # pip install tokenizers safetensors huggingface_hub
 
     return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+
+
+def config_from_folder(folder):
+    """config.json -> our config. A folder of train_tiny.py has our own fields there, and the name of their class as
+    model_type; any other one is a published checkpoint's."""
+    tuples = lambda part: {name: tuple(v) if isinstance(v, list) else v for name, v in part.items()}  # JSON has none
+    raw, tiny = json.loads((folder / "config.json").read_text(), object_hook=tuples), PRESETS["tiny"]
+    if raw.pop("model_type", None) != type(tiny).__name__:
+        return config_from_published(folder)
+    parts = {name: replace(getattr(tiny, name), **part) for name, part in raw.items() if isinstance(part, dict)}
+    return replace(tiny, **raw | parts)
 
 
 def load_weights(model, folder, dtype, device):

@@ -872,6 +872,7 @@ REPEATED = {  # what stands word for word in every family file that has it, but 
     "language_loss": (),
     "pad_rows": (),
     "load_weights": (),
+    "config_from_folder": (),
     "found": (),
     "require": (),
     "checkpoint_folder": (),
@@ -4539,8 +4540,8 @@ def test_own_data_names_bad_rows_and_measures_a_tenth_kept_back_before_and_after
     recipe, shown = world.RECIPES[family], []
     note = lambda self, rows, *options, collect=recipe.collect: shown.append(rows) or collect(self, rows, *options)
     monkeypatch.setattr(recipe, "collect", note)  # of rows as they were read
-    row = lambda text, name="a.png": dict(file_name=name, text=text, question="what is it?", answer=text)
-    rows = [row(f"thing {i % 20}", ("a.png", "b.png")[i % 2]) for i in range(24)]
+    row = lambda text, name="a.png": dict(file_name=name, text=text, question=f"what is {name}?", answer=text)
+    rows = [row(f"thing {i % 20}", ("a.png", "b.png")[i >= 20]) for i in range(24)]
     bad = [dict(question="what?"), row("  "), row("<image>"), "not json", '["a"]', row("word " * 500)]
     bad += [row("x", "missing.png"), row("x", "torn.png")]
     (tmp_path / "torn.png").write_bytes(b"\x89PNG nothing")
@@ -4551,9 +4552,15 @@ def test_own_data_names_bad_rows_and_measures_a_tenth_kept_back_before_and_after
     held, *steps, held_again = [{id(row) for row in rows} for rows in shown]
     assert held == held_again and len(held) == 3 and not held & set().union(*steps)
     before, after = map(float, re.search(r"3 rows kept back: loss ([\d.]+) before, ([\d.]+) after", out).groups())
-    assert before != after and checkpoint_of(runs / f"{family}-own-steps1")["step"] == 1
-    assert re.search(r"for \d before, \d after; guessing is right for 1\.7", out), "two texts of the three are equal"
-    assert f"{family} is not trained yet" in out and f"{recipe.minutes} minutes" in out
+    folder = runs / f"{family}-own-steps1"
+    trained, used = checkpoint_of(folder), MODELS[family].from_pretrained(folder).state_dict()
+    assert before != after and trained["step"] == 1 and f"{family}.py --weights {folder} --image" in out
+    assert all(torch.equal(weight, trained["model"][name]) for name, weight in used.items())
+    guess = {1: "1.7", 2: "2.0"}[
+        len(recipe.fields)
+    ]  # two texts of the three are equal, or of the two that ask the same
+    assert re.search(rf"for \d before, \d after; guessing is right for {guess}\n", out)
+    assert f"{family} is not trained yet" in out and f"about {recipe.minutes} min" in out
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -4583,6 +4590,43 @@ def test_own_data_is_right_where_the_text_is_written_word_for_word_or_chosen_amo
     if len(recipe.fields) == 2:
         rows = [(picture, "what?", text) for picture, text in rows]
     assert recipe.right(model, rows) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_trained_is_taken_by_from_pretrained_and_answers_with_weights_as_the_toy_does(
+    family, untrained, monkeypatch, capsys
+):
+    """By the command that the training ends with; the other families refuse the folder in one line."""
+    monkeypatch.setattr(world.RECIPES[family], "claims", lambda *_: [])
+    assert world.main([family]) == 0
+    command = re.search(r"python (\w+)\.py (--weights (\S+) --image) my.png(.*)", capsys.readouterr().out)
+    picture = world.RUNS / "my.png"
+    world.draw(many_scenes(1)[0], 60, 40).save(picture)
+    ask = [str(picture), *(["--prompt", "what is red?"] if command[4] else [])]
+    world.workbench(command[1], ["--image", *ask])
+    said = capsys.readouterr().out
+    monkeypatch.setattr(world, "fit", None)
+    world.workbench(family, [*command[2].split(), *ask, "--fresh"])
+    assert capsys.readouterr().out == said != ""
+    model = MODELS[family].from_pretrained(command[3])
+    assert model.config == MODULES[family].PRESETS["tiny"] and hash(model.config) and not model.training
+    other = "clip" if family == "llava" else "llava"
+    line = lambda: world.workbench(other, [*command[2].split(), *ask, "--prompt", "what?"])
+    fails_in_one_line(line, capsys, command[3], type(model.config).__name__)
+
+
+def test_the_session_in_the_readme_asks_what_was_trained(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    Image.new("RGB", (50, 40), "red").save("my.png")
+    model = fresh("llava").eval()
+    model.folder = Path("runs/llava")
+    world.LLaVARecipe().save(model)
+    blocks = re.findall(r"(?:^    .*\n|^\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    [session] = [block for block in blocks if "import" in block and "from_pretrained" in block]
+    exec(inspect.cleandoc("\n" + session), {})
+    question = re.search(r'"([^"]+\?)"', session)[1]
+    said = llava.answer(model, [Image.open("my.png")], question, world.encode, world.decode)
+    assert said and capsys.readouterr().out == f"{said}\n"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

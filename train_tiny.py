@@ -866,7 +866,9 @@ class Recipe:
     stages = ()
     fields = ("text",)  # what a row of own data needs besides file_name
     variants, beats, ablation_steps = {}, (), 300  # {variant: changes}, (claim, better variant, worse variant)
+    asked = " --prompt '...'"  # what the command that asks a model has besides --image
     rightly = "the right text is written"  # what `right` counts
+    given = None  # a trained model, which is asked instead of training one
     minutes = 3  # that all of its training takes on two CPU cores, towers included
     special_tokens = True  # does a published tokenizer add those of its own to a prompt?
     no_tokenizer = ""  # what to do when a published folder has none
@@ -899,6 +901,8 @@ class Recipe:
         """Through all stages, each from the cache if it is there. steps: of the last stage; demo: somebody is waiting,
         so fewer steps if the standard training is not there; skip: stages left out; until: the last stage to run;
         changes: see start."""
+        if self.given:
+            return self.given
         self.short = demo and not self.done()
         model = self.start(device, seed, **changes)
         for plan in self.stages:
@@ -918,6 +922,24 @@ class Recipe:
         expected = self.expected(model, plan) if not draw_batch else None
         loss_of = lambda step: self.loss(model, show(step), plan, step)
         return fit(name, plan, model, loss_of, self.code(), data, expected, lambda: self.after_step(model))
+
+    def save(self, model):
+        """config.json and model.safetensors beside the checkpoint, which make its folder one for from_pretrained and
+        --weights -> a line that tells how to use it."""
+        try:
+            from safetensors.torch import save_file
+        except ImportError:
+            return f"{model.folder} cannot be asked yet: pip install safetensors, then the same command again"
+        if RANK == 0:
+            raw = {"model_type": type(model.config).__name__} | asdict(model.config)
+            weights = {name: weight.detach().cpu() for name, weight in model.named_parameters()}  # tied ones are one
+            try:
+                model.folder.mkdir(parents=True, exist_ok=True)
+                (model.folder / "config.json").write_text(json.dumps(raw, indent=1))
+                save_file(weights, model.folder / "model.safetensors")
+            except Exception as error:  # safetensors has exceptions of its own
+                stop(f"cannot write {model.folder}/model.safetensors ({error})")
+        return f"ask it: python {self.family}.py --weights {model.folder} --image my.png{self.asked}"
 
     def done(self):
         """Is there a standard training, finished, with today's plan, config, code and world? (Its towers are not asked
@@ -995,6 +1017,7 @@ class Recipe:
 
     def run(self, args):
         model = self.train(args.device, args.seed, args.steps, **self.options(args))
+        say(self.save(model))
         return self.claims(model, args) if RANK == 0 else []
 
     def ablations(self, args):
@@ -1022,7 +1045,7 @@ class Recipe:
         plan = replace(plan, steps=args.steps or 100, batch=batch, seed=args.seed, same=True)
         self.check_own(rest, plan)
         if not self.done():
-            say(f"the toy {self.family} is not trained yet: that comes first, in up to {self.minutes} minutes")
+            say(f"the toy {self.family} is not trained yet: first that (about {self.minutes} min on two free cores)")
         model = self.train(args.device, **self.options(args))
         share = batch // WORLD_SIZE
 
@@ -1044,7 +1067,7 @@ class Recipe:
             f"of {len(held)} rows {which}: loss {before[0]:.3f} before, {after[0]:.3f} after;",
             f"{self.rightly} for {before[1]} before, {after[1]} after; guessing is right for {guessed:.1f}",
         )
-        say(f"the trained model is in {model.folder}")
+        say(f"the trained model is in {model.folder}", self.save(model))
         return []
 
     def right(self, model, rows):
@@ -2174,6 +2197,7 @@ def toy_opt(device="cpu"):
 class BLIP2Recipe(Recipe):
     module, model_class = blip2, blip2.BLIP2
     minutes = 4
+    asked = ""  # the images alone, as own data teach it
     stages = (
         Plan("stage1", 800, 16, lr=3e-3, muon=6e-3, demo=100),
         Plan("", 1200, 16, lr=3e-3, muon=1.2e-2, weight_decay=0.02, demo=300),
@@ -2560,6 +2584,7 @@ class FlamingoRecipe(Recipe):
     module, model_class = flamingo, flamingo.Flamingo
     # No weight decay: it would move the frozen rows of the table, of which only the new ones train. A large lr for what
     # is no matrix, such as the gates: while they are nearly closed, what is behind them learns next to nothing.
+    asked = ""  # the images alone, as own data teach it
     stages = (Plan("", 800, 4, lr=1.5e-2, muon=6e-3, weight_decay=0.0, demo=500),)
     variants = {
         "recipe": {},
@@ -3863,17 +3888,19 @@ def words_of(ids):
     return lines
 
 
-def load_published(recipe, args, check=None):
-    """--weights -> (model, tokenizer). check(config, tokenizer): called before the weights are read. Raises ValueError
-    in one line, whatever is wrong with the files."""
+def load_published(recipe, args, check=None, own=False):
+    """--weights -> (model, tokenizer). check(config, tokenizer): called before the weights are read. own: the folder is
+    one of train_tiny.py, with the toy's tokenizer, which is no file. Raises ValueError in one line, whatever is wrong
+    with the files."""
     try:
-        from tokenizers import Tokenizer
+        folder, tokenizer = recipe.module.checkpoint_folder(args.weights), None
+        config = recipe.module.config_from_folder(folder)  # another family's is found before gigabytes are read
+        if not own:
+            from tokenizers import Tokenizer
 
-        folder = recipe.module.checkpoint_folder(args.weights)
-        config = recipe.module.config_from_published(folder)  # another family's is found before gigabytes are read
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder / 'tokenizer.json'} is missing{recipe.no_tokenizer}")
-        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            if not (folder / "tokenizer.json").is_file():
+                raise ValueError(f"{folder / 'tokenizer.json'} is missing{recipe.no_tokenizer}")
+            tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         if check:
             check(config, tokenizer)
         return recipe.model_class.from_pretrained(folder, getattr(torch, args.dtype), args.device), tokenizer
@@ -3918,6 +3945,10 @@ def workbench(family, argv=None):
         elif args.show_mask:
             say("rows look at columns; # may, . may not", *(f"\n{what}\n{mask}" for what, mask in recipe.masks()))
         elif args.weights or args.image or args.prompt or getattr(args, "video", None):
+            file = Path(args.weights or "") / "config.json"
+            if args.weights and file.is_file() and f'"{recipe.model_class.__name__}Config"' in file.read_text():
+                recipe.given, _ = load_published(recipe, args, own=True)  # and is asked as the toy is
+                args.weights, args.fresh = None, False
             recipe.ask(args)
         elif args.demo:
             if args.fresh:
