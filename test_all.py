@@ -4606,13 +4606,20 @@ def test_what_was_trained_is_taken_by_from_pretrained_and_answers_with_weights_a
     world.workbench(command[1], ["--image", *ask])
     said = capsys.readouterr().out
     monkeypatch.setattr(world, "fit", None)
+    (checkpoint := Path(command[3], "checkpoint.pt")).touch()
     world.workbench(family, [*command[2].split(), *ask, "--fresh"])
-    assert capsys.readouterr().out == said != ""
+    assert capsys.readouterr().out == said != "" and checkpoint.exists()
     model = MODELS[family].from_pretrained(command[3])
     assert model.config == MODULES[family].PRESETS["tiny"] and hash(model.config) and not model.training
     other = "clip" if family == "llava" else "llava"
     line = lambda: world.workbench(other, [*command[2].split(), *ask, "--prompt", "what?"])
     fails_in_one_line(line, capsys, command[3], type(model.config).__name__)
+
+
+def test_without_safetensors_a_training_ends_all_the_same_and_says_what_to_install(untrained, monkeypatch, capsys):
+    monkeypatch.setattr(world.CLIPRecipe, "claims", lambda *_: [])
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert world.main(["clip"]) == 0 and "pip install safetensors" in capsys.readouterr().out
 
 
 def test_the_session_in_the_readme_asks_what_was_trained(runs, monkeypatch, capsys):
