@@ -145,7 +145,7 @@ class BLIP2Config:
     language: OPTConfig | None = None  # None: a model of stage 1 only, for retrieval and matching
     embed_dim: int = 256  # E, where ITC compares
     image_token_id: int = 50265
-    eos_token_id: int = 2
+    eos_token_ids: tuple = (2,)
 
 
 OPT_2_7B = OPTConfig(width=2560, layers=32, heads=32, mlp_width=10240)
@@ -165,11 +165,11 @@ PRESETS = {
         OPTConfig(512, width=96, layers=3, heads=4, mlp_width=256, context=256),
         embed_dim=64,
         image_token_id=499,
-        eos_token_id=498,
+        eos_token_ids=(498,),
     ),
     "blip2-itm-vit-g": BLIP2Config(qformer=QFormerConfig(vocab_size=30523, text=True)),  # BERT's vocabulary and [DEC]
-    "blip2-opt-2.7b": BLIP2Config(language=OPT_2_7B, eos_token_id=NEWLINE),
-    "blip2-opt-6.7b": BLIP2Config(language=OPT_6_7B, eos_token_id=NEWLINE),
+    "blip2-opt-2.7b": BLIP2Config(language=OPT_2_7B, eos_token_ids=(NEWLINE,)),
+    "blip2-opt-6.7b": BLIP2Config(language=OPT_6_7B, eos_token_ids=(NEWLINE,)),
 }  # fmt: skip
 
 
@@ -474,21 +474,26 @@ class OPT(nn.Module):
     def generate(self, x, mask=None, max_new_tokens=64, temperature=0.0, top_k=None, eos_id=None, generator=None):
         """Continue prompts, given as embeddings x [B,T,D] and padded on the left -> new ids [B,n].
 
-        The prompt runs once, then one token at a time against the cached keys and values. Once a row contains eos_id,
-        the rest of it is filled with eos_id.
+        The prompt runs once, then one token at a time against the cached keys and values. eos_id: an id, or several.
+        Once a row contains one of them, the rest of it is filled with the first. Raises ValueError for wrong options.
         """
         B, T, _ = x.shape
+        if not temperature >= 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
+            options = f"temperature={temperature}, max_new_tokens={max_new_tokens}, top_k={top_k}"
+            raise ValueError(f"{options}: the first two cannot be negative, and top_k must be at least 1")
         if mask is not None and not mask[:, -1].all():
             raise ValueError("prompts are padded on the left: the new tokens stand behind the last column")
-        cache = Cache(self.config, B, T + max_new_tokens, like=x)
+        # under torch.autocast keys and values have the dtype of a linear map's output, which is not that of x
+        cache = Cache(self.config, B, T + max_new_tokens, like=self.lm_head(x[:, :0]))
+        ends = torch.as_tensor([] if eos_id is None else eos_id, dtype=torch.long, device=x.device).view(-1)
         new = torch.empty(B, 0, dtype=torch.long, device=x.device)
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
         while new.shape[1] < max_new_tokens and not done.all():
             h = self.hidden(x, mask, cache)[:, -1]  # [B,D]
             next_ids = sample(self.lm_head(h), temperature, top_k, generator)  # [B]
-            if eos_id is not None:
-                next_ids = next_ids.masked_fill(done, eos_id)
-                done |= next_ids == eos_id
+            if len(ends):
+                next_ids = next_ids.masked_fill(done, ends[0])
+                done |= torch.isin(next_ids, ends)
             new = torch.cat([new, next_ids[:, None]], dim=1)
             x = self.embed_tokens(next_ids[:, None])  # [B,1,D]
             mask = None if mask is None else F.pad(mask, (0, 1), value=True)
@@ -654,6 +659,8 @@ class BLIP2(nn.Module):
     def generate(self, ids, pixels=None, mask=None, **options):
         """Continue each row of ids [B,S], padded on the left -> new ids [B,n]. Images are encoded once. options: see
         OPT.generate."""
+        if not ids.numel():
+            raise ValueError(f"nothing to continue: the ids have the shape {list(ids.shape)}")
         x = self.embed(ids, None if pixels is None else self.image_tokens(pixels))
         return self.language.generate(x, mask, **options)
 
@@ -791,8 +798,8 @@ def answer(model, images, question, encode, decode, max_new_tokens=32):
     room = config.language.context - ids.shape[1]
     if room < 1:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, the context holds {config.language.context}")
-    new = model.generate(ids, pixels, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_id)
-    return decode([i for i in new[0].tolist() if i != config.eos_token_id]).strip()
+    new = model.generate(ids, pixels, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_ids)
+    return decode([i for i in new[0].tolist() if i not in config.eos_token_ids]).strip()
 
 
 @torch.no_grad()
@@ -925,11 +932,35 @@ VISION_FIELDS = BERT_SHAPE | dict(image_size="image_size", patch_size="patch_siz
 QFORMER_FIELDS = BERT_SHAPE | TEXT_SHAPE | dict(cross_every="cross_attention_frequency", pad_token_id="pad_token_id")
 QFORMER_FIELDS |= dict(text="use_qformer_text_input")
 OPT_FIELDS = SHAPE | TEXT_SHAPE | dict(mlp_width="ffn_dim")
+BLIP2_FIELDS = dict(image_token_id="image_token_index", embed_dim="image_text_hidden_size")
+ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
 
 
-def found(published, fields):
-    """The fields of ours that a published config also has. A published null means the default."""
-    return {ours: published[theirs] for ours, theirs in fields.items() if published.get(theirs) is not None}
+def part(published, name):
+    """The dict under a name in a published config; empty where there is none, or null."""
+    fields = {} if published.get(name) is None else published[name]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} = {fields!r}: fields with names were expected")
+    return fields
+
+
+def read_json(file):
+    return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
+
+
+def found(published, fields, default):
+    """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
+    Raises ValueError for a value of another type than the default's."""
+    values = {}
+    for ours, theirs in fields.items():
+        usual, value = getattr(default, ours), published.get(theirs)
+        several = isinstance(usual, tuple)  # for which JSON has a list, or one value
+        items = value if several and isinstance(value, list) else [value]
+        if value is not None and {type(item) for item in items} <= {int, type(usual[0] if several else usual)}:
+            values[ours] = tuple(items) if several else value
+        elif value is not None:
+            raise ValueError(f"{theirs} = {value!r}: a value like {usual!r} was expected")
+    return values
 
 
 def require(folder, published, **values):
@@ -944,36 +975,35 @@ def config_from_published(folder):
     which are those of the dataclasses."""
     raw = json.loads((folder / "config.json").read_text())
     require(folder, raw, model_type="blip-2")
-    qformer, text = raw.get("qformer_config") or {}, raw.get("text_config") or {}
+    qformer, text = part(raw, "qformer_config"), part(raw, "text_config")
     require(folder, qformer, hidden_act="gelu", position_embedding_type="absolute")
-    connector = QFormerConfig(**found(qformer, QFORMER_FIELDS), **found(raw, dict(queries="num_query_tokens")))
+    connector = QFormerConfig(**found(qformer, QFORMER_FIELDS, QFormerConfig))
+    connector = replace(connector, **found(raw, dict(queries="num_query_tokens"), QFormerConfig))
     connector = replace(connector, dec_token_id=connector.vocab_size - 1)  # [DEC] was added behind BERT's vocabulary
     return BLIP2Config(
-        vision_from_published(folder, raw.get("vision_config") or {}),
+        vision_from_published(folder, part(raw, "vision_config")),
         connector,
         # a checkpoint for retrieval has a Q-Former that reads text, and no language model
         None if connector.text else opt_from_published(folder, text),
-        image_token_id=raw.get("image_token_index") or raw.get("image_token_id") or 50265,
-        **found(raw, dict(embed_dim="image_text_hidden_size")),
-        **found(text, dict(eos_token_id="eos_token_id")),
+        **found(raw, dict(image_token_id="image_token_id"), BLIP2Config) | found(raw, BLIP2_FIELDS, BLIP2Config),
+        **found(text, ENDS, BLIP2Config) | found(read_json(folder / "generation_config.json"), ENDS, BLIP2Config),
     )
 
 
 def vision_from_published(folder, vision):
     """vision_config of config.json, and what preprocessor_config.json contains about pixels -> VisionConfig."""
     require(folder, vision, hidden_act="gelu", qkv_bias=True)
-    config = VisionConfig(**found(vision, VISION_FIELDS))
+    config = VisionConfig(**found(vision, VISION_FIELDS, VisionConfig))
     file = folder / "preprocessor_config.json"
     processor = json.loads(file.read_text()) if file.is_file() else {}
     require(folder, processor, resample=3, rescale_factor=1 / 255, do_center_crop=False)  # 3: bicubic
     require(folder, processor, do_resize=True, do_rescale=True, do_normalize=True)
-    statistics = found(processor, dict(mean="image_mean", std="image_std"))
-    return replace(config, **{name: tuple(values) for name, values in statistics.items()})
+    return replace(config, **found(processor, dict(mean="image_mean", std="image_std"), config))
 
 
 def opt_from_published(folder, text):
     """text_config of config.json -> OPTConfig."""
-    config = OPTConfig(**found(text, OPT_FIELDS))
+    config = OPTConfig(**found(text, OPT_FIELDS, OPTConfig))
     require(folder, text, model_type="opt", activation_function="relu", tie_word_embeddings=True)
     require(folder, text, do_layer_norm_before=True, word_embed_proj_dim=config.width, _remove_final_layer_norm=False)
     require(folder, text, enable_bias=True, layer_norm_elementwise_affine=True)

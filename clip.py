@@ -645,9 +645,31 @@ VISION_FIELDS = SHAPE | dict(image_size="image_size", patch_size="patch_size")
 TEXT_FIELDS = SHAPE | dict(vocab_size="vocab_size", context="max_position_embeddings")
 
 
-def found(published, fields):
-    """The fields of ours that a published config also has. A published null means the default."""
-    return {ours: published[theirs] for ours, theirs in fields.items() if published.get(theirs) is not None}
+def part(published, name):
+    """The dict under a name in a published config; empty where there is none, or null."""
+    fields = {} if published.get(name) is None else published[name]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} = {fields!r}: fields with names were expected")
+    return fields
+
+
+def read_json(file):
+    return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
+
+
+def found(published, fields, default):
+    """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
+    Raises ValueError for a value of another type than the default's."""
+    values = {}
+    for ours, theirs in fields.items():
+        usual, value = getattr(default, ours), published.get(theirs)
+        several = isinstance(usual, tuple)  # for which JSON has a list, or one value
+        items = value if several and isinstance(value, list) else [value]
+        if value is not None and {type(item) for item in items} <= {int, type(usual[0] if several else usual)}:
+            values[ours] = tuple(items) if several else value
+        elif value is not None:
+            raise ValueError(f"{theirs} = {value!r}: a value like {usual!r} was expected")
+    return values
 
 
 def require(folder, published, **values):
@@ -665,27 +687,26 @@ def config_from_published(folder):
     if kind not in ("clip", "siglip"):
         raise ValueError(f"{folder} has model_type = {kind!r}; clip.py reads 'clip' and 'siglip'")
     config = PRESETS["clip-vit-base-patch32" if kind == "clip" else "siglip-base-patch16-224"]
-    vision_published, text_published = raw.get("vision_config") or {}, raw.get("text_config") or {}
+    vision_published, text_published = part(raw, "vision_config"), part(raw, "text_config")
     for published in (vision_published, text_published):
         if published.get("hidden_act", "gelu") not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"{folder} has hidden_act = {published['hidden_act']!r}; implemented here: {known}")
-    vision = replace(config.vision, **found(vision_published, VISION_FIELDS), **pixels_from_published(folder))
-    text = replace(config.text, **found(text_published, TEXT_FIELDS))
+    vision = replace(config.vision, **found(vision_published, VISION_FIELDS, config.vision))
+    vision = replace(vision, **pixels_from_published(folder, vision))
+    text = replace(config.text, **found(text_published, TEXT_FIELDS, config.text))
     if kind == "siglip":  # its configs contain CLIP's eos_token_id by mistake, and no projection: E is the width
         return replace(config, vision=vision, text=text, embed_dim=text.width)
-    text = replace(text, **found(text_published, dict(eos_token_id="eos_token_id")))
-    return replace(config, vision=vision, text=text, **found(raw, dict(embed_dim="projection_dim")))
+    text = replace(text, **found(text_published, dict(eos_token_id="eos_token_id"), text))
+    return replace(config, vision=vision, text=text, **found(raw, dict(embed_dim="projection_dim"), config))
 
 
-def pixels_from_published(folder):
+def pixels_from_published(folder, vision):
     """What preprocessor_config.json says of squares and normalising, as fields of VisionConfig."""
     file = folder / "preprocessor_config.json"
     processor = json.loads(file.read_text()) if file.is_file() else {}
     require(folder, processor, do_pad=False, resample=3)  # 3 is bicubic
-    fields = {
-        name: tuple(values) for name, values in found(processor, dict(mean="image_mean", std="image_std")).items()
-    }
+    fields = found(processor, dict(mean="image_mean", std="image_std"), vision)
     if "size" in processor:  # {"height": .., "width": ..}, {"shortest_edge": ..} or, in older files, a number
         both_sides = isinstance(processor["size"], dict) and "height" in processor["size"]
         fields["resize"] = "squash" if both_sides else "crop"

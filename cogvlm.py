@@ -124,7 +124,7 @@ class CogVLMConfig:
     expert_bias: bool = False  # CogVLM2: biases in the vision expert's query_key_value
     image_token_id: int = 32000  # one past the vocabulary: no text can contain it
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_ids: tuple = (2,)
 
 
 VICUNA_7B = LanguageConfig(norm_eps=1e-5)
@@ -137,7 +137,7 @@ PRESETS = {
         LanguageConfig(512, 96, layers=3, heads=2, kv_heads=2, mlp_width=256, context=256, norm_eps=1e-5),
         image_token_id=499,
         bos_token_id=497,
-        eos_token_id=498,
+        eos_token_ids=(498,),
     ),
     "cogvlm-chat-17b": CogVLMConfig(language=VICUNA_7B),
     "cogvlm2-llama3-19b": CogVLMConfig(
@@ -147,7 +147,7 @@ PRESETS = {
         expert_bias=True,
         image_token_id=128256,
         bos_token_id=128000,
-        eos_token_id=128001,
+        eos_token_ids=(128001, 128009),  # <|end_of_text|>, <|eot_id|>
     ),
 }
 
@@ -526,21 +526,26 @@ class ExpertDecoder(nn.Module):
     ):
         """Continue prompts, given as embeddings x [B,T,D] and padded on the left -> new ids [B,n].
 
-        The prompt runs once, then one token at a time against the cached keys and values. Once a row contains eos_id,
-        the rest of it is filled with eos_id.
+        The prompt runs once, then one token at a time against the cached keys and values. eos_id: an id, or several.
+        Once a row contains one of them, the rest of it is filled with the first. Raises ValueError for wrong options.
         """
         B, T, _ = x.shape
+        if not temperature >= 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
+            options = f"temperature={temperature}, max_new_tokens={max_new_tokens}, top_k={top_k}"
+            raise ValueError(f"{options}: the first two cannot be negative, and top_k must be at least 1")
         if mask is not None and not mask[:, -1].all():
             raise ValueError("prompts are padded on the left: the new tokens stand behind the last column")
-        cache = Cache(self.config, B, T + max_new_tokens, like=x)
+        # under torch.autocast keys and values have the dtype of a linear map's output, which is not that of x
+        cache = Cache(self.config, B, T + max_new_tokens, like=self.lm_head(x[:, :0]))
+        ends = torch.as_tensor([] if eos_id is None else eos_id, dtype=torch.long, device=x.device).view(-1)
         new = torch.empty(B, 0, dtype=torch.long, device=x.device)
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
         while new.shape[1] < max_new_tokens and not done.all():
             h = self.hidden(x, mask, cache, roles)[:, -1]  # [B,D]
             next_ids = sample(self.lm_head(h), temperature, top_k, generator)  # [B]
-            if eos_id is not None:
-                next_ids = next_ids.masked_fill(done, eos_id)
-                done |= next_ids == eos_id
+            if len(ends):
+                next_ids = next_ids.masked_fill(done, ends[0])
+                done |= torch.isin(next_ids, ends)
             new = torch.cat([new, next_ids[:, None]], dim=1)
             x = self.embed_tokens(next_ids[:, None])  # [B,1,D]
             mask = None if mask is None else F.pad(mask, (0, 1), value=True)
@@ -602,6 +607,8 @@ class CogVLM(nn.Module):
     def generate(self, ids, pixels=None, mask=None, **options):
         """Continue each row of ids [B,T], padded on the left -> new ids [B,n]. Images are encoded once. options: see
         ExpertDecoder.generate."""
+        if not ids.numel():
+            raise ValueError(f"nothing to continue: the ids have the shape {list(ids.shape)}")
         x, roles = self.embed(ids, None if pixels is None else self.image_tokens(pixels))
         return self.language.generate(x, mask, roles, **options)
 
@@ -676,7 +683,7 @@ def conversation_row(turns, encode, config, images=1):
     labels = [IGNORE_INDEX] * len(ids)
     for question, answer in turns:
         prompt = encode(build_prompt(question, "vqa"))
-        reply = encode(" " + answer) + [config.eos_token_id]
+        reply = encode(" " + answer) + [config.eos_token_ids[0]]
         ids += prompt + reply
         labels += [IGNORE_INDEX] * len(prompt) + reply
     return ids, labels
@@ -701,8 +708,8 @@ def answer(model, images, question, encode, decode, style="chat", max_new_tokens
     room = config.language.context - ids.shape[1]
     if room < 1:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, the context holds {config.language.context}")
-    new = model.generate(ids, pixels, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_id)
-    return decode([i for i in new[0].tolist() if i != config.eos_token_id]).strip()
+    new = model.generate(ids, pixels, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_ids)
+    return decode([i for i in new[0].tolist() if i not in config.eos_token_ids]).strip()
 
 
 def parse_box(text):
@@ -828,11 +835,34 @@ VISION_FIELDS |= dict(norm_eps="layer_norm_eps")
 LANGUAGE_FIELDS = SHAPE | dict(heads="num_attention_heads", kv_heads="num_multi_query_heads", vocab_size="vocab_size")
 LANGUAGE_FIELDS |= dict(context="max_position_embeddings", norm_eps="rms_norm_eps")
 LANGUAGE_FIELDS |= dict(tie_embeddings="tie_word_embeddings")
+ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
 
 
-def found(published, fields):
-    """The fields of ours that a published config also has. A published null means the default."""
-    return {ours: published[theirs] for ours, theirs in fields.items() if published.get(theirs) is not None}
+def part(published, name):
+    """The dict under a name in a published config; empty where there is none, or null."""
+    fields = {} if published.get(name) is None else published[name]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} = {fields!r}: fields with names were expected")
+    return fields
+
+
+def read_json(file):
+    return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
+
+
+def found(published, fields, default):
+    """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
+    Raises ValueError for a value of another type than the default's."""
+    values = {}
+    for ours, theirs in fields.items():
+        usual, value = getattr(default, ours), published.get(theirs)
+        several = isinstance(usual, tuple)  # for which JSON has a list, or one value
+        items = value if several and isinstance(value, list) else [value]
+        if value is not None and {type(item) for item in items} <= {int, type(usual[0] if several else usual)}:
+            values[ours] = tuple(items) if several else value
+        elif value is not None:
+            raise ValueError(f"{theirs} = {value!r}: a value like {usual!r} was expected")
+    return values
 
 
 def require(folder, published, **values):
@@ -851,23 +881,23 @@ def config_from_published(folder):
         raise ValueError(f"{folder} holds {' / '.join(map(str, kinds))}; cogvlm.py reads 'CogVLMForCausalLM'")
     second = raw.get("num_multi_query_heads") is not None  # grouped heads: a CogVLM2
     default = PRESETS["cogvlm2-llama3-19b"] if second else CogVLMConfig()
-    vision = raw.get("vision_config") or {}
+    vision = part(raw, "vision_config")
     file = folder / "preprocessor_config.json"
     processor = json.loads(file.read_text()) if file.is_file() else {}
     require(folder, raw, hidden_act="silu")
     require(folder, vision, hidden_act="gelu")
     require(folder, processor, do_center_crop=False, do_pad=False, resample=3)
-    language = replace(default.language, **found(raw, LANGUAGE_FIELDS))
+    language = replace(default.language, **found(raw, LANGUAGE_FIELDS, default.language))
     if not second:
         language = replace(language, kv_heads=language.heads)
-    statistics = found(processor, dict(mean="image_mean", std="image_std"))
-    statistics = {name: tuple(values) for name, values in statistics.items()}
+    statistics = found(processor, dict(mean="image_mean", std="image_std"), default.vision)
     return replace(
         default,
-        vision=replace(default.vision, **found(vision, VISION_FIELDS), **statistics),
+        vision=replace(default.vision, **found(vision, VISION_FIELDS, default.vision), **statistics),
         language=language,
         image_token_id=language.vocab_size,
-        **found(raw, dict(bos_token_id="bos_token_id", eos_token_id="eos_token_id")),
+        **found(raw, dict(bos_token_id="bos_token_id"), default),
+        **found(raw, ENDS, default) | found(read_json(folder / "generation_config.json"), ENDS, default),
     )
 
 

@@ -146,7 +146,7 @@ class FlamingoConfig:
     qk_norm: bool = False
     image_token_id: int = 32001
     new_token_ids: tuple = (32000, 32001)  # tokens that the language model did not know: their embeddings are trained
-    eos_token_id: int = 2
+    eos_token_ids: tuple = (2,)
 
 
 # CLIP's ViT-H/14; LLaMA's 32000 words and two new ones, <fake_token_around_image> and <image>
@@ -167,7 +167,7 @@ PRESETS = {
         qk_norm=True,
         image_token_id=499,
         new_token_ids=(499, 507),
-        eos_token_id=507,
+        eos_token_ids=(507,),
     ),
     "idefics-9b": FlamingoConfig(VIT_H, LLAMA_7B, RESAMPLER, cross_every=4, qk_norm=True),
     "idefics-80b": FlamingoConfig(VIT_H, LLAMA_65B, RESAMPLER, cross_every=4, qk_norm=True),
@@ -291,12 +291,12 @@ class CrossAttention(nn.Module):
         """context [B,S,Dc] -> k, v [B,H,S,Dh]."""
         k = self.k_proj(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.v_proj(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return self.k_norm(k), v
+        return self.k_norm(k).to(v.dtype), v  # under torch.autocast a norm gives float32
 
     def forward(self, x, k, v, rule=None):
         """x [B,T,D] attends to k, v [B,H,S,Dh] as the rule says -> [B,T,D]; exactly 0 where it attends to nothing."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,T,Dh]
-        o = attention(self.q_norm(q), k, v, rule)
+        o = attention(self.q_norm(q).to(v.dtype), k, v, rule)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
 
@@ -560,21 +560,26 @@ class LanguageModel(nn.Module):
     ):
         """Continue prompts, given as embeddings x [B,T,D] and padded on the left -> new ids [B,n].
 
-        The prompt runs once, then one token at a time against the cached keys and values. Once a row contains eos_id,
-        the rest of it is filled with eos_id.
+        The prompt runs once, then one token at a time against the cached keys and values. eos_id: an id, or several.
+        Once a row contains one of them, the rest of it is filled with the first. Raises ValueError for wrong options.
         """
         B, T, _ = x.shape
+        if not temperature >= 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
+            options = f"temperature={temperature}, max_new_tokens={max_new_tokens}, top_k={top_k}"
+            raise ValueError(f"{options}: the first two cannot be negative, and top_k must be at least 1")
         if mask is not None and not mask[:, -1].all():
             raise ValueError("prompts are padded on the left: the new tokens stand behind the last column")
-        cache = Cache(self.config, B, T + max_new_tokens, like=x)
+        # under torch.autocast keys and values have the dtype of a linear map's output, which is not that of x
+        cache = Cache(self.config, B, T + max_new_tokens, like=self.lm_head(x[:, :0]))
+        ends = torch.as_tensor([] if eos_id is None else eos_id, dtype=torch.long, device=x.device).view(-1)
         new = torch.empty(B, 0, dtype=torch.long, device=x.device)
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
         while new.shape[1] < max_new_tokens and not done.all():
             h = self.hidden(x, mask, cache, media)[:, -1]  # [B,D]
             next_ids = sample(self.lm_head(h), temperature, top_k, generator)  # [B]
-            if eos_id is not None:
-                next_ids = next_ids.masked_fill(done, eos_id)
-                done |= next_ids == eos_id
+            if len(ends):
+                next_ids = next_ids.masked_fill(done, ends[0])
+                done |= torch.isin(next_ids, ends)
             new = torch.cat([new, next_ids[:, None]], dim=1)
             x = self.embed_tokens(next_ids[:, None])  # [B,1,D]
             mask = None if mask is None else F.pad(mask, (0, 1), value=True)
@@ -692,6 +697,8 @@ class Flamingo(nn.Module):
     def generate(self, ids, media=None, mask=None, media_mask=None, **options):
         """Continue each row of ids [B,T], padded on the left -> new ids [B,n]. Media are encoded once. options: see
         LanguageModel.generate."""
+        if not ids.numel():
+            raise ValueError(f"nothing to continue: the ids have the shape {list(ids.shape)}")
         read = self.read_media(ids, media, mask, media_mask)
         return self.language.generate(self.language.embed_tokens(ids), mask, media=read, **options)
 
@@ -804,8 +811,8 @@ def answer(model, images, prompt, encode, decode, max_new_tokens=32):
     room = config.language.context - ids.shape[1]
     if room < 1:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, the context holds {config.language.context}")
-    new = model.generate(ids, media, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_id)
-    return decode([i for i in new[0].tolist() if i != config.eos_token_id]).strip()
+    new = model.generate(ids, media, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_ids)
+    return decode([i for i in new[0].tolist() if i not in config.eos_token_ids]).strip()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -925,11 +932,34 @@ LANGUAGE_FIELDS |= dict(tie_embeddings="tie_word_embeddings")
 RESAMPLER_FIELDS = dict(latents="resampler_n_latents", layers="resampler_depth", heads="resampler_n_heads")
 RESAMPLER_FIELDS |= dict(head_width="resampler_head_dim", qk_norm="qk_layer_norms_perceiver")
 GATES = dict(float="scalar", vector="vector")  # alpha_type -> gate
+ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
 
 
-def found(published, fields):
-    """The fields of ours that a published config also has. A published null means the default."""
-    return {ours: published[theirs] for ours, theirs in fields.items() if published.get(theirs) is not None}
+def part(published, name):
+    """The dict under a name in a published config; empty where there is none, or null."""
+    fields = {} if published.get(name) is None else published[name]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} = {fields!r}: fields with names were expected")
+    return fields
+
+
+def read_json(file):
+    return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
+
+
+def found(published, fields, default):
+    """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
+    Raises ValueError for a value of another type than the default's."""
+    values = {}
+    for ours, theirs in fields.items():
+        usual, value = getattr(default, ours), published.get(theirs)
+        several = isinstance(usual, tuple)  # for which JSON has a list, or one value
+        items = value if several and isinstance(value, list) else [value]
+        if value is not None and {type(item) for item in items} <= {int, type(usual[0] if several else usual)}:
+            values[ours] = tuple(items) if several else value
+        elif value is not None:
+            raise ValueError(f"{theirs} = {value!r}: a value like {usual!r} was expected")
+    return values
 
 
 def require(folder, published, **values):
@@ -948,33 +978,32 @@ def config_from_published(folder):
         raise ValueError(f"{folder} has no resampler (use_resampler is false), which flamingo.py needs")
     # older files have vision_embed_dim where newer ones have vision_config: {embed_dim}
     tower = {name.removeprefix("vision_"): value for name, value in raw.items() if name.startswith("vision_")}
-    vision = VisionConfig(**found(tower | (raw.get("vision_config") or {}), VISION_FIELDS))
+    vision = VisionConfig(**found(tower | part(raw, "vision_config"), VISION_FIELDS, VisionConfig))
     if vision.activation not in ACTIVATIONS:
         raise ValueError(f"{folder} has hidden_act = {vision.activation!r}; known are {', '.join(ACTIVATIONS)}")
-    resampler = ResamplerConfig(**found(raw | (raw.get("perceiver_config") or {}), RESAMPLER_FIELDS))
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    perceiver = raw | part(raw, "perceiver_config")
+    resampler = ResamplerConfig(**found(perceiver, RESAMPLER_FIELDS, ResamplerConfig))
+    rope = part(raw, "rope_parameters") or part(raw, "rope_scaling")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{folder} scales its rotary positions ({rope}), which flamingo.py does not")
     alpha_type = raw.get("alpha_type", "float")
     if alpha_type not in GATES:
         raise ValueError(f"{folder} has alpha_type = {alpha_type!r}; known are {', '.join(GATES)}")
-    language = LanguageConfig(**found(raw | rope, LANGUAGE_FIELDS))
+    language = LanguageConfig(**found(raw | rope, LANGUAGE_FIELDS, LanguageConfig))
     old, new = language.vocab_size, raw.get("additional_vocab_size") or 0
-    eos = raw.get("eos_token_id", 2)
-    if isinstance(eos, list):
-        eos = eos[0]
+    ends = found(raw, ENDS, FlamingoConfig) | found(read_json(folder / "generation_config.json"), ENDS, FlamingoConfig)
+    ends = ends.get("eos_token_ids", FlamingoConfig.eos_token_ids)
     if new > 2:  # a model taught to chat has a third new token, <end_of_utterance>
-        eos = old + 2
+        ends = (old + 2, *ends)
     return FlamingoConfig(
         replace(vision, **pixels_from_published(folder)),
         replace(language, vocab_size=old + new),
         replace(resampler, mlp_width=4 * vision.width),
-        cross_every=raw.get("cross_layer_interval", 1),
         gate=GATES[alpha_type],
-        qk_norm=raw.get("qk_layer_norms", False),
+        **found(raw, dict(cross_every="cross_layer_interval", qk_norm="qk_layer_norms"), FlamingoConfig),
         image_token_id=old + min(1, new - 1),  # the new tokens are <fake_token_around_image>, <image>
         new_token_ids=tuple(range(old, old + new)),
-        eos_token_id=eos,
+        eos_token_ids=ends,
     )
 
 
@@ -983,8 +1012,7 @@ def pixels_from_published(folder):
     file = folder / "preprocessor_config.json"
     processor = json.loads(file.read_text()) if file.is_file() else {}
     require(file, processor, do_pad=False, do_center_crop=False, resample=3)  # 3: bicubic
-    statistics = found(processor, dict(mean="image_mean", std="image_std"))
-    return {name: tuple(values) for name, values in statistics.items()}
+    return found(processor, dict(mean="image_mean", std="image_std"), VisionConfig)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class LLaVAConfig:
     feature_layer: int = -2  # -1: after the last block; -2: one earlier, less committed to CLIP's one-vector summary
     keep_class_token: bool = False
     image_token_id: int = 32000
-    eos_token_id: int = 2
+    eos_token_ids: tuple = (2,)
 
 
 # Vicuna-1.5: LLaMA's 32000 words, <image>, <pad>, and padding to a multiple of 64
@@ -118,7 +118,7 @@ PRESETS = {
             512, 96, layers=3, heads=2, kv_heads=1, mlp_width=256, context=256, norm_eps=1e-5, tie_embeddings=True
         ),
         image_token_id=499,
-        eos_token_id=498,
+        eos_token_ids=(498,),
     ),
     "llava-7b": LLaVAConfig(VisionConfig(224), replace(VICUNA_7B, context=2048), projector="linear"),
     "llava-1.5-7b": LLaVAConfig(VisionConfig(), VICUNA_7B),
@@ -367,21 +367,26 @@ class LanguageModel(nn.Module):
     def generate(self, x, mask=None, max_new_tokens=64, temperature=0.0, top_k=None, eos_id=None, generator=None):
         """Continue prompts, given as embeddings x [B,T,D] and padded on the left -> new ids [B,n].
 
-        The prompt runs once, then one token at a time against the cached keys and values. Once a row contains eos_id,
-        the rest of it is filled with eos_id.
+        The prompt runs once, then one token at a time against the cached keys and values. eos_id: an id, or several.
+        Once a row contains one of them, the rest of it is filled with the first. Raises ValueError for wrong options.
         """
         B, T, _ = x.shape
+        if not temperature >= 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
+            options = f"temperature={temperature}, max_new_tokens={max_new_tokens}, top_k={top_k}"
+            raise ValueError(f"{options}: the first two cannot be negative, and top_k must be at least 1")
         if mask is not None and not mask[:, -1].all():
             raise ValueError("prompts are padded on the left: the new tokens stand behind the last column")
-        cache = Cache(self.config, B, T + max_new_tokens, like=x)
+        # under torch.autocast keys and values have the dtype of a linear map's output, which is not that of x
+        cache = Cache(self.config, B, T + max_new_tokens, like=self.lm_head(x[:, :0]))
+        ends = torch.as_tensor([] if eos_id is None else eos_id, dtype=torch.long, device=x.device).view(-1)
         new = torch.empty(B, 0, dtype=torch.long, device=x.device)
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
         while new.shape[1] < max_new_tokens and not done.all():
             h = self.hidden(x, mask, cache)[:, -1]  # [B,D]
             next_ids = sample(self.lm_head(h), temperature, top_k, generator)  # [B]
-            if eos_id is not None:
-                next_ids = next_ids.masked_fill(done, eos_id)
-                done |= next_ids == eos_id
+            if len(ends):
+                next_ids = next_ids.masked_fill(done, ends[0])
+                done |= torch.isin(next_ids, ends)
             new = torch.cat([new, next_ids[:, None]], dim=1)
             x = self.embed_tokens(next_ids[:, None])  # [B,1,D]
             mask = None if mask is None else F.pad(mask, (0, 1), value=True)
@@ -440,6 +445,8 @@ class LLaVA(nn.Module):
     def generate(self, ids, pixels=None, mask=None, **options):
         """Continue each row of ids [B,T], padded on the left -> new ids [B,n]. Images are encoded once. options: see
         LanguageModel.generate."""
+        if not ids.numel():
+            raise ValueError(f"nothing to continue: the ids have the shape {list(ids.shape)}")
         x = self.embed(ids, None if pixels is None else self.image_tokens(pixels))
         return self.language.generate(x, mask, **options)
 
@@ -514,7 +521,7 @@ def encode_conversation(turns, encode, config, images=1):
     ids, labels = [], []
     for turn, (question, answer) in enumerate(turns):
         prompt = encode(expand_images(build_prompt(question, images if turn == 0 else 0), tokens))
-        reply = encode(" " + answer) + [config.eos_token_id]
+        reply = encode(" " + answer) + [config.eos_token_ids[0]]
         ids += prompt + reply
         labels += [IGNORE_INDEX] * len(prompt) + reply
     return ids, labels
@@ -539,8 +546,8 @@ def answer(model, images, question, encode, decode, max_new_tokens=32):
     room = config.language.context - ids.shape[1]
     if room < 1:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, the context holds {config.language.context}")
-    new = model.generate(ids, pixels, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_id)
-    return decode([i for i in new[0].tolist() if i != config.eos_token_id]).strip()
+    new = model.generate(ids, pixels, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_ids)
+    return decode([i for i in new[0].tolist() if i not in config.eos_token_ids]).strip()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -646,11 +653,35 @@ VISION_FIELDS = SHAPE | dict(image_size="image_size", patch_size="patch_size", n
 LANGUAGE_FIELDS = SHAPE | dict(kv_heads="num_key_value_heads", vocab_size="vocab_size")
 LANGUAGE_FIELDS |= dict(context="max_position_embeddings", norm_eps="rms_norm_eps", rope_base="rope_theta")
 LANGUAGE_FIELDS |= dict(tie_embeddings="tie_word_embeddings")
+LLAVA_FIELDS = dict(image_token_id="image_token_index", feature_layer="vision_feature_layer")
+ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
 
 
-def found(published, fields):
-    """The fields of ours that a published config also has. A published null means the default."""
-    return {ours: published[theirs] for ours, theirs in fields.items() if published.get(theirs) is not None}
+def part(published, name):
+    """The dict under a name in a published config; empty where there is none, or null."""
+    fields = {} if published.get(name) is None else published[name]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} = {fields!r}: fields with names were expected")
+    return fields
+
+
+def read_json(file):
+    return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
+
+
+def found(published, fields, default):
+    """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
+    Raises ValueError for a value of another type than the default's."""
+    values = {}
+    for ours, theirs in fields.items():
+        usual, value = getattr(default, ours), published.get(theirs)
+        several = isinstance(usual, tuple)  # for which JSON has a list, or one value
+        items = value if several and isinstance(value, list) else [value]
+        if value is not None and {type(item) for item in items} <= {int, type(usual[0] if several else usual)}:
+            values[ours] = tuple(items) if several else value
+        elif value is not None:
+            raise ValueError(f"{theirs} = {value!r}: a value like {usual!r} was expected")
+    return values
 
 
 def require(folder, published, **values):
@@ -664,14 +695,14 @@ def config_from_published(folder):
     """config.json and preprocessor_config.json -> LLaVAConfig. What they leave out has the published classes' defaults,
     which are those of the dataclasses."""
     raw = json.loads((folder / "config.json").read_text())
-    vision, text = raw.get("vision_config") or {}, raw.get("text_config") or {}
+    vision, text = part(raw, "vision_config"), part(raw, "text_config")
     require(folder, raw, model_type="llava", projector_hidden_act="gelu")
     require(folder, vision, model_type="clip_vision_model", hidden_act="quick_gelu")
     require(folder, text, model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = part(text, "rope_parameters") or part(text, "rope_scaling")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{folder} scales its rotary positions ({rope}), which llava.py does not")
-    language = LanguageConfig(**found(text | rope, LANGUAGE_FIELDS))
+    language = LanguageConfig(**found(text | rope, LANGUAGE_FIELDS, LanguageConfig))
     if text.get("num_key_value_heads") is None:
         language = replace(language, kv_heads=language.heads)
     if raw.get("tie_word_embeddings"):  # it has stood in both places
@@ -679,20 +710,18 @@ def config_from_published(folder):
     file = folder / "preprocessor_config.json"
     processor = json.loads(file.read_text()) if file.is_file() else {}
     return LLaVAConfig(
-        replace(VisionConfig(**found(vision, VISION_FIELDS)), **pixels_from_published(processor)),
+        replace(VisionConfig(**found(vision, VISION_FIELDS, VisionConfig)), **pixels_from_published(processor)),
         language,
-        feature_layer=raw.get("vision_feature_layer", -2),
         keep_class_token=raw.get("vision_feature_select_strategy") == "full",
-        image_token_id=raw.get("image_token_index", raw.get("image_token_id", 32000)),
-        eos_token_id=text.get("eos_token_id", 2),
+        **found(raw, dict(image_token_id="image_token_id"), LLaVAConfig) | found(raw, LLAVA_FIELDS, LLaVAConfig),
+        **found(text, ENDS, LLaVAConfig) | found(read_json(folder / "generation_config.json"), ENDS, LLaVAConfig),
     )
 
 
 def pixels_from_published(processor):
     """What preprocessor_config.json says of squares and normalising, as fields of VisionConfig."""
     resize = "pad" if processor.get("do_pad") else "crop"
-    statistics = found(processor, dict(mean="image_mean", std="image_std"))
-    return dict(resize=resize) | {name: tuple(values) for name, values in statistics.items()}
+    return dict(resize=resize) | found(processor, dict(mean="image_mean", std="image_std"), VisionConfig)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ class Qwen2VLConfig:
     template: Template = field(default_factory=Template)
     image_token_id: int = 151655
     video_token_id: int = 151656
-    eos_token_id: int = 151645  # <|im_end|>
+    eos_token_ids: tuple = (151645, 151643)  # <|im_end|>, <|endoftext|>
     tokens_per_second: int = 0  # positions a second of a clip takes (Qwen2.5-VL); 0: each pair of frames takes one
     mrope: bool = True  # an ablation: False numbers all tokens one after another, whatever they are
 
@@ -174,7 +174,7 @@ PRESETS = {
         Template(system="", turn="{} ASSISTANT:", image="<image>", video="<video>", start="<boi>", end="<eoi>"),
         image_token_id=499,
         video_token_id=500,
-        eos_token_id=498,
+        eos_token_ids=(498,),
     ),
     "qwen2-vl-2b": Qwen2VLConfig(language=QWEN_2B),
     "qwen2-vl-7b": Qwen2VLConfig(language=QWEN_7B),
@@ -533,21 +533,26 @@ class LanguageModel(nn.Module):
     ):
         """Continue prompts, given as embeddings x [B,T,D] at positions [3,B,T] and padded on the left -> new ids [B,n].
 
-        The prompt runs once, then one token at a time against the cached keys and values. Once a row contains eos_id,
-        the rest of it is filled with eos_id.
+        The prompt runs once, then one token at a time against the cached keys and values. eos_id: an id, or several.
+        Once a row contains one of them, the rest of it is filled with the first. Raises ValueError for wrong options.
         """
         B, T, _ = x.shape
+        if not temperature >= 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
+            options = f"temperature={temperature}, max_new_tokens={max_new_tokens}, top_k={top_k}"
+            raise ValueError(f"{options}: the first two cannot be negative, and top_k must be at least 1")
         if mask is not None and not mask[:, -1].all():
             raise ValueError("prompts are padded on the left: the new tokens stand behind the last column")
-        cache = Cache(self.config, B, T + max_new_tokens, like=x)
+        # under torch.autocast keys and values have the dtype of a linear map's output, which is not that of x
+        cache = Cache(self.config, B, T + max_new_tokens, like=self.lm_head(x[:, :0]))
+        ends = torch.as_tensor([] if eos_id is None else eos_id, dtype=torch.long, device=x.device).view(-1)
         new = torch.empty(B, 0, dtype=torch.long, device=x.device)
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
         while new.shape[1] < max_new_tokens and not done.all():
             h = self.hidden(x, positions, mask, cache)[:, -1]  # [B,D]
             next_ids = sample(self.lm_head(h), temperature, top_k, generator)  # [B]
-            if eos_id is not None:
-                next_ids = next_ids.masked_fill(done, eos_id)
-                done |= next_ids == eos_id
+            if len(ends):
+                next_ids = next_ids.masked_fill(done, ends[0])
+                done |= torch.isin(next_ids, ends)
             new = torch.cat([new, next_ids[:, None]], dim=1)
             x = self.embed_tokens(next_ids[:, None])  # [B,1,D]
             largest = positions.amax((0, 2), keepdim=True)  # [1,B,1], of all axes: a new word stands behind it on each
@@ -700,6 +705,8 @@ class Qwen2VL(nn.Module):
     def generate(self, ids, patches=None, grid_thw=None, mask=None, seconds=None, **options):
         """Continue each row of ids [B,T], padded on the left -> new ids [B,n]. Images are encoded once. options: see
         LanguageModel.generate."""
+        if not ids.numel():
+            raise ValueError(f"nothing to continue: the ids have the shape {list(ids.shape)}")
         positions = rope_index(ids, self.config, grid_thw, mask, seconds)
         x = self.embed(ids, None if patches is None else self.image_tokens(patches, grid_thw), mask)
         return self.language.generate(x, positions, mask, **options)
@@ -805,7 +812,7 @@ def encode_turn(question, answer, encode, config, kinds=(), grid_thw=None):
     """A question and its answer -> ids, labels (two lists of equal length). Only the answer and the end-of-turn token
     after it have labels: a model should learn to answer, not to ask. encode: text -> list of ids."""
     prompt = encode(expand_visuals(build_prompt(question, kinds, config.template), config, grid_thw))
-    reply = encode(answer) + [config.eos_token_id]
+    reply = encode(answer) + [config.eos_token_ids[0]]
     return prompt + reply, [IGNORE_INDEX] * len(prompt) + reply
 
 
@@ -846,8 +853,8 @@ def answer(model, images, question, encode, decode, max_new_tokens=32, seconds=N
     if images:
         inputs["patches"] = inputs["patches"].to(device)
     room = config.language.context - inputs["ids"].shape[1]
-    new = model.generate(**inputs, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_id)
-    return decode([i for i in new[0].tolist() if i != config.eos_token_id]).strip()
+    new = model.generate(**inputs, max_new_tokens=min(max_new_tokens, room), eos_id=config.eos_token_ids)
+    return decode([i for i in new[0].tolist() if i not in config.eos_token_ids]).strip()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -955,15 +962,38 @@ def load_weights(model, folder, dtype, device):
 PATCH_FIELDS = dict(patch_size="patch_size", merge="spatial_merge_size", frames="temporal_patch_size")
 VISION_FIELDS = PATCH_FIELDS | dict(layers="depth", heads="num_heads", width="embed_dim")
 VISION_2_5_FIELDS = PATCH_FIELDS | dict(layers="depth", heads="num_heads", width="hidden_size")
-VISION_2_5_FIELDS |= dict(mlp_width="intermediate_size", window_size="window_size")
+VISION_2_5_FIELDS |= dict(mlp_width="intermediate_size", window_size="window_size", full_layers="fullatt_block_indexes")
 LANGUAGE_FIELDS = dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads")
 LANGUAGE_FIELDS |= dict(kv_heads="num_key_value_heads", mlp_width="intermediate_size", vocab_size="vocab_size")
 LANGUAGE_FIELDS |= dict(context="max_position_embeddings", norm_eps="rms_norm_eps", rope_base="rope_theta")
+ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
 
 
-def found(published, fields):
-    """The fields of ours that a published config also has. A published null means the default."""
-    return {ours: published[theirs] for ours, theirs in fields.items() if published.get(theirs) is not None}
+def part(published, name):
+    """The dict under a name in a published config; empty where there is none, or null."""
+    fields = {} if published.get(name) is None else published[name]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} = {fields!r}: fields with names were expected")
+    return fields
+
+
+def read_json(file):
+    return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
+
+
+def found(published, fields, default):
+    """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
+    Raises ValueError for a value of another type than the default's."""
+    values = {}
+    for ours, theirs in fields.items():
+        usual, value = getattr(default, ours), published.get(theirs)
+        several = isinstance(usual, tuple)  # for which JSON has a list, or one value
+        items = value if several and isinstance(value, list) else [value]
+        if value is not None and {type(item) for item in items} <= {int, type(usual[0] if several else usual)}:
+            values[ours] = tuple(items) if several else value
+        elif value is not None:
+            raise ValueError(f"{theirs} = {value!r}: a value like {usual!r} was expected")
+    return values
 
 
 def require(folder, published, **values):
@@ -980,36 +1010,34 @@ def config_from_published(folder):
     kind = raw.get("model_type")
     if kind not in ("qwen2_vl", "qwen2_5_vl"):
         raise ValueError(f"{folder} has model_type = {kind!r}; only 'qwen2_vl' and 'qwen2_5_vl' are implemented here")
-    tower, text = raw.get("vision_config") or {}, raw.get("text_config") or raw
+    tower, text = part(raw, "vision_config"), part(raw, "text_config") or raw
     require(folder, text, hidden_act="silu", use_sliding_window=False)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or raw.get("rope_scaling") or {}
+    rope = part(text, "rope_parameters") or part(text, "rope_scaling") or part(raw, "rope_scaling")
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
         raise ValueError(f"{folder} scales its rotary positions ({rope}), which qwen2vl.py does not")
     language = LanguageConfig(
-        **found(text | rope, LANGUAGE_FIELDS),
-        mrope_sections=tuple(rope.get("mrope_section", (16, 24, 24))),
+        **found(text | rope, LANGUAGE_FIELDS | dict(mrope_sections="mrope_section"), LanguageConfig),
         tie_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),  # it has stood in both
     )
     if text.get("num_key_value_heads", 8) is None:
         language = replace(language, kv_heads=language.heads)
     if kind == "qwen2_vl":
         require(folder, tower, hidden_act="quick_gelu", hidden_size=language.width)  # what the merger gives
-        vision = VisionConfig(**found(tower, VISION_FIELDS))
+        vision = VisionConfig(**found(tower, VISION_FIELDS, VisionConfig))
         vision = replace(vision, mlp_width=int(vision.width * tower.get("mlp_ratio", 4)))
         tokens_per_second = 0
     else:
         require(folder, tower, hidden_act="silu", out_hidden_size=language.width)
-        full_layers = tuple(tower.get("fullatt_block_indexes", VISION_2_5.full_layers))
         tower = dict(hidden_size=3584) | tower  # the published class's default, which no checkpoint has
-        vision = replace(VISION_2_5, full_layers=full_layers, **found(tower, VISION_2_5_FIELDS))
+        vision = replace(VISION_2_5, **found(tower, VISION_2_5_FIELDS, VISION_2_5))
         tokens_per_second = tower.get("tokens_per_second", 4)
-    eos = raw.get("eos_token_id", text.get("eos_token_id", 151645))
+    ends = found(raw, ENDS, Qwen2VLConfig) | found(text, ENDS, Qwen2VLConfig)
+    ends |= found(read_json(folder / "generation_config.json"), ENDS, Qwen2VLConfig)
     return Qwen2VLConfig(
         replace(vision, **pixels_from_published(folder, vision)),
         language,
-        image_token_id=raw.get("image_token_id", 151655),
-        video_token_id=raw.get("video_token_id", 151656),
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        **found(raw, dict(image_token_id="image_token_id", video_token_id="video_token_id"), Qwen2VLConfig),
+        **ends,
         tokens_per_second=tokens_per_second,
     )
 
@@ -1024,15 +1052,14 @@ def pixels_from_published(folder, vision):
             continue
         raw = json.loads((folder / name).read_text())
         require(folder / name, raw, **patch)
-        size = raw.get("size") or {}  # the limits have stood there under two names, and beside it
+        size = part(raw, "size")  # the limits have stood there under two names, and beside it
         least = raw.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge")
         most = raw.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge")
         if least:
             fields[f"{prefix}min_pixels"] = least
         if most:
             fields[f"{prefix}max_pixels"] = most
-        statistics = found(raw, dict(mean="image_mean", std="image_std"))
-        fields |= {name: tuple(values) for name, values in statistics.items()}
+        fields |= found(raw, dict(mean="image_mean", std="image_std"), vision)
     return fields
 
 

@@ -1622,6 +1622,36 @@ def test_sixteen_bits_stay_near_float32_and_finite_for_bright_images(load, kind,
         assert half.generate(**bright, max_new_tokens=4).shape == (len(given["ids"]), 4)
 
 
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_every_model_learns_and_generates_under_autocast(load, kind):
+    """Linear maps then give bfloat16, norms float32: what meets in attention and in the cache must have one dtype."""
+    model, given = load(kind), EXAMPLES[kind]
+    plain = model(**given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(**given)
+        if kind in DECODERS:
+            assert model.generate(**given, max_new_tokens=4).shape == (len(given["ids"]), 4)
+    close(mixed.float(), plain, 0.1)
+    mixed.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+IMPOSSIBLE = (dict(top_k=0), dict(top_k=-1), dict(temperature=-1.0), dict(temperature=math.nan))
+
+
+@pytest.mark.parametrize("kind", ["llava", "blip2", "flamingo", "cogvlm", "qwen2vl"])
+def test_options_that_mean_nothing_and_an_empty_prompt_are_errors_that_name_them(load, kind):
+    model, given = load(kind), RICHEST[kind]
+    for options in (*IMPOSSIBLE, dict(max_new_tokens=-1)):
+        with refuses(ValueError, *[f"{name}={value}" for name, value in options.items()]):
+            model.generate(**given, **dict(temperature=1.0) | options)
+    for ids in (given["ids"][:0], given["ids"][:, :0]):
+        with refuses(ValueError, list(ids.shape)):
+            model.generate(**given | dict(ids=ids))
+        with refuses(ValueError, list(ids.shape)):
+            model.generate(ids)
+
+
 # The tiny presets, which the toys are
 
 
@@ -1759,10 +1789,12 @@ def test_generation_options():
     draw = lambda seed: model.generate(ids, temperature=2.0, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(draw(5), draw(5)) and not torch.equal(draw(5), draw(6))
     eos = int(greedy[0, 3])
-    ended = model.generate(ids, max_new_tokens=12, eos_id=eos)
-    for row, full in zip(ended.tolist(), greedy.tolist()):
-        stop = full.index(eos) + 1 if eos in full else len(row)
-        assert row[:stop] == full[:stop] and set(row[stop:]) <= {eos}
+    for ends in (eos, [eos], (eos, int(greedy[1, 2])), torch.tensor([450, eos])):  # the first of several fills the row
+        ended = model.generate(ids, max_new_tokens=12, eos_id=ends)
+        ends = torch.as_tensor(ends).view(-1).tolist()
+        for row, full in zip(ended.tolist(), greedy.tolist()):
+            stop = min([full.index(i) + 1 for i in ends if i in full], default=len(row))
+            assert row[:stop] == full[:stop] and set(row[stop:]) <= {ends[0]}
     assert model.generate(ids, max_new_tokens=0).shape == (3, 0)
     for call in (lambda: model.generate(ids, max_new_tokens=300), lambda: model(ids[:, :1].repeat(1, 300))):
         with refuses(ValueError, 256):
@@ -1894,7 +1926,7 @@ PUBLISHED_CONFIGS = {  # preset -> what its config.json on the hub says; what eq
     ),
     "cogvlm2-llama3-19b": COGVLM | sizes(4096, 14336, 32, 32) | dict(
         max_position_embeddings=8192, vocab_size=128256, num_multi_query_heads=8, bos_token_id=128000,
-        eos_token_id=128001, vision_config=COGVLM_VISION | dict(image_size=1344, num_positions=9217),
+        eos_token_id=[128001, 128009], vision_config=COGVLM_VISION | dict(image_size=1344, num_positions=9217),
     ),
     "qwen2-vl-2b": QWEN | QWEN2 | sizes(1536, 8960, 28, 12) | dict(
         num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
@@ -1943,6 +1975,8 @@ PUBLISHED_COUNTS = {
 def test_a_preset_has_the_published_config_and_exactly_the_published_parameters(tmp_path, family, preset):
     """Name by name and shape by shape, on the meta device. CogVLM has no published class here, only a count."""
     module, raw = MODULES[family], PUBLISHED_CONFIGS[preset]
+    generation = {"eos_token_id": [151645, 151643]} if family == "qwen2vl" else {}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     config = module.config_from_published(write_config(tmp_path, raw))
     expected = module.PRESETS[preset]
     if preset.startswith("blip2-opt"):  # without a text side nothing reads its [DEC]
@@ -2193,7 +2227,7 @@ def test_qwen2vl_reads_how_large_images_and_clips_may_be(oracles, tmp_path):
 
 @pytest.mark.parametrize("version", ["Qwen2VL", "Qwen2_5_VL"])
 def test_what_a_qwen2vl_config_leaves_out_is_the_published_classs_default(version, tmp_path):
-    """And the forms that eos_token_id, ties and rotary positions have had."""
+    """And the forms that ties and rotary positions have had."""
     published = getattr(quiet_transformers(), f"{version}Config")()
     text, tower = published.text_config, published.vision_config
     merged = "out_hidden_size" if version == "Qwen2_5_VL" else "hidden_size"
@@ -2214,8 +2248,7 @@ def test_what_a_qwen2vl_config_leaves_out_is_the_published_classs_default(versio
     if version == "Qwen2_5_VL":
         assert ours.tokens_per_second == tower.tokens_per_second and vision.window_size == tower.window_size
         assert (vision.width, vision.full_layers) == (tower.hidden_size, tuple(tower.fullatt_block_indexes))
-    assert read(eos_token_id=[7, 8]).eos_token_id == read(eos_token_id=7).eos_token_id == 7
-    assert read(text_config={"eos_token_id": 9}).eos_token_id == 9 and ours.eos_token_id == 151645
+    assert read(eos_token_id=7).eos_token_ids == (7,) and ours.eos_token_ids == (151645, 151643)
     assert read(num_key_value_heads=None).language.kv_heads == c.heads, "null: no groups"
     for tied in ({"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}):
         assert read(**tied).language.tie_embeddings and not c.tie_embeddings
@@ -2224,16 +2257,32 @@ def test_what_a_qwen2vl_config_leaves_out_is_the_published_classs_default(versio
         assert read(**turns).language.mrope_sections == (8, 24, 32)
 
 
+@pytest.mark.parametrize("kind", ["llava", "blip2", "flamingo", "cogvlm", "cogvlm2", "qwen2vl", "qwen2.5vl"])
+def test_any_of_the_end_tokens_of_a_checkpoint_ends_an_answer(oracles, tmp_path, kind):
+    """generation_config.json counts more than config.json, whose language model has them at the top in older files."""
+    raw = read_config(oracles(kind)[1])
+    text = raw.get("text_config", raw)
+    for said in ([5, 6], 7, [9]):
+        text["eos_token_id"] = said
+        folder, said = write_config(tmp_path, raw), said if isinstance(said, list) else [said]
+        assert MODULES[family_of(kind)].config_from_published(folder).eos_token_ids == tuple(said)
+    for said in ({"eos_token_id": [3, 2]}, {"eos_token_id": 4}, {"do_sample": True}):
+        (folder / "generation_config.json").write_text(json.dumps(said))
+        published = quiet_transformers().GenerationConfig.from_pretrained(folder).eos_token_id or 9
+        published = published if isinstance(published, list) else [published]
+        assert MODULES[family_of(kind)].config_from_published(folder).eos_token_ids == tuple(published)
+
+
 def test_what_a_cogvlm_config_says_is_read_and_silence_means_the_first_models_defaults(tmp_path):
     raw = cogvlm_fields(second=False)
     read = lambda raw: cogvlm.config_from_published(write_config(tmp_path, raw))
     for field in ("rms_norm_eps", "bos_token_id", "eos_token_id", "architectures"):
         raw.pop(field)
     silent = read(raw | {"model_type": "cogvlm"})
-    assert (silent.language.norm_eps, silent.bos_token_id, silent.eos_token_id) == (1e-6, 1, 2)
+    assert (silent.language.norm_eps, silent.bos_token_id, silent.eos_token_ids) == (1e-6, 1, (2,))
     said = read(cogvlm_fields(second=False) | {"tie_word_embeddings": True})
     assert said.language.tie_embeddings and not silent.language.tie_embeddings
-    assert (said.image_token_id, said.bos_token_id, said.eos_token_id, said.language.context) == (60, 4, 5, 64)
+    assert (said.image_token_id, said.bos_token_id, said.eos_token_ids, said.language.context) == (60, 4, (5,), 64)
 
 
 def test_flamingo_reads_old_flat_configs_and_chats_third_new_token(oracles, tmp_path):
@@ -2248,9 +2297,9 @@ def test_flamingo_reads_old_flat_configs_and_chats_third_new_token(oracles, tmp_
     assert (config.vision.width, config.vision.layers, config.resampler.latents) == (1280, 30, 48)
     assert config.resampler.qk_norm and not config.qk_norm and config.gate == "vector" and config.new_token_ids == ()
     chat = read(old | dict(additional_vocab_size=3, eos_token_id=[2, 3]))  # the third ends an utterance
-    assert (chat.image_token_id, chat.eos_token_id, chat.language.vocab_size) == (32001, 32002, 32003)
+    assert (chat.image_token_id, chat.eos_token_ids, chat.language.vocab_size) == (32001, (32002, 2, 3), 32003)
     plain = read(old | dict(additional_vocab_size=None, eos_token_id=[2, 3]))
-    assert (plain.eos_token_id, plain.language.vocab_size) == (2, 32000)
+    assert (plain.eos_token_ids, plain.language.vocab_size) == ((2, 3), 32000)
 
 
 def test_a_damaged_checkpoint_folder_costs_one_line_that_names_it(oracles, tmp_path, capsys):
@@ -2686,7 +2735,7 @@ def test_only_the_assistants_words_have_labels_in_llava():
     expected = []
     for prompt, reply in (pieces[:2], pieces[2:]):
         expected += [(i, llava.IGNORE_INDEX) for i in encode(prompt)]
-        expected += [(i, i) for i in [*encode(reply), config.eos_token_id]]
+        expected += [(i, i) for i in [*encode(reply), *config.eos_token_ids]]
     assert list(zip(ids, labels, strict=True)) == expected
     assert pieces[0] == "USER: " + "<image>" * 16 + "\nhow many? ASSISTANT:" and pieces[1] == " two"
     assert pieces[2:4] == ["USER: what? ASSISTANT:", " a ring"]
@@ -3458,8 +3507,9 @@ def test_an_answer_ends_with_its_turn_and_fits_the_context(family):
     front = int(re.search(r"\d+", str(error.value))[0]) - context  # what stands in front of the words
     assert front > 0 and len(answer(context - front - 1)) == 1
     said = answer(5, max_new_tokens=30)
-    model.config = replace(model.config, eos_token_id=said[-1])
-    assert answer(5, max_new_tokens=30) == said[: said.index(said[-1])] and len(said) == 30
+    for ends in ((said[-1],), (9, said[-1], said[-2]), (said[-2], said[-1])):  # any of them ends it
+        model.config = replace(model.config, eos_token_ids=ends)
+        assert answer(5, max_new_tokens=30) == said[: min(said.index(i) for i in ends if i in said)] and len(said) == 30
 
 
 def test_videos_for_qwen2vl_are_read_from_folders_and_gifs_with_the_seconds_between_their_frames(tmp_path):

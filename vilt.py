@@ -682,9 +682,31 @@ FIELDS |= dict(context="max_position_embeddings", image_size="image_size", patch
 FIELDS |= dict(max_patches="max_image_length")
 
 
-def found(published, fields):
-    """The fields of ours that a published config also has. A published null means the default."""
-    return {ours: published[theirs] for ours, theirs in fields.items() if published.get(theirs) is not None}
+def part(published, name):
+    """The dict under a name in a published config; empty where there is none, or null."""
+    fields = {} if published.get(name) is None else published[name]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} = {fields!r}: fields with names were expected")
+    return fields
+
+
+def read_json(file):
+    return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
+
+
+def found(published, fields, default):
+    """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
+    Raises ValueError for a value of another type than the default's."""
+    values = {}
+    for ours, theirs in fields.items():
+        usual, value = getattr(default, ours), published.get(theirs)
+        several = isinstance(usual, tuple)  # for which JSON has a list, or one value
+        items = value if several and isinstance(value, list) else [value]
+        if value is not None and {type(item) for item in items} <= {int, type(usual[0] if several else usual)}:
+            values[ours] = tuple(items) if several else value
+        elif value is not None:
+            raise ValueError(f"{theirs} = {value!r}: a value like {usual!r} was expected")
+    return values
 
 
 def require(folder, published, **values):
@@ -703,11 +725,11 @@ def config_from_published(folder):
     kind = (raw.get("architectures") or ["none"])[0]
     if kind not in HEADS:
         raise ValueError(f"{folder} holds a {kind}; vilt.py reads {', '.join(HEADS)}")
-    config = ViLTConfig(**found(raw, FIELDS), tasks=HEADS[kind])
+    config = ViLTConfig(**found(raw, FIELDS, ViLTConfig), tasks=HEADS[kind])
     if config.max_patches == 0 or config.max_patches < -1:
         raise ValueError(f"{folder} has max_image_length = {config.max_patches}: it must be positive, or -1 for all")
     if "vqa" in config.tasks:
-        config = replace(config, answers=len(raw.get("id2label") or {}) or raw.get("num_labels", 2))
+        config = replace(config, answers=len(part(raw, "id2label")) or raw.get("num_labels", 2))
     file = folder / "preprocessor_config.json"
     return replace(config, **pixels_from_published(file, config)) if file.is_file() else config
 
@@ -721,8 +743,7 @@ def pixels_from_published(file, config):
         size = size.get("shortest_edge")
     if size != config.image_size:
         raise ValueError(f"{file} resizes to {size} pixels; the model was made for {config.image_size}")
-    statistics = found(processor, dict(mean="image_mean", std="image_std"))
-    return {name: tuple(values) for name, values in statistics.items()}
+    return found(processor, dict(mean="image_mean", std="image_std"), config)
 
 
 if __name__ == "__main__":
