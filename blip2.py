@@ -964,10 +964,12 @@ def found(published, fields, default):
 
 
 def require(folder, published, **values):
-    """Refuse a config field that changes results and that this file does not follow."""
+    """Refuse a config field that changes results and that this file does not follow. A tuple: any of these values."""
     for name, value in values.items():
-        if published.get(name) not in (None, value):
-            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {value!r} is implemented here")
+        known = value if isinstance(value, tuple) else (value,)
+        if published.get(name) not in (None, *known):
+            only = " and ".join(map(repr, known))
+            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {only} is implemented here")
 
 
 def config_from_published(folder):

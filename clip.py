@@ -673,10 +673,12 @@ def found(published, fields, default):
 
 
 def require(folder, published, **values):
-    """Refuse a config field that changes results and that this file does not follow."""
+    """Refuse a config field that changes results and that this file does not follow. A tuple: any of these values."""
     for name, value in values.items():
-        if published.get(name) not in (None, value):
-            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {value!r} is implemented here")
+        known = value if isinstance(value, tuple) else (value,)
+        if published.get(name) not in (None, *known):
+            only = " and ".join(map(repr, known))
+            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {only} is implemented here")
 
 
 def config_from_published(folder):
@@ -688,10 +690,8 @@ def config_from_published(folder):
         raise ValueError(f"{folder} has model_type = {kind!r}; clip.py reads 'clip' and 'siglip'")
     config = PRESETS["clip-vit-base-patch32" if kind == "clip" else "siglip-base-patch16-224"]
     vision_published, text_published = part(raw, "vision_config"), part(raw, "text_config")
-    for published in (vision_published, text_published):
-        if published.get("hidden_act", "gelu") not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"{folder} has hidden_act = {published['hidden_act']!r}; implemented here: {known}")
+    require(folder, vision_published, hidden_act=tuple(ACTIVATIONS))
+    require(folder, text_published, hidden_act=tuple(ACTIVATIONS))
     vision = replace(config.vision, **found(vision_published, VISION_FIELDS, config.vision))
     vision = replace(vision, **pixels_from_published(folder, vision))
     text = replace(config.text, **found(text_published, TEXT_FIELDS, config.text))

@@ -866,19 +866,21 @@ def found(published, fields, default):
 
 
 def require(folder, published, **values):
-    """Refuse a config field that changes results and that this file does not follow."""
+    """Refuse a config field that changes results and that this file does not follow. A tuple: any of these values."""
     for name, value in values.items():
-        if published.get(name) not in (None, value):
-            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {value!r} is implemented here")
+        known = value if isinstance(value, tuple) else (value,)
+        if published.get(name) not in (None, *known):
+            only = " and ".join(map(repr, known))
+            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {only} is implemented here")
 
 
 def config_from_published(folder):
     """config.json, and preprocessor_config.json if there is one -> CogVLMConfig. What they leave out has the published
     class's defaults, which are those of the dataclasses and, for CogVLM2, of its preset."""
     raw = json.loads((folder / "config.json").read_text())
-    kinds = [*(raw.get("architectures") or ()), raw.get("model_type")]  # a published CogVLM has no model_type
-    if not {"CogVLMForCausalLM", "cogvlm"} & set(kinds):
-        raise ValueError(f"{folder} holds {' / '.join(map(str, kinds))}; cogvlm.py reads 'CogVLMForCausalLM'")
+    kinds = {name: raw.get(name) for name in ("architectures", "model_type")}  # a published CogVLM has no model_type
+    if kinds["architectures"] != ["CogVLMForCausalLM"] and kinds["model_type"] != "cogvlm":
+        raise ValueError(f"{folder} has {kinds}; cogvlm.py reads 'CogVLMForCausalLM'")
     second = raw.get("num_multi_query_heads") is not None  # grouped heads: a CogVLM2
     default = PRESETS["cogvlm2-llama3-19b"] if second else CogVLMConfig()
     vision = part(raw, "vision_config")

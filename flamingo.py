@@ -963,34 +963,34 @@ def found(published, fields, default):
 
 
 def require(folder, published, **values):
-    """Refuse a config field that changes results and that this file does not follow."""
+    """Refuse a config field that changes results and that this file does not follow. A tuple: any of these values."""
     for name, value in values.items():
-        if published.get(name) not in (None, value):
-            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {value!r} is implemented here")
+        known = value if isinstance(value, tuple) else (value,)
+        if published.get(name) not in (None, *known):
+            only = " and ".join(map(repr, known))
+            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {only} is implemented here")
 
 
 def config_from_published(folder):
     """config.json and preprocessor_config.json -> FlamingoConfig. What they leave out has the published classes'
     defaults, which are those of the dataclasses."""
     raw = json.loads((folder / "config.json").read_text())
-    require(folder, raw, model_type="idefics", hidden_act="silu")
+    require(folder, raw, model_type="idefics", hidden_act="silu", alpha_type=tuple(GATES))
     if not raw.get("use_resampler"):
         raise ValueError(f"{folder} has no resampler (use_resampler is false), which flamingo.py needs")
     # older files have vision_embed_dim where newer ones have vision_config: {embed_dim}
     tower = {name.removeprefix("vision_"): value for name, value in raw.items() if name.startswith("vision_")}
-    vision = VisionConfig(**found(tower | part(raw, "vision_config"), VISION_FIELDS, VisionConfig))
-    if vision.activation not in ACTIVATIONS:
-        raise ValueError(f"{folder} has hidden_act = {vision.activation!r}; known are {', '.join(ACTIVATIONS)}")
+    tower |= part(raw, "vision_config")
+    require(folder, tower, hidden_act=tuple(ACTIVATIONS))
+    vision = VisionConfig(**found(tower, VISION_FIELDS, VisionConfig))
     perceiver = raw | part(raw, "perceiver_config")
     resampler = ResamplerConfig(**found(perceiver, RESAMPLER_FIELDS, ResamplerConfig))
     rope = part(raw, "rope_parameters") or part(raw, "rope_scaling")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{folder} scales its rotary positions ({rope}), which flamingo.py does not")
-    alpha_type = raw.get("alpha_type", "float")
-    if alpha_type not in GATES:
-        raise ValueError(f"{folder} has alpha_type = {alpha_type!r}; known are {', '.join(GATES)}")
     language = LanguageConfig(**found(raw | rope, LANGUAGE_FIELDS, LanguageConfig))
-    old, new = language.vocab_size, raw.get("additional_vocab_size") or 0
+    old = language.vocab_size
+    new = found(raw, dict(vocab_size="additional_vocab_size"), LanguageConfig).get("vocab_size", 0)
     ends = found(raw, ENDS, FlamingoConfig) | found(read_json(folder / "generation_config.json"), ENDS, FlamingoConfig)
     ends = ends.get("eos_token_ids", FlamingoConfig.eos_token_ids)
     if new > 2:  # a model taught to chat has a third new token, <end_of_utterance>
@@ -999,7 +999,7 @@ def config_from_published(folder):
         replace(vision, **pixels_from_published(folder)),
         replace(language, vocab_size=old + new),
         replace(resampler, mlp_width=4 * vision.width),
-        gate=GATES[alpha_type],
+        gate=GATES[raw.get("alpha_type") or "float"],
         **found(raw, dict(cross_every="cross_layer_interval", qk_norm="qk_layer_norms"), FlamingoConfig),
         image_token_id=old + min(1, new - 1),  # the new tokens are <fake_token_around_image>, <image>
         new_token_ids=tuple(range(old, old + new)),

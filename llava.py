@@ -585,7 +585,8 @@ def preprocess(images, config):
 # Published checkpoints
 
 RENAMED = (  # published names to ours, as regular expressions, all applied in this order; LLaMA's own names are ours
-    (r"^vision_tower\.(vision_model\.)?", "vision."),  # the layout has been renamed twice on the hub
+    (r"^model\.", ""),  # the layout has been renamed three times on the hub
+    (r"^vision_tower\.(vision_model\.)?", "vision."),
     (r"^multi_modal_projector\.", "mm_projector."),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^language_model\.(model\.)?", "language."),
@@ -653,7 +654,7 @@ VISION_FIELDS = SHAPE | dict(image_size="image_size", patch_size="patch_size", n
 LANGUAGE_FIELDS = SHAPE | dict(kv_heads="num_key_value_heads", vocab_size="vocab_size")
 LANGUAGE_FIELDS |= dict(context="max_position_embeddings", norm_eps="rms_norm_eps", rope_base="rope_theta")
 LANGUAGE_FIELDS |= dict(tie_embeddings="tie_word_embeddings")
-LLAVA_FIELDS = dict(image_token_id="image_token_index", feature_layer="vision_feature_layer")
+LLAVA_FIELDS = dict(image_token_id="image_token_index")
 ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
 
 
@@ -685,19 +686,22 @@ def found(published, fields, default):
 
 
 def require(folder, published, **values):
-    """Refuse a config field that changes results and that this file does not follow."""
+    """Refuse a config field that changes results and that this file does not follow. A tuple: any of these values."""
     for name, value in values.items():
-        if published.get(name) not in (None, value):
-            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {value!r} is implemented here")
+        known = value if isinstance(value, tuple) else (value,)
+        if published.get(name) not in (None, *known):
+            only = " and ".join(map(repr, known))
+            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {only} is implemented here")
 
 
 def config_from_published(folder):
     """config.json and preprocessor_config.json -> LLaVAConfig. What they leave out has the published classes' defaults,
     which are those of the dataclasses."""
     raw = json.loads((folder / "config.json").read_text())
-    vision, text = part(raw, "vision_config"), part(raw, "text_config")
+    tower, text = part(raw, "vision_config"), part(raw, "text_config")
     require(folder, raw, model_type="llava", projector_hidden_act="gelu")
-    require(folder, vision, model_type="clip_vision_model", hidden_act="quick_gelu")
+    require(folder, raw, vision_feature_select_strategy=("default", "full"), multimodal_projector_bias=True)
+    require(folder, tower, model_type="clip_vision_model", hidden_act="quick_gelu")
     require(folder, text, model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
     rope = part(text, "rope_parameters") or part(text, "rope_scaling")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -707,11 +711,17 @@ def config_from_published(folder):
         language = replace(language, kv_heads=language.heads)
     if raw.get("tie_word_embeddings"):  # it has stood in both places
         language = replace(language, tie_embeddings=True)
+    vision = VisionConfig(**found(tower, VISION_FIELDS, VisionConfig))
+    layer = raw.get("vision_feature_layer", -2)
+    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
+    if layer not in range(-vision.layers - 1, vision.layers + 1):
+        raise ValueError(f"{folder} has vision_feature_layer = {layer!r}; one of {vision.layers} layers was expected")
     file = folder / "preprocessor_config.json"
     processor = json.loads(file.read_text()) if file.is_file() else {}
     return LLaVAConfig(
-        replace(VisionConfig(**found(vision, VISION_FIELDS, VisionConfig)), **pixels_from_published(processor)),
+        replace(vision, **pixels_from_published(processor)),
         language,
+        feature_layer=layer if layer < 0 else layer - vision.layers - 1,  # as counted from the end
         keep_class_token=raw.get("vision_feature_select_strategy") == "full",
         **found(raw, dict(image_token_id="image_token_id"), LLaVAConfig) | found(raw, LLAVA_FIELDS, LLaVAConfig),
         **found(text, ENDS, LLaVAConfig) | found(read_json(folder / "generation_config.json"), ENDS, LLaVAConfig),

@@ -997,10 +997,12 @@ def found(published, fields, default):
 
 
 def require(folder, published, **values):
-    """Refuse a config field that changes results and that this file does not follow."""
+    """Refuse a config field that changes results and that this file does not follow. A tuple: any of these values."""
     for name, value in values.items():
-        if published.get(name) not in (None, value):
-            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {value!r} is implemented here")
+        known = value if isinstance(value, tuple) else (value,)
+        if published.get(name) not in (None, *known):
+            only = " and ".join(map(repr, known))
+            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {only} is implemented here")
 
 
 def config_from_published(folder):
@@ -1024,21 +1026,19 @@ def config_from_published(folder):
     if kind == "qwen2_vl":
         require(folder, tower, hidden_act="quick_gelu", hidden_size=language.width)  # what the merger gives
         vision = VisionConfig(**found(tower, VISION_FIELDS, VisionConfig))
-        vision = replace(vision, mlp_width=int(vision.width * tower.get("mlp_ratio", 4)))
-        tokens_per_second = 0
+        ratio = found(tower, dict(mlp_width="mlp_ratio"), VisionConfig).get("mlp_width", 4)
+        vision = replace(vision, mlp_width=ratio * vision.width)
     else:
         require(folder, tower, hidden_act="silu", out_hidden_size=language.width)
-        tower = dict(hidden_size=3584) | tower  # the published class's default, which no checkpoint has
+        tower = dict(hidden_size=3584, tokens_per_second=4) | tower  # defaults, which no checkpoint has
         vision = replace(VISION_2_5, **found(tower, VISION_2_5_FIELDS, VISION_2_5))
-        tokens_per_second = tower.get("tokens_per_second", 4)
     ends = found(raw, ENDS, Qwen2VLConfig) | found(text, ENDS, Qwen2VLConfig)
     ends |= found(read_json(folder / "generation_config.json"), ENDS, Qwen2VLConfig)
     return Qwen2VLConfig(
         replace(vision, **pixels_from_published(folder, vision)),
         language,
         **found(raw, dict(image_token_id="image_token_id", video_token_id="video_token_id"), Qwen2VLConfig),
-        **ends,
-        tokens_per_second=tokens_per_second,
+        **ends | (found(tower, dict(tokens_per_second="tokens_per_second"), Qwen2VLConfig) if vision.gated else {}),
     )
 
 

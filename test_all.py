@@ -2038,6 +2038,10 @@ LAYOUTS = {  # other layouts that a family's checkpoints have had: buffers, tied
     "llava, a later one": lambda t: renamed(
         t, (r"language_model\.model\.", "language_model."), (r"language_model\.lm_head", "lm_head")
     ),
+    "llava, what state_dict() calls it": lambda t: renamed(
+        t, (r"language_model\.model\.", "language_model."), (r"language_model\.lm_head", "lm_head"),
+        (r"^(?!lm_head)", "model."),
+    ),
     "blip2, with buffers and the output matrix twice": lambda t: t | {
         "language_model.lm_head.weight": t[OPT_TABLE].clone(), "embeddings.position_ids": torch.arange(20)[None],
     },
@@ -2158,6 +2162,43 @@ def test_a_config_field_that_changes_results_and_is_not_followed_is_refused(
     changed = raw | change if part is None else raw | {part: raw[part] | change}
     with refuses(ValueError, *words):
         MODULES[family_of(kind)].config_from_published(write_config(tmp_path, changed))
+
+
+def places(fields, path=()):
+    """The path of every field in nested dicts."""
+    for name, value in fields.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from places(value, (*path, name))
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:5], "llava", "blip2", "flamingo", *COGVLMS, "qwen2vl", "qwen2.5vl"])
+def test_json_of_another_type_than_expected_works_or_is_an_error_that_names_the_field(oracles, tmp_path, kind):
+    raw, source = read_config(oracles(kind)[1]), (ROOT / f"{family_of(kind)}.py").read_text()
+    for *outer, name in (path for path in places(raw) if f'"{path[-1]}"' in source or f"{path[-1]}=" in source):
+        for value in ([-2], "x", 0.5, None):
+            fields = changed = copy.deepcopy(raw)
+            for step in outer:
+                fields = fields[step]
+            fields[name] = value
+            try:
+                MODULES[family_of(kind)].config_from_published(write_config(tmp_path, changed))
+            except ValueError as error:
+                assert value is None or name in str(error), (name, value)  # null: the default may contradict the rest
+
+
+@pytest.mark.parametrize("layer", [-4, -1, 0, 1, 3, [-2], [2]])
+@torch.no_grad()
+def test_llava_takes_the_features_of_any_one_layer_however_it_is_written(oracles, tmp_path, layer):
+    shutil.copytree(oracles("llava")[1], folder := tmp_path / "other")
+    write_config(folder, read_config(folder) | dict(vision_feature_layer=layer))
+    oracle = quiet_transformers().LlavaForConditionalGeneration.from_pretrained(folder)
+    given = RICHEST["llava"]
+    close(llava.LLaVA.from_pretrained(folder)(**given), published_logits(oracle, "llava", **given))
+    for wrong in (4, -5, [-2, -1], []):
+        write_config(folder, read_config(folder) | dict(vision_feature_layer=wrong))
+        with refuses(ValueError, "vision_feature_layer", wrong):
+            llava.config_from_published(folder)
 
 
 def test_a_checkpoint_of_another_family_is_refused_by_name(oracles):

@@ -710,10 +710,12 @@ def found(published, fields, default):
 
 
 def require(folder, published, **values):
-    """Refuse a config field that changes results and that this file does not follow."""
+    """Refuse a config field that changes results and that this file does not follow. A tuple: any of these values."""
     for name, value in values.items():
-        if published.get(name) not in (None, value):
-            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {value!r} is implemented here")
+        known = value if isinstance(value, tuple) else (value,)
+        if published.get(name) not in (None, *known):
+            only = " and ".join(map(repr, known))
+            raise ValueError(f"{folder} has {name} = {published[name]!r}; only {only} is implemented here")
 
 
 def config_from_published(folder):
@@ -722,9 +724,9 @@ def config_from_published(folder):
     raw = json.loads((folder / "config.json").read_text())
     require(folder, raw, model_type="vilt", hidden_act="gelu", qkv_bias=True)
     require(folder, raw, type_vocab_size=2, modality_type_vocab_size=2)
-    kind = (raw.get("architectures") or ["none"])[0]
+    kind = (found(raw, dict(tasks="architectures"), ViLTConfig).get("tasks") or ["none"])[0]
     if kind not in HEADS:
-        raise ValueError(f"{folder} holds a {kind}; vilt.py reads {', '.join(HEADS)}")
+        raise ValueError(f"{folder} has architectures = [{kind!r}]; vilt.py reads {', '.join(HEADS)}")
     config = ViLTConfig(**found(raw, FIELDS, ViLTConfig), tasks=HEADS[kind])
     if config.max_patches == 0 or config.max_patches < -1:
         raise ValueError(f"{folder} has max_image_length = {config.max_patches}: it must be positive, or -1 for all")
