@@ -70,6 +70,7 @@ leave out stage 1 (train_tiny.py blip2 --ablations); compare the queries' output
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -948,6 +949,15 @@ def read_json(file):
     return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
 
 
+def processor_of(folder):
+    """What a checkpoint says of pixels: transformers 5 writes it into processor_config.json, and reads that first."""
+    nested = part(read_json(folder / "processor_config.json"), "image_processor")
+    processor = nested or read_json(folder / "preprocessor_config.json")
+    if not processor:
+        warnings.warn(f"{folder} has no preprocessor_config.json: images are prepared as its family's first model did")
+    return {name: bool(value) if name.startswith("do_") else value for name, value in processor.items()}  # null is off
+
+
 def found(published, fields, default):
     """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
     Raises ValueError for a value of another type than the default's."""
@@ -996,10 +1006,11 @@ def vision_from_published(folder, vision):
     """vision_config of config.json, and what preprocessor_config.json contains about pixels -> VisionConfig."""
     require(folder, vision, hidden_act="gelu", qkv_bias=True)
     config = VisionConfig(**found(vision, VISION_FIELDS, VisionConfig))
-    file = folder / "preprocessor_config.json"
-    processor = json.loads(file.read_text()) if file.is_file() else {}
+    processor = processor_of(folder)
     require(folder, processor, resample=3, rescale_factor=1 / 255, do_center_crop=False)  # 3: bicubic
     require(folder, processor, do_resize=True, do_rescale=True, do_normalize=True)
+    S = config.image_size
+    require(folder, processor, size=(S, {"height": S, "width": S}))
     return replace(config, **found(processor, dict(mean="image_mean", std="image_std"), config))
 
 

@@ -45,13 +45,13 @@ first loss; make the text tower bidirectional and see what changes; --anatomy si
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from kernels import Rule, attention
@@ -73,6 +73,7 @@ class VisionConfig:  # CLIP's ViT-B/32
     class_token: bool = True  # one more token, which gathers the image; SigLIP has none
     ln_pre: bool = True  # a LayerNorm before the blocks and patches without a bias; SigLIP: no LayerNorm and a bias
     resize: str = "crop"  # how an image becomes a square: the centre is cut out; or "squash" (SigLIP), see preprocess
+    resample: int = 3  # Pillow's number of a filter: 3 is bicubic, 2 bilinear (SigLIP 2)
     mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of the pixels CLIP was trained on
     std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
@@ -539,7 +540,7 @@ def rank_prompts(model, images, prompts, tokenize):
 # Preprocessing: images to pixels, exactly as the published processors do
 
 
-def resize_and_crop(image, size):
+def resize_and_crop(image, size, resample):
     """The shorter side is resized to `size`, then the central square is cut out."""
     short = min(image.size)
     # what lies beyond 16:1 would be cut off anyway, and an image of 1 x 5000 pixels would need gigabytes in between
@@ -547,7 +548,7 @@ def resize_and_crop(image, size):
     image = image.crop((x, y, image.width - x, image.height - y))
     width, height = size * image.width // short, size * image.height // short
     left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return image.resize((width, height), resample).crop((left, top, left + size, top + size))
 
 
 def preprocess(images, config):
@@ -558,9 +559,9 @@ def preprocess(images, config):
     for image in images:
         image = image.convert("RGB")
         if config.resize == "squash":
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
+            image = image.resize((size, size), config.resample)
         else:
-            image = resize_and_crop(image, size)
+            image = resize_and_crop(image, size, config.resample)
         # scaling in double, then normalising in single precision: the last bit of the published values depends on it
         pixels = (np.asarray(image, dtype=np.float64) * (1 / 255)).astype(np.float32)
         batch.append((pixels - np.float32(config.mean)) / np.float32(config.std))
@@ -657,6 +658,15 @@ def read_json(file):
     return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
 
 
+def processor_of(folder):
+    """What a checkpoint says of pixels: transformers 5 writes it into processor_config.json, and reads that first."""
+    nested = part(read_json(folder / "processor_config.json"), "image_processor")
+    processor = nested or read_json(folder / "preprocessor_config.json")
+    if not processor:
+        warnings.warn(f"{folder} has no preprocessor_config.json: images are prepared as its family's first model did")
+    return {name: bool(value) if name.startswith("do_") else value for name, value in processor.items()}  # null is off
+
+
 def found(published, fields, default):
     """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
     Raises ValueError for a value of another type than the default's."""
@@ -702,14 +712,20 @@ def config_from_published(folder):
 
 
 def pixels_from_published(folder, vision):
-    """What preprocessor_config.json says of squares and normalising, as fields of VisionConfig."""
-    file = folder / "preprocessor_config.json"
-    processor = json.loads(file.read_text()) if file.is_file() else {}
-    require(folder, processor, do_pad=False, resample=3)  # 3 is bicubic
-    fields = found(processor, dict(mean="image_mean", std="image_std"), vision)
-    if "size" in processor:  # {"height": .., "width": ..}, {"shortest_edge": ..} or, in older files, a number
-        both_sides = isinstance(processor["size"], dict) and "height" in processor["size"]
-        fields["resize"] = "squash" if both_sides else "crop"
+    """What the processor's file says of squares and normalising, as fields of VisionConfig."""
+    processor = processor_of(folder)
+    require(folder, processor, do_resize=True, do_rescale=True, do_normalize=True, rescale_factor=1 / 255)
+    require(folder, processor, resample=tuple(range(6)))  # Pillow's filters
+    fields = found(processor, dict(mean="image_mean", std="image_std", resample="resample"), vision)
+    S, crops = vision.image_size, processor.get("do_center_crop", vision.resize == "crop")
+    square = {"height": S, "width": S}
+    require(folder, processor, size=(S, {"shortest_edge": S}, square))
+    if crops:
+        require(folder, processor, crop_size=(S, square))
+    if processor.get("size") is not None:
+        fields["resize"] = "squash" if processor["size"] == square else "crop"
+    if not crops and fields.get("resize") == "crop":
+        raise ValueError(f"{folder} has do_center_crop = False and size = {processor['size']}: that gives no squares")
     return fields
 
 

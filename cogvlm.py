@@ -850,6 +850,13 @@ def read_json(file):
     return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
 
 
+def processor_of(folder):
+    """What a checkpoint says of pixels: transformers 5 writes it into processor_config.json, and reads that first."""
+    nested = part(read_json(folder / "processor_config.json"), "image_processor")
+    processor = nested or read_json(folder / "preprocessor_config.json")  # the first CogVLM has neither
+    return {name: bool(value) if name.startswith("do_") else value for name, value in processor.items()}  # null is off
+
+
 def found(published, fields, default):
     """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
     Raises ValueError for a value of another type than the default's."""
@@ -883,19 +890,21 @@ def config_from_published(folder):
         raise ValueError(f"{folder} has {kinds}; cogvlm.py reads 'CogVLMForCausalLM'")
     second = raw.get("num_multi_query_heads") is not None  # grouped heads: a CogVLM2
     default = PRESETS["cogvlm2-llama3-19b"] if second else CogVLMConfig()
-    vision = part(raw, "vision_config")
-    file = folder / "preprocessor_config.json"
-    processor = json.loads(file.read_text()) if file.is_file() else {}
     require(folder, raw, hidden_act="silu")
-    require(folder, vision, hidden_act="gelu")
-    require(folder, processor, do_center_crop=False, do_pad=False, resample=3)
+    tower = part(raw, "vision_config")
+    require(folder, tower, hidden_act="gelu")
+    vision = replace(default.vision, **found(tower, VISION_FIELDS, default.vision))
+    processor = processor_of(folder)
+    require(folder, processor, do_center_crop=False, do_pad=False, resample=3, rescale_factor=1 / 255)  # 3: bicubic
+    require(folder, processor, do_resize=True, do_rescale=True, do_normalize=True)
+    S = vision.image_size
+    require(folder, processor, size=(S, {"height": S, "width": S}))
     language = replace(default.language, **found(raw, LANGUAGE_FIELDS, default.language))
     if not second:
         language = replace(language, kv_heads=language.heads)
-    statistics = found(processor, dict(mean="image_mean", std="image_std"), default.vision)
     return replace(
         default,
-        vision=replace(default.vision, **found(vision, VISION_FIELDS, default.vision), **statistics),
+        vision=replace(vision, **found(processor, dict(mean="image_mean", std="image_std"), vision)),
         language=language,
         image_token_id=language.vocab_size,
         **found(raw, dict(bos_token_id="bos_token_id"), default),

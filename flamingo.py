@@ -72,6 +72,7 @@ still be learned?); train_tiny.py flamingo --ablations; a toy with videos (train
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -947,6 +948,15 @@ def read_json(file):
     return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
 
 
+def processor_of(folder):
+    """What a checkpoint says of pixels: transformers 5 writes it into processor_config.json, and reads that first."""
+    nested = part(read_json(folder / "processor_config.json"), "image_processor")
+    processor = nested or read_json(folder / "preprocessor_config.json")
+    if not processor:
+        warnings.warn(f"{folder} has no preprocessor_config.json: images are prepared as its family's first model did")
+    return {name: bool(value) if name.startswith("do_") else value for name, value in processor.items()}  # null is off
+
+
 def found(published, fields, default):
     """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
     Raises ValueError for a value of another type than the default's."""
@@ -996,7 +1006,7 @@ def config_from_published(folder):
     if new > 2:  # a model taught to chat has a third new token, <end_of_utterance>
         ends = (old + 2, *ends)
     return FlamingoConfig(
-        replace(vision, **pixels_from_published(folder)),
+        replace(vision, **pixels_from_published(folder, vision)),
         replace(language, vocab_size=old + new),
         replace(resampler, mlp_width=4 * vision.width),
         gate=GATES[raw.get("alpha_type") or "float"],
@@ -1007,12 +1017,12 @@ def config_from_published(folder):
     )
 
 
-def pixels_from_published(folder):
-    """What preprocessor_config.json says of normalising, as fields of VisionConfig."""
-    file = folder / "preprocessor_config.json"
-    processor = json.loads(file.read_text()) if file.is_file() else {}
-    require(file, processor, do_pad=False, do_center_crop=False, resample=3)  # 3: bicubic
-    return found(processor, dict(mean="image_mean", std="image_std"), VisionConfig)
+def pixels_from_published(folder, vision):
+    """What the processor's file says of normalising, as fields of VisionConfig."""
+    processor = processor_of(folder)
+    require(folder, processor, do_center_crop=False, resample=3, rescale_factor=1 / 255)  # 3: bicubic
+    require(folder, processor, do_resize=True, do_rescale=True, do_normalize=True, image_size=vision.image_size)
+    return found(processor, dict(mean="image_mean", std="image_std"), vision)
 
 
 if __name__ == "__main__":

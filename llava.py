@@ -46,6 +46,7 @@ the language model train in stage 1 and compare; --anatomy llava-1.5-7b shows wh
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -670,6 +671,15 @@ def read_json(file):
     return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
 
 
+def processor_of(folder):
+    """What a checkpoint says of pixels: transformers 5 writes it into processor_config.json, and reads that first."""
+    nested = part(read_json(folder / "processor_config.json"), "image_processor")
+    processor = nested or read_json(folder / "preprocessor_config.json")
+    if not processor:
+        warnings.warn(f"{folder} has no preprocessor_config.json: images are prepared as its family's first model did")
+    return {name: bool(value) if name.startswith("do_") else value for name, value in processor.items()}  # null is off
+
+
 def found(published, fields, default):
     """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
     Raises ValueError for a value of another type than the default's."""
@@ -716,10 +726,8 @@ def config_from_published(folder):
     layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
     if layer not in range(-vision.layers - 1, vision.layers + 1):
         raise ValueError(f"{folder} has vision_feature_layer = {layer!r}; one of {vision.layers} layers was expected")
-    file = folder / "preprocessor_config.json"
-    processor = json.loads(file.read_text()) if file.is_file() else {}
     return LLaVAConfig(
-        replace(vision, **pixels_from_published(processor)),
+        replace(vision, **pixels_from_published(folder, vision)),
         language,
         feature_layer=layer if layer < 0 else layer - vision.layers - 1,  # as counted from the end
         keep_class_token=raw.get("vision_feature_select_strategy") == "full",
@@ -728,10 +736,15 @@ def config_from_published(folder):
     )
 
 
-def pixels_from_published(processor):
-    """What preprocessor_config.json says of squares and normalising, as fields of VisionConfig."""
-    resize = "pad" if processor.get("do_pad") else "crop"
-    return dict(resize=resize) | found(processor, dict(mean="image_mean", std="image_std"), VisionConfig)
+def pixels_from_published(folder, vision):
+    """What the processor's file says of squares and normalising, as fields of VisionConfig."""
+    processor = processor_of(folder)
+    require(folder, processor, do_resize=True, do_rescale=True, do_normalize=True, do_center_crop=True)
+    require(folder, processor, resample=3, rescale_factor=1 / 255)  # 3: bicubic
+    S = vision.image_size
+    require(folder, processor, size=(S, {"shortest_edge": S}), crop_size=(S, {"height": S, "width": S}))
+    pads = processor.get("do_pad") and "CLIP" not in str(processor.get("image_processor_type"))  # which ignores it
+    return dict(resize="pad" if pads else "crop") | found(processor, dict(mean="image_mean", std="image_std"), vision)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ False and ask about long videos; python train_tiny.py qwen2vl --ablations.
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -981,6 +982,15 @@ def read_json(file):
     return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
 
 
+def processor_of(folder):
+    """What a checkpoint says of pixels: transformers 5 writes it into processor_config.json, and reads that first."""
+    nested = part(read_json(folder / "processor_config.json"), "image_processor")
+    processor = nested or read_json(folder / "preprocessor_config.json")
+    if not processor:
+        warnings.warn(f"{folder} has no preprocessor_config.json: images are prepared as its family's first model did")
+    return {name: bool(value) if name.startswith("do_") else value for name, value in processor.items()}  # null is off
+
+
 def found(published, fields, default):
     """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
     Raises ValueError for a value of another type than the default's."""
@@ -1045,21 +1055,19 @@ def config_from_published(folder):
 def pixels_from_published(folder, vision):
     """What the processors' own files say of sizes and normalising, as fields of VisionConfig. Refuses patches that are
     not those of vision, which is what config.json says."""
-    patch = dict(patch_size=vision.patch_size, merge_size=vision.merge, temporal_patch_size=vision.frames)
-    fields = {}
-    for prefix, name in (("", "preprocessor_config.json"), ("video_", "video_preprocessor_config.json")):
-        if not (folder / name).is_file():
-            continue
-        raw = json.loads((folder / name).read_text())
-        require(folder / name, raw, **patch)
-        size = part(raw, "size")  # the limits have stood there under two names, and beside it
-        least = raw.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge")
-        most = raw.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge")
-        if least:
-            fields[f"{prefix}min_pixels"] = least
-        if most:
-            fields[f"{prefix}max_pixels"] = most
-        fields |= found(raw, dict(mean="image_mean", std="image_std"), vision)
+    image, nested = processor_of(folder), read_json(folder / "processor_config.json")
+    video = part(nested, "video_processor") or read_json(folder / "video_preprocessor_config.json")
+    fields = found(image, dict(mean="image_mean", std="image_std"), vision)
+    colours = replace(vision, **fields)
+    require(folder, video, image_mean=[*colours.mean], image_std=[*colours.std])
+    for prefix, processor in (("", image), ("video_", video)):
+        require(folder, processor, patch_size=vision.patch_size, merge_size=vision.merge)
+        require(folder, processor, temporal_patch_size=vision.frames, resample=3, rescale_factor=1 / 255)  # 3: bicubic
+        require(folder, processor, do_resize=True, do_rescale=True, do_normalize=True)
+        size = part(processor, "size")  # the limits have stood there under two names, and beside it
+        for limit, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            for published, name in ((size, edge), (size, limit), (processor, limit)):
+                fields |= found(published, {prefix + limit: name}, vision)
     return fields
 
 

@@ -63,6 +63,7 @@ MODELS = dict(
     llava=llava.LLaVA, qwen2vl=qwen2vl.Qwen2VL,
 )  # fmt: skip
 FAMILIES = tuple(MODULES)
+pytestmark = pytest.mark.filterwarnings("ignore:.* has no preprocessor_config.json")
 
 
 def chapter(word):
@@ -875,6 +876,9 @@ REPEATED = {  # what stands word for word in every family file that has it, but 
     "config_from_folder": (),
     "found": (),
     "require": (),
+    "part": (),
+    "read_json": (),
+    "processor_of": ("cogvlm",),  # the first CogVLM has no processor's file: that is not worth a warning
     "checkpoint_folder": (),
 }
 
@@ -2212,15 +2216,16 @@ def test_a_checkpoint_of_another_family_is_refused_by_name(oracles):
 
 SQUASH, CROP = {"size": {"height": 32, "width": 32}}, {"size": {"shortest_edge": 32}, "do_center_crop": True}
 NOT_DONE = {  # kind -> what its processor's own file may not ask for
-    "clip": dict(resample=2, do_pad=True),
-    "siglip": dict(resample=2, do_pad=True),
+    "clip": dict(crop_size=24, size=40, resample=6),
+    "siglip": dict(size=40),
     "vilt mlm": dict(resample=2, size_divisor=16, size=224),
-    "llava": {},
-    "blip2": dict(resample=2, do_center_crop=True, do_rescale=False, do_normalize=False, rescale_factor=1.0),
-    "flamingo": dict(resample=2, do_pad=True, do_center_crop=True),
-    "cogvlm": dict(resample=2, do_pad=True, do_center_crop=True),
-    "qwen2vl": dict(patch_size=14),
+    "llava": dict(resample=2, do_center_crop=False, crop_size={"height": 24, "width": 24}, size={"shortest_edge": 40}),
+    "blip2": dict(resample=2, do_center_crop=True, size={"height": 40, "width": 32}),
+    "flamingo": dict(resample=2, do_center_crop=True, image_size=24),
+    "cogvlm": dict(resample=2, do_pad=True, do_center_crop=True, size=32),
+    "qwen2vl": dict(patch_size=14, resample=2, size=40),
 }
+ALWAYS_DONE = dict(do_resize=False, do_rescale=False, do_normalize=False, rescale_factor=1.0)
 
 
 @pytest.mark.parametrize("kind", NOT_DONE)
@@ -2232,7 +2237,7 @@ def test_the_processors_own_file_decides_about_colours_and_what_is_not_done_is_r
     config = read(tmp_path)
     config = getattr(config, "vision", config)
     assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (1, 1, 2))
-    for field, value in NOT_DONE[kind].items():
+    for field, value in (NOT_DONE[kind] | ALWAYS_DONE).items():
         file.write_text(json.dumps({field: value}))
         with refuses(ValueError, field, value):
             read(tmp_path)
@@ -2240,14 +2245,69 @@ def test_the_processors_own_file_decides_about_colours_and_what_is_not_done_is_r
 
 def test_the_processors_own_file_decides_how_an_image_becomes_a_square(tmp_path):
     older = {"size": 32, "do_center_crop": True, "crop_size": 32}
-    for kind, says in (("clip", CROP), ("clip", SQUASH), ("clip", older), ("clip", {})):
-        write_config(tmp_path, {"model_type": kind})
+    for says in (CROP, SQUASH, older, {}):
+        write_config(tmp_path, {"model_type": "clip", "vision_config": {"image_size": 32}})
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(says))
         assert clip.config_from_published(tmp_path).vision.resize == ("squash" if says == SQUASH else "crop")
-    write_config(tmp_path, LLAVA | dict(text_config=LLAVA_TEXT, vision_config=LLAVA_VISION))
+    write_config(tmp_path, LLAVA | dict(text_config=LLAVA_TEXT, vision_config=LLAVA_VISION | {"image_size": 32}))
     for says in ({"do_pad": True}, CROP):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(says))
         assert llava.config_from_published(tmp_path).vision.resize == ("crop" if says == CROP else "pad")
+
+
+BOTH_SIDES, ONE_SIDE = {"height": 32, "width": 32}, {"shortest_edge": 32}
+HAS_PROCESSOR = {  # name -> a kind of checkpoint, its published processor and the options it is saved with
+    "clip": ("clip", "CLIP", dict(size=ONE_SIDE, crop_size=BOTH_SIDES)),
+    "clip, squashed": ("clip", "CLIP", dict(size=BOTH_SIDES, crop_size=BOTH_SIDES)),
+    "siglip": ("siglip", "Siglip", dict(size=BOTH_SIDES)),
+    "vilt": ("vilt mlm", "Vilt", dict(size=ONE_SIDE, size_divisor=8)),
+    "flamingo": ("flamingo", "Idefics", dict(image_size=32)),
+    "blip2": ("blip2", "Blip", dict(size=BOTH_SIDES)),
+    "llava": ("llava", "CLIP", dict(size=ONE_SIDE, crop_size=BOTH_SIDES)),
+    "llava, padded": ("llava", "Llava", dict(size=ONE_SIDE, crop_size=BOTH_SIDES, do_pad=True)),
+    "qwen2vl": ("qwen2vl", "Qwen2VL", dict(size={"shortest_edge": 64, "longest_edge": 400}, patch_size=4)),
+}
+SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad", "do_convert_rgb")
+SAID = dict.fromkeys(SWITCHES, (True, False, None)) | {  # field -> what a file may say; the rest of it stays as saved
+    "resample": range(6), "rescale_factor": (1 / 127.5,), "image_mean": ([0.1, 0.2, 0.3],), "image_std": ([1, 1, 2],),
+    "crop_size": (24, 32, {"height": 24, "width": 24}), "image_size": (40,), "size_divisor": (16,), "max_pixels": (9,),
+    "size": (40, 32, ONE_SIDE, BOTH_SIDES, {"shortest_edge": 40}, {"shortest_edge": 32, "longest_edge": 40}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HAS_PROCESSOR)
+def test_whatever_a_processors_file_says_pixels_are_those_of_the_published_processor_or_the_file_is_refused(
+    oracles, tmp_path, name
+):
+    """In processor_config.json, as transformers 5 saves it, which counts more than the older file."""
+    kind, processor, options = HAS_PROCESSOR[name]
+    processor, module = getattr(quiet_transformers(), f"{processor}ImageProcessorPil"), MODULES[family_of(kind)]
+    processor(**options).save_pretrained(write_config(tmp_path, read_config(oracles(kind)[1])))
+    saved, image, equal = json.loads((tmp_path / "preprocessor_config.json").read_text()), [*pictures()][3], 0
+    legacy = {"processor_class": "CLIPProcessor"}  # what older versions write into the same file
+    said = [{field: value} for field in SAID for value in SAID[field]]
+    for says, file in [(saved, legacy)] + [(saved | field, {"image_processor": saved | field}) for field in said]:
+        (tmp_path / "processor_config.json").write_text(json.dumps(file))
+        try:
+            config = module.config_from_published(tmp_path)
+        except ValueError as error:
+            assert any(field in str(error) for field in says if says[field] != saved.get(field)), says
+            continue
+        ours = module.preprocess([image], getattr(config, "vision", config))
+        ours = ours[0] if isinstance(ours, tuple) else ours
+        with contextlib.suppress(ValueError):  # what the published processor refuses may be anything here
+            theirs = processor.from_dict(says)(image, return_tensors="pt")
+            theirs = theirs if torch.is_tensor(theirs) else theirs["pixel_values"]
+            assert theirs.numel() == ours.numel() and torch.equal(ours, theirs.view(ours.shape)), says
+            equal += 1
+    assert equal > 8
+
+
+def test_a_folder_that_does_not_say_how_images_are_prepared_is_named(oracles, tmp_path):
+    for kind in ("clip", "vilt mlm", "flamingo", "blip2", "llava", "qwen2vl"):
+        write_config(tmp_path, read_config(oracles(kind)[1]))
+        with pytest.warns(UserWarning, match=f"{tmp_path} has no preprocessor_config.json"):
+            MODULES[family_of(kind)].config_from_published(tmp_path)
 
 
 def test_qwen2vl_reads_how_large_images_and_clips_may_be(oracles, tmp_path):
@@ -2261,9 +2321,16 @@ def test_qwen2vl_reads_how_large_images_and_clips_may_be(oracles, tmp_path):
     vision = qwen2vl.config_from_published(tmp_path).vision
     assert (vision.min_pixels, vision.max_pixels) == (98, 998)
     assert (vision.video_min_pixels, vision.video_max_pixels) == (99, 999)
-    video.write_text(json.dumps({"patch_size": 14}))
-    with refuses(ValueError, video.name, "patch_size", 14, 4):
-        qwen2vl.config_from_published(tmp_path)
+    for says, words in (({"patch_size": 14}, ["patch_size", 14, 4]), ({"image_mean": [0, 0, 0]}, ["image_mean"])):
+        video.write_text(json.dumps(says))
+        with refuses(ValueError, *words):
+            qwen2vl.config_from_published(tmp_path)
+    size = lambda least, most: {"size": {"shortest_edge": least, "longest_edge": most}}
+    both = {"image_processor": size(97, 997), "video_processor": size(96, 996)}  # as transformers 5 writes it
+    (tmp_path / "processor_config.json").write_text(json.dumps(both))
+    vision = qwen2vl.config_from_published(tmp_path).vision
+    assert (vision.min_pixels, vision.max_pixels) == (97, 997)
+    assert (vision.video_min_pixels, vision.video_max_pixels) == (96, 996)
 
 
 @pytest.mark.parametrize("version", ["Qwen2VL", "Qwen2_5_VL"])

@@ -57,6 +57,7 @@ mask single tokens instead of whole words; set `beta` in ipot to 0.05 and to 5 a
 
 import json
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -694,6 +695,15 @@ def read_json(file):
     return part({file.name: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}}, file.name)
 
 
+def processor_of(folder):
+    """What a checkpoint says of pixels: transformers 5 writes it into processor_config.json, and reads that first."""
+    nested = part(read_json(folder / "processor_config.json"), "image_processor")
+    processor = nested or read_json(folder / "preprocessor_config.json")
+    if not processor:
+        warnings.warn(f"{folder} has no preprocessor_config.json: images are prepared as its family's first model did")
+    return {name: bool(value) if name.startswith("do_") else value for name, value in processor.items()}  # null is off
+
+
 def found(published, fields, default):
     """The fields of ours that a published config also has, as keyword arguments. A published null means the default.
     Raises ValueError for a value of another type than the default's."""
@@ -732,19 +742,15 @@ def config_from_published(folder):
         raise ValueError(f"{folder} has max_image_length = {config.max_patches}: it must be positive, or -1 for all")
     if "vqa" in config.tasks:
         config = replace(config, answers=len(part(raw, "id2label")) or raw.get("num_labels", 2))
-    file = folder / "preprocessor_config.json"
-    return replace(config, **pixels_from_published(file, config)) if file.is_file() else config
+    return replace(config, **pixels_from_published(folder, config))
 
 
-def pixels_from_published(file, config):
-    """The statistics in preprocessor_config.json, as fields of ViLTConfig. Its size must be that of the model."""
-    processor = json.loads(file.read_text())
-    require(file, processor, size_divisor=config.patch_size, resample=3, do_resize=True, do_normalize=True)
-    size = processor.get("size", config.image_size)
-    if isinstance(size, dict):
-        size = size.get("shortest_edge")
-    if size != config.image_size:
-        raise ValueError(f"{file} resizes to {size} pixels; the model was made for {config.image_size}")
+def pixels_from_published(folder, config):
+    """The statistics in the processor's file, as fields of ViLTConfig. Its size must be that of the model."""
+    processor = processor_of(folder)
+    require(folder, processor, size_divisor=config.patch_size, resample=3, do_resize=True, do_normalize=True)
+    require(folder, processor, do_rescale=True, rescale_factor=1 / 255)
+    require(folder, processor, size=(config.image_size, {"shortest_edge": config.image_size}))
     return found(processor, dict(mean="image_mean", std="image_std"), config)
 
 
