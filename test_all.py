@@ -816,7 +816,9 @@ def test_kernels_compile_for_ampere_hopper_and_blackwell():
     version, rows = json.loads(run.stdout)
     rows = {(row["kernel"], row["Dh"], row["sm"]): row for row in rows}
     units, shared = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}, {80: 163, 90: 227, 100: 227}
-    for kernel, (Dh, sm) in itertools.product(("forward", "dkdv", "dq"), ((128, 80), (128, 90), (128, 100), (64, 80), (64, 90))):
+    for kernel, (Dh, sm) in itertools.product(
+        ("forward", "dkdv", "dq"), ((128, 80), (128, 90), (128, 100), (64, 80), (64, 90))
+    ):
         assert rows[kernel, Dh, sm]["unit"] == units[sm] and rows[kernel, Dh, sm]["BM"], (kernel, Dh, sm)
     assert ("rope", 128, 90) in rows
     for (_, _, sm), row in rows.items():
@@ -4558,45 +4560,68 @@ def test_the_cache_notices_what_a_training_uses_and_nothing_else(tmp_path, monke
             assert (recipe.code() != before) == counts, old
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_the_gradients_of_two_processes_add_up_to_those_of_one(loss, monkeypatch):
-    """AdamW hardly minds a gradient of the wrong size, so training two ways would not show it."""
-    recipe = world.CLIPRecipe()
-    model, plan = recipe.start("cpu", 0, loss=loss), replace(recipe.stages[0], batch=8)
-    samples = recipe.batch(plan, 0)
-    with torch.no_grad():
-        sent = [recipe.features(model, half) for half in (samples[:4], samples[4:])]
-    recipe.loss(model, samples, plan, 0)[0].backward()
-    wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
-    model.zero_grad()
-    monkeypatch.setattr(world, "WORLD_SIZE", 2)
-    for rank in range(2):
-        received = iter(zip(*sent))  # the images of both, then the texts
+@pytest.mark.parametrize("family", [*FAMILIES, "siglip"])
+def test_the_gradients_of_two_processes_add_up_to_those_of_one(family, monkeypatch):
+    """In every stage. AdamW hardly minds a gradient of the wrong size, so training two ways would not show it."""
+    recipe = world.RECIPES[family if family in FAMILIES else "clip"]()
+    model = fresh(family) if family in FAMILIES else recipe.start("cpu", 0, loss="sigmoid")
+    monkeypatch.setattr(world.Muon, "step", lambda *_: None)
+    monkeypatch.setattr(world.torch.optim.AdamW, "step", lambda *_: None)
+    monkeypatch.setattr(world.torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+    for plan in recipe.stages:
+        model.zero_grad()
+        recipe.freeze(model, plan)
+        samples, optimizers, sent = recipe.batch(plan, 0), world.make_optimizers(plan, model), ([], [])
 
-        def all_gather(parts, mine):
-            for part, features in zip(parts, next(received), strict=True):
-                part.copy_(features)
-            close(parts[rank], mine)
+        def gradient(processes=1, rank=0, all_gather=None):
+            for name, value in dict(WORLD_SIZE=processes, RANK=rank).items():
+                monkeypatch.setattr(world, name, value)
+            monkeypatch.setattr(world.dist, "all_gather", all_gather)
+            world.update(model, optimizers, recipe.loss(model, samples, plan, 0)[0], 1.0)
+            return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-        monkeypatch.setattr(world, "RANK", rank)
-        monkeypatch.setattr(world.dist, "all_gather", all_gather)
-        recipe.loss(model, recipe.batch(plan, 0), plan, 0)[0].backward()  # adds to what the other process has
-    size = wanted.abs().max()
-    close(torch.cat([p.grad.flatten() for p in model.parameters()]) / size, wanted / size)
+        def send(parts, mine):
+            sent[world.RANK].append(mine)
+            [part.copy_(mine) for part in parts]
+
+        def receive(parts, mine):
+            for part, theirs in zip(parts, next(received), strict=True):
+                part.copy_(theirs)
+
+        wanted, total = gradient(), 0
+        for rank in range(2):
+            gradient(2, rank, send)
+        for rank in range(2):
+            received = zip(*sent, strict=True)
+            total = total + gradient(2, rank, receive)
+        close(total / wanted.abs().max(), wanted / wanted.abs().max())
 
 
-def test_two_processes_train_like_one(runs, monkeypatch):
-    (runs / "two").mkdir()
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    done = run(*launcher, str(ROOT / "train_tiny.py"), "clip", "--steps", "3", cwd=runs / "two")
-    assert done.stdout.count("| claim") == 1, f"only rank 0 speaks\n{done.stdout}{done.stderr}"
-    monkeypatch.setattr(world.CLIPRecipe, "claims", lambda *_: [])
-    world.main(["clip", "--steps", "3"])
-    one, two = runs / "clip-steps3", runs / "two/runs/clip-steps3"
-    for name, weight in checkpoint_of(one)["model"].items():
-        close(checkpoint_of(two)["model"][name], weight)
-    for ours, theirs in zip(log_of(one), log_of(two), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4), "the log shows the joint loss"
+SHORT = """
+import sys
+from dataclasses import replace
+import train_tiny as world
+for recipe in world.RECIPES.values():
+    recipe.stages = tuple(replace(plan, steps=3) for plan in recipe.stages)
+    recipe.claims = lambda *_: [world.Claim("measured", 0, 1, 1)]
+world.LM_STEPS = 3
+sys.exit(world.main(["llava"]))
+"""
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """A contrastive tower, a language model, and both stages of a LLaVA that is made of them."""
+    (tmp_path / "short.py").write_text(SHORT)
+    for folder, launcher in (("one", ""), ("two", "-m torch.distributed.run --standalone --nproc-per-node 2")):
+        (tmp_path / folder).mkdir()
+        done = run(*launcher.split(), str(tmp_path / "short.py"), cwd=tmp_path / folder)
+        assert done.returncode == 0 and done.stdout.count("| claim") == 1, f"{done.stdout}{done.stderr}"
+    for name in ("clip", "lm", "llava-stage1", "llava"):
+        one, two = (tmp_path / folder / "runs" / name for folder in ("one", "two"))
+        for weight, parameter in checkpoint_of(one)["model"].items():
+            close(checkpoint_of(two)["model"][weight], parameter, 1e-4)
+        for ours, theirs in zip(log_of(one), log_of(two), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4), "the log shows the joint loss"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

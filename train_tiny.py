@@ -10,7 +10,7 @@ How.    python train_tiny.py world              a sheet of samples, to see what 
         python train_tiny.py all                all seven families, and the table of their claims
         python train_tiny.py clip --ablations   "a beats b", three seeds, equal steps, in minutes
         python train_tiny.py clip --data DIR    your own pictures: DIR/metadata.jsonl with file_name and text
-        torchrun --nproc-per-node 2 train_tiny.py clip
+        torchrun --nproc-per-node 2 train_tiny.py clip    each process takes its share of every batch
 
 What to try. Hide another pair (UNSEEN_PAIRS) and see whether zero-shot naming survives. Leave "something red" out of
 `caption` and watch it fall. Train with batch 8: why does the contrastive loss start at ln 8? Interrupt with Ctrl-C,
@@ -494,7 +494,13 @@ def decode(ids):
 
 RUNS = Path("runs")  # everything that is written goes here
 SAVE_SECONDS = 20  # between two checkpoints
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
+try:  # torchrun sets these
+    RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+    assert 0 <= RANK < WORLD_SIZE
+except (ValueError, AssertionError):
+    print("RANK and WORLD_SIZE do not fit together: unset them, or leave them to torchrun", file=sys.stderr)
+    sys.exit(2)
 
 
 def stop(message, status=2):
@@ -698,13 +704,13 @@ def sum_over_ranks(*tensors):
 
 
 def update(model, optimizers, loss, rate):
-    """One update at this fraction of the highest learning rate. With torchrun the loss of each process is its share of
-    the joint one, so gradients are summed."""
+    """One update at this fraction of the highest learning rate. With torchrun each process has the loss of the whole
+    batch and counts its W-th part, so gradients are summed (see joint)."""
     for optimizer in optimizers:
         optimizer.zero_grad()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-    loss.backward()
+    (loss / WORLD_SIZE).backward()
     parameters = [p for p in model.parameters() if p.grad is not None]
     with torch.no_grad():
         sum_over_ranks(*(p.grad for p in parameters))
@@ -750,9 +756,9 @@ def train(name, plan, model, loss_of, state, path, expected, after_step):
     with ctrl_c() as asked, bar:
         for step in range(start, plan.steps):
             loss, metrics = loss_of(step)
-            total = torch.tensor([float(loss.detach()), float(len(asked))])
-            sum_over_ranks(total)  # all processes see the same loss, and stop at the same step
-            value, last = float(total[0]), step + 1 == plan.steps
+            interrupted = torch.tensor(float(len(asked)))
+            sum_over_ranks(interrupted)  # all processes stop at the same step
+            value, last = float(loss.detach()), step + 1 == plan.steps
             if not math.isfinite(value):
                 stop(f"{name}: the loss is {value} at step {step}; try a smaller learning rate than {plan.lr}")
             if step == 0 and expected:
@@ -765,12 +771,14 @@ def train(name, plan, model, loss_of, state, path, expected, after_step):
             if step % 10 == 0 or last:
                 row = {"step": step + 1, "loss": value, "lr": plan.lr * plan.rate(step)}
                 log.append(row | {metric: float(number) for metric, number in metrics.items()})
-            if RANK == 0 and (last or total[1] or time.time() - saved > SAVE_SECONDS):
+            if RANK == 0 and (last or interrupted or time.time() - saved > SAVE_SECONDS):
                 states = [optimizer.state_dict() for optimizer in optimizers]
                 new = {"step": step + 1, "log": log, "model": model.state_dict(), "optimizers": states}
                 save_checkpoint({"key": state["key"]} | new, path)
                 saved = time.time()
-            if total[1] and not last:
+            if last or interrupted:
+                sum_over_ranks(interrupted)  # no process goes on, or ends, before the first one has saved
+            if interrupted and not last:
                 bar.close()
                 stop(f"stopped after step {step + 1} of {plan.steps}; the same command again goes on from there", 130)
 
@@ -810,9 +818,30 @@ def run_name(name, seed=0, steps=None):
 
 
 def batch_rngs(seed, step, batch):
-    """One random.Random per sample of this process's slice of the joint batch: the union is always the same."""
-    share = batch // WORLD_SIZE
-    return [rng_for(seed, step, i) for i in range(RANK * share, (RANK + 1) * share)]
+    """One random.Random per sample of a batch."""
+    return [rng_for(seed, step, i) for i in range(batch)]
+
+
+def share(rows):
+    """With torchrun: what the model of this process is given of the rows of a batch (a list or a tensor), which every
+    process draws in full. Measuring is not shared: then no gradient is wanted, and all rows are given."""
+    size = len(rows) // WORLD_SIZE
+    return rows[RANK * size : (RANK + 1) * size] if torch.is_grad_enabled() else rows
+
+
+def joint(mine):
+    """What the model made of its share [b,...] -> the same of the whole batch [W*b,...], in the order of the ranks.
+
+    Each process computes the loss of the whole batch from it, whatever that loss compares or averages, and counts 1/W
+    of that loss (see update). all_gather sends no gradient back, so each process has one for its own rows only: the
+    factor W below makes up for it.
+    """
+    if WORLD_SIZE == 1 or not torch.is_grad_enabled():
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(WORLD_SIZE)]
+    dist.all_gather(parts, mine.detach().contiguous())
+    parts[RANK] = parts[RANK] + WORLD_SIZE * (mine - mine.detach())  # adds zeros, which carry the gradient
+    return torch.cat(parts)
 
 
 def text_rows(texts, context=None):
@@ -838,8 +867,8 @@ def pretrain(model, family, name, plan, line):
         lines = [[(encode(text), counts) for text, counts in line(rng)] for rng in rngs]
         rows = [sum((ids for ids, _ in row), []) for row in lines]
         labels = [sum((ids if counts else [-100] * len(ids) for ids, counts in row), []) for row in lines]
-        logits = model(pad(rows)[0].to(device))
-        return family.language_loss(logits, pad(labels, -100)[0].to(device))
+        logits = model(share(pad(rows)[0]).to(device))
+        return family.language_loss(joint(logits), pad(labels, -100)[0].to(device))
 
     code = code_of(family, ["pretrain", line.__name__])
     return fit(run_name(name), plan, model, loss_of, code, expected=("ln V", math.log(VOCAB_SIZE)))
@@ -1042,16 +1071,16 @@ class Recipe:
         rest = [row for i, row in enumerate(rows) if i % 10] if len(rows) >= 20 else rows
         plan = self.stages[-1]
         batch = min(plan.batch, len(rest)) // WORLD_SIZE * WORLD_SIZE
+        if not batch:
+            stop(f"{len(rest)} rows cannot be shared by {WORLD_SIZE} processes")
         plan = replace(plan, steps=args.steps or 100, batch=batch, seed=args.seed, same=True)
         self.check_own(rest, plan)
         if not self.done():
             say(f"the toy {self.family} is not trained yet: first that (about {self.minutes} min on two free cores)")
         model = self.train(args.device, **self.options(args))
-        share = batch // WORLD_SIZE
 
         def draw_batch(step):
-            chosen = rng_for(args.seed, ("own", step)).sample(rest, batch)[RANK * share : (RANK + 1) * share]
-            return self.collect(chosen, plan, step)
+            return self.collect(rng_for(args.seed, ("own", step)).sample(rest, batch), plan, step)
 
         @torch.no_grad()
         def measured():
@@ -1249,18 +1278,6 @@ def toy_clip(device="cpu"):
     return CLIPRecipe().train(device)
 
 
-def gather_features(features):
-    """Features [b,E] of this process -> those of the joint batch [W*b,E], in the order of the ranks.
-
-    all_gather sends no gradient back, so that each process has one for its own rows only. Each process counts 1/W of
-    the whole loss (see CLIPRecipe.loss); the factor W below makes up for it.
-    """
-    parts = [torch.empty_like(features) for _ in range(WORLD_SIZE)]
-    dist.all_gather(parts, features.detach().contiguous())
-    parts[RANK] = parts[RANK] + WORLD_SIZE * (features - features.detach())  # adds zeros, which carry the gradient
-    return torch.cat(parts)
-
-
 class CLIPRecipe(Recipe):
     module, model_class = clip, clip.CLIP
     minutes, rightly = 1, "the right text is found among theirs"
@@ -1316,14 +1333,11 @@ class CLIPRecipe(Recipe):
         return tokenize
 
     def loss(self, model, samples, plan, step):
-        features = [*self.features(model, samples)]
+        features = [joint(x) for x in self.features(model, share(samples))]
         if plan.same:
             names = [zlib.crc32(text.encode()) for _, text in samples]
             features.append(torch.tensor(names, device=features[0].device))
-        if WORLD_SIZE == 1 or not features[0].requires_grad:  # alone, or own data are measured
-            return model.loss(*features)
-        loss, metrics = model.loss(*map(gather_features, features))
-        return loss / WORLD_SIZE, metrics  # the share of this process: losses and gradients are summed over all
+        return model.loss(*features)
 
     def expected(self, model, plan):
         return ("ln B", math.log(plan.batch)) if model.config.loss == "softmax" else None
@@ -1661,7 +1675,7 @@ class ViLTRecipe(Recipe):
         pixels, pixel_mask = (x.to(device) for x in vilt.preprocess([one[0] for one in masking + matching], config))
         labels = torch.tensor([label for _, _, label in matching], device=device)
         x, real, _ = model.embed(pixels, ids, mask, pixel_mask)
-        hidden, T = model.encode(x, real), ids.shape[1]
+        hidden, T = joint(model.encode(share(x), share(real))), ids.shape[1]
         mlm, metrics = vilt.mlm_loss(model.mlm_logits(hidden[:B, :T]), words[:B].to(device))
         itm, itm_metrics = vilt.itm_loss(model.itm_logits(hidden[B:]), labels)
         text, image, patches = hidden[B:, :T], hidden[B:, T + 1 :], real[B:, T + 1 :]  # without the class token
@@ -2016,8 +2030,8 @@ class LLaVARecipe(Recipe):
         rows = [self.row(turns) for _, turns in samples]
         ids, _ = pad([ids for ids, _ in rows])
         labels, _ = pad([labels for _, labels in rows], llava.IGNORE_INDEX)
-        pixels = llava.preprocess([picture for picture, _ in samples], model.config.vision).to(device)
-        return llava.language_loss(model(ids.to(device), pixels), labels.to(device))
+        pixels = llava.preprocess([picture for picture, _ in share(samples)], model.config.vision).to(device)
+        return llava.language_loss(joint(model(share(ids).to(device), pixels)), labels.to(device))
 
     def own(self, picture, question, answer):
         turns = [(question or DESCRIBE, answer)]
@@ -2238,7 +2252,8 @@ class BLIP2Recipe(Recipe):
         return prompt + reply, [blip2.IGNORE_INDEX] * len(prompt) + reply
 
     def loss(self, model, samples, plan, step):
-        """Stage 1: contrast, matching, generation. Stage 2: OPT writes the text; padding is to the right of it."""
+        """Stage 1: contrast, matching, generation. It is not shared by processes, since wrong pairs are chosen from the
+        whole batch. Stage 2: OPT writes the text; padding is to the right of it."""
         device, pictures, texts = model.query_tokens.device, *zip(*samples)
         pixels = blip2.preprocess(pictures, model.config.vision).to(device)
         if plan.stage:
@@ -2248,7 +2263,7 @@ class BLIP2Recipe(Recipe):
         rows = [self.row(text) for text in texts]
         ids, _ = pad([ids for ids, _ in rows])
         labels, _ = pad([labels for _, labels in rows], blip2.IGNORE_INDEX)
-        return blip2.language_loss(model(pixels, ids.to(device)), labels.to(device))
+        return blip2.language_loss(joint(model(share(pixels), share(ids).to(device))), labels.to(device))
 
     def expected(self, model, plan):
         """Of the three losses of stage 1 together."""
@@ -2640,7 +2655,8 @@ class FlamingoRecipe(Recipe):
         """Text counts, images do not; padding is to the right of all labels. Metrics: how far the gates are open."""
         inputs = self.inputs(model, samples)
         labels = flamingo.text_labels(inputs["ids"], inputs.pop("mask"), model.config)
-        loss, metrics = flamingo.language_loss(model(**inputs), labels)
+        logits = joint(model(**{name: share(x) for name, x in inputs.items()}))
+        loss, metrics = flamingo.language_loss(logits, labels)
         for i, block in enumerate(model.gated_blocks):
             if block.attn_gate is not None:
                 metrics[f"attn_gate {i}"] = block.attn_gate.detach().tanh().abs().mean()
@@ -2994,7 +3010,7 @@ def toy_vicuna(device="cpu", steps=None):
         key = f"vicuna {part}"
         count = rng_for(key, step).choice((1, 2, 2, 3, 3, 4))  # things in each scene of a step: rows about as long
         ids, labels = vicuna_rows([(make_scene(rng, count), rng) for rng in batch_rngs(0, (key, step), 32)], part)
-        return cogvlm.language_loss(model(ids.to(device)), labels.to(device))
+        return cogvlm.language_loss(joint(model(share(ids).to(device))), labels.to(device))
 
     lengths, code = dict(zip(("vicuna-part1", "vicuna-part2", "vicuna"), VICUNA_STEPS)), code_of(cogvlm, ["toy_vicuna"])
     if steps:
@@ -3055,8 +3071,8 @@ class CogVLMRecipe(Recipe):
         rows = [self.row(turns) for _, turns in samples]
         ids, _ = pad([ids for ids, _ in rows])
         labels, _ = pad([labels for _, labels in rows], cogvlm.IGNORE_INDEX)
-        pixels = cogvlm.preprocess([picture for picture, _ in samples], model.config.vision).to(device)
-        return cogvlm.language_loss(model(ids.to(device), pixels), labels.to(device))
+        pixels = cogvlm.preprocess([picture for picture, _ in share(samples)], model.config.vision).to(device)
+        return cogvlm.language_loss(joint(model(share(ids).to(device), pixels)), labels.to(device))
 
     def own(self, picture, question, answer):
         turns = [(question or DESCRIBE, answer)]
@@ -3358,14 +3374,17 @@ class Qwen2VLRecipe(Recipe):
         return ids, labels
 
     def rows(self, model, samples):
-        """[(picture or frames, turns, kind)] -> the arguments of the model, and labels. Grids stay on the CPU: their
-        sizes are numbers for Python. Padding is to the right of all labels, so nothing attends to it."""
+        """[(picture or frames, turns, kind)] -> the arguments of the model, for its share, and labels, for all. Grids
+        stay on the CPU: their sizes are numbers for Python. Padding is to the right of all labels, so nothing attends
+        to it."""
         device = model.language.norm.weight.device
         patches, grids = qwen2vl.preprocess([shown for shown, _, _ in samples], model.config.vision)
         rows = [self.row(model.config, turns, shown, grid) for (shown, turns, _), grid in zip(samples, grids)]
         ids, _ = pad([ids for ids, _ in rows])
         labels, _ = pad([labels for _, labels in rows], qwen2vl.IGNORE_INDEX)
-        return dict(ids=ids.to(device), patches=patches.to(device), grid_thw=grids), labels.to(device)
+        patches = torch.cat(share(patches.split(grids.prod(1).tolist())))
+        inputs = dict(ids=share(ids).to(device), patches=patches.to(device), grid_thw=share(grids))
+        return inputs, labels.to(device)
 
     def loss(self, model, samples, plan, step):
         """A kind counts by its samples, not by its words: captions have many. In the last 40 % of part 1 the vision
@@ -3373,7 +3392,7 @@ class Qwen2VLRecipe(Recipe):
         if plan.stage == "part1":
             qwen2vl.freeze(model, 2 if step < plan.steps * 3 // 5 else 3)
         inputs, labels = self.rows(model, samples)
-        logits, kinds = model(**inputs), [kind for _, _, kind in samples]
+        logits, kinds = joint(model(**inputs)), [kind for _, _, kind in samples]
         counts = [kinds.count(kind) for kind in dict.fromkeys(kinds)]
         each, total = {}, 0
         for kind, part, rows in zip(dict.fromkeys(kinds), logits.split(counts), labels.split(counts)):
@@ -3936,6 +3955,8 @@ def workbench(family, argv=None):
     parser = command_line(family)
     args = parser.parse_args(argv)
     recipe = RECIPES[family]()
+    if WORLD_SIZE > 1:
+        parser.error("torchrun is for train_tiny.py")
     try:
         check_device(args.device)
         if args.anatomy:
@@ -3995,10 +4016,13 @@ def check(args):
         stop(f"--data goes with one family ({', '.join(RECIPES)}) and without --ablations")
     if args.loss != "softmax" and args.what != "clip":
         stop("--loss is clip's option")
-    if WORLD_SIZE > 1 and (args.what != "clip" or args.ablations):
-        stop("torchrun is for the contrastive loss: torchrun --nproc-per-node 2 train_tiny.py clip")
-    if args.what == "clip" and CLIPRecipe.stages[-1].batch % WORLD_SIZE:
-        stop(f"a batch of {CLIPRecipe.stages[-1].batch} cannot be shared by {WORLD_SIZE} processes: use a divisor")
+    if WORLD_SIZE > 1 and (args.what not in RECIPES or args.ablations):
+        stop("torchrun is for one family, without --ablations: torchrun --nproc-per-node 2 train_tiny.py clip")
+    for plan in RECIPES[args.what].stages if WORLD_SIZE > 1 else ():
+        if plan.batch % WORLD_SIZE:
+            stop(f"a batch of {plan.batch} cannot be shared by {WORLD_SIZE} processes: use a divisor")
+    if WORLD_SIZE > 1 and args.device == "cuda":
+        args.device = f"cuda:{LOCAL_RANK}"
     try:
         check_device(args.device)
     except ValueError as error:
@@ -4020,7 +4044,7 @@ def run_all(args):
 def forget(family):
     """--fresh: remove the checkpoints of one family, so that it is trained again."""
     for path in [*RUNS.glob(f"{family}/checkpoint.pt"), *RUNS.glob(f"{family}-*/**/checkpoint.pt")]:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have been faster
 
 
 def main(argv=None):
@@ -4028,7 +4052,7 @@ def main(argv=None):
     args = trainer_command_line().parse_args(argv)
     check(args)
     if WORLD_SIZE > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group()  # gloo between CPUs, nccl between GPUs
     try:
         if args.fresh:
             forget(args.what)
