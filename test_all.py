@@ -31,6 +31,7 @@ import math
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -4479,6 +4480,41 @@ def test_runs_that_cannot_be_written_stop_before_training(runs, capsys):
     (runs / "line").write_text("a file where a folder should be")
     with ends(2, capsys, "line/log.jsonl"):
         fit_line(loss_of="is not called")
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_old_checkpoint_and_no_half_file(runs, monkeypatch, capsys):
+    fit_line()
+    before, limits = (runs / "line/checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room, file in ((1500, "checkpoint.pt"), (40, "log.jsonl")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with ends(2, capsys, file):
+                fit_line(steps=6)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert sorted(file.name for file in (runs / "line").iterdir()) == ["checkpoint.pt", "log.jsonl"]
+        assert (runs / "line/checkpoint.pt").read_bytes() == before
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+import train_tiny as world
+for _ in range(200):
+    world.save_checkpoint({"log": [], "model": torch.full((5000,), float(sys.argv[1]))}, Path("checkpoint.pt"))
+"""
+
+
+def test_two_runs_in_one_folder_never_tear_a_checkpoint(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, n], cwd=tmp_path, env=env) for n in "12"]
+    found = set()
+    while any(writer.poll() is None for writer in writers):
+        with contextlib.suppress(FileNotFoundError):
+            found |= set(checkpoint_of(tmp_path)["model"].tolist())
+    assert [writer.returncode for writer in writers] == [0, 0] and found and found <= {1, 2}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
 
 
 # The cache

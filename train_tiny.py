@@ -658,22 +658,28 @@ def load_checkpoint(path, key):
     return {}
 
 
-def save_checkpoint(state, path):
-    """Write beside, then rename: after a crash there is the old file or the new one, never half of one."""
-    write_log(state["log"], path.parent)
+def write_file(path, write):
+    """write(file) to a file of this process's own beside `path`, then rename it: after a crash, on a full disk and of two
+    runs at once there is the old file or a new one, never half of one."""
+    beside = path.with_name(f".{os.getpid()}.{path.name}")  # Pillow goes by the ending
     try:
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
-    except (OSError, RuntimeError) as error:
-        stop(f"cannot write {path} ({error})")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(beside)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch's is a RuntimeError
+        stop(f"cannot write {path} ({' '.join(str(error).split())}): make room, or start from another directory")
+
+
+def save_checkpoint(state, path):
+    write_log(state["log"], path.parent)
+    write_file(path, lambda file: torch.save(state, file))
 
 
 def write_log(rows, folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    except OSError as error:
-        stop(f"cannot write {folder}/log.jsonl ({error}): remove it, or start from a directory you may write to")
+    write_file(folder / "log.jsonl", lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows)))
 
 
 @contextlib.contextmanager
@@ -1232,11 +1238,7 @@ def sheet(pictures, path, columns=4, scale=4, wide=230):
 
 
 def save_picture(page, path, what=""):
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        page.save(path)
-    except OSError as error:
-        stop(f"cannot write {path} ({error})")
+    write_file(path, page.save)
     say(f"written: {path}" + (f" ({what})" if what else ""))
 
 
@@ -4035,8 +4037,8 @@ def run_all(args):
     for recipe in RECIPES.values():
         claims += recipe().ablations(args) if args.ablations else recipe().run(args)
     table = RUNS / (run_name("ablations" if args.ablations else "claims", steps=args.steps) + ".md")
-    table.parent.mkdir(parents=True, exist_ok=True)
-    table.write_text(f"Seed {args.seed}, {time.strftime('%Y-%m-%d')}\n\n{claims_table(claims)}\n")
+    text = f"Seed {args.seed}, {time.strftime('%Y-%m-%d')}\n\n{claims_table(claims)}\n"
+    write_file(table, lambda file: file.write_text(text))
     say(f"written: {table}")
     return claims
 
