@@ -194,15 +194,18 @@ def segments(q, k=None):
     return dict(q_segments=q, k_segments=q if k is None else k)
 
 
+def padded_left(ids, Tq):
+    """As in a language model with a cache: the last Tq tokens are queries."""
+    return dict(causal=True, **segments(ids[:, -Tq:], ids))
+
+
 RULES = {  # B, Tq, Tk -> the arguments of Rule
     "everything": lambda B, Tq, Tk: {},
     "causal": lambda B, Tq, Tk: dict(causal=True),
-    "prefix": lambda B, Tq, Tk: dict(causal=True, prefix=torch.arange(B) * (Tk - 3) + 2),
+    "prefix": lambda B, Tq, Tk: dict(causal=True, prefix=(torch.arange(2 * B).int() // 2 * (Tk - 3) + 2)[::2]),
     "scattered": lambda B, Tq, Tk: segments(torch.randint(-1, 3, (B, Tq)), torch.randint(-1, 3, (B, Tk))),
     "packed": lambda B, Tq, Tk: segments(*(torch.arange(T).expand(B, -1) // 70 for T in (Tq, Tk))),
-    "padded left": lambda B, Tq, Tk: dict(  # 0, 5, 10 .. tokens of padding
-        causal=True, k_segments=-(torch.arange(Tk) < torch.arange(B)[:, None] * 5).int()
-    ),
+    "padded left": lambda B, Tq, Tk: padded_left(-(torch.arange(Tk) < torch.arange(B)[:, None] * 5 + 2).int(), Tq),
     "all at once": lambda B, Tq, Tk: RULES["scattered"](B, Tq, Tk) | RULES["prefix"](B, Tq, Tk),
 }
 
