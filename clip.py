@@ -443,7 +443,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """A published CLIP or SigLIP: a folder in the Hugging Face layout, or a hub id."""
+        """A published CLIP or SigLIP: a folder in the Hugging Face layout or of train_tiny.py, or a hub id."""
         folder = checkpoint_folder(path)
         with torch.device("meta"):  # shapes only; memory comes with the weights
             model = cls(config_from_folder(folder))

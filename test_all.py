@@ -4844,18 +4844,36 @@ def test_without_safetensors_a_training_ends_all_the_same_and_says_what_to_insta
     assert world.main(["clip"]) == 0 and "pip install safetensors" in capsys.readouterr().out
 
 
+def readme_python(word):
+    """Runs the one piece of Python in the README that has this word."""
+    blocks = re.findall(r"(?:^    .*\n|^\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    [piece] = [block for block in blocks if "import" in block and word in block]
+    exec(inspect.cleandoc("\n" + piece), {})
+    return piece
+
+
 def test_the_session_in_the_readme_asks_what_was_trained(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     Image.new("RGB", (50, 40), "red").save("my.png")
     model = fresh("llava").eval()
     model.folder = Path("runs/llava")
     world.LLaVARecipe().save(model)
-    blocks = re.findall(r"(?:^    .*\n|^\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
-    [session] = [block for block in blocks if "import" in block and "from_pretrained" in block]
-    exec(inspect.cleandoc("\n" + session), {})
-    question = re.search(r'"([^"]+\?)"', session)[1]
+    question = re.search(r'"([^"]+\?)"', readme_python("from_pretrained"))[1]
     said = llava.answer(model, [Image.open("my.png")], question, world.encode, world.decode)
     assert said and capsys.readouterr().out == f"{said}\n"
+
+
+def test_the_digits_in_the_readme_become_rows_of_own_data(tmp_path, monkeypatch):
+    """scikit-learn need not be there: its images have numbers from 0 to 16."""
+    monkeypatch.chdir(tmp_path)
+    digits = SimpleNamespace(images=np.full((10, 8, 8), 16.0), target=np.arange(10)[::-1])
+    datasets = SimpleNamespace(load_digits=lambda: digits)
+    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace(datasets=datasets))
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", datasets)
+    readme_python("load_digits")
+    rows, _ = world.read_folder("digits", world.CLIPRecipe())
+    assert [text for _, text in rows][::6] == ["the number nine", "the number three"] and len(rows) == 10
+    assert all(picture.getextrema() == ((255, 255),) * 3 for picture, _ in rows)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3941,7 +3941,7 @@ def command_line(family):
     if family == "qwen2vl":
         show("--video", action="append", default=[], metavar="PATH", help="a GIF, or a folder of frames")
     show("--prompt", action="append", default=[], metavar="TEXT", help="what to ask about it (may be repeated)")
-    show("--weights", metavar="DIR_OR_HUB_ID", help="a published checkpoint in the Hugging Face layout")
+    show("--weights", metavar="DIR_OR_HUB_ID", help="a published checkpoint, or a folder of train_tiny.py")
     presets = recipe.module.PRESETS
     show("--anatomy", nargs="?", const="tiny", choices=presets, metavar="PRESET", help="modules, parameters, FLOPs")
     show("--trace", action="store_true", help="the shapes through one forward pass")
