@@ -614,8 +614,8 @@ class CogVLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """A published CogVLM or CogVLM2: a folder in the Hugging Face layout or of train_tiny.py, or a hub id. The folder of CogVLM has no
-        tokenizer; it uses that of lmsys/vicuna-7b-v1.5."""
+        """A published CogVLM or CogVLM2: a folder in the Hugging Face layout or of train_tiny.py, or a hub id. CogVLM's
+        folder has no tokenizer; it uses that of lmsys/vicuna-7b-v1.5."""
         folder = checkpoint_folder(path)
         with torch.device("meta"):  # shapes only; memory comes with the weights
             model = cls(config_from_folder(folder))
