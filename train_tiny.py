@@ -901,7 +901,7 @@ class Recipe:
     stages = ()
     fields = ("text",)  # what a row of own data needs besides file_name
     variants, beats, ablation_steps = {}, (), 300  # {variant: changes}, (claim, better variant, worse variant)
-    asked = " --prompt '...'"  # what the command that asks a model has besides --image
+    asked = ' --prompt "..."'  # what the command that asks a model has besides --image
     rightly = "the right text is written"  # what `right` counts
     given = None  # a trained model, which is asked instead of training one
     minutes = 3  # that all of its training takes on two CPU cores, towers included
