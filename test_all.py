@@ -4950,8 +4950,10 @@ def test_a_folder_without_data_costs_one_line_before_anything_is_trained(runs, t
         fails_in_one_line(main, capsys, file, *words)
     file.write_text(row, encoding="utf-8-sig")  # as some editors save it
     assert [words for _, words in world.read_folder(tmp_path, world.CLIPRecipe())[0]] == ["Grüße"]
-    with ends(2, capsys, "two pairs", "1"):
-        main()
+    for rows in ([row], [row] * 30):
+        file.write_text("\n".join(rows), encoding="utf-8")
+        with ends(2, capsys, "two texts", "1"):
+            main()
 
 
 chapter("trainer")

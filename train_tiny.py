@@ -1352,8 +1352,9 @@ class CLIPRecipe(Recipe):
         return picture, text
 
     def check_own(self, rows, plan):
-        if plan.batch < 2:
-            stop(f"a contrastive loss tells at least two pairs apart, the data have {len(rows)}")
+        texts = len({text for _, text in rows})
+        if min(plan.batch, texts) < 2:
+            stop(f"a contrastive loss tells at least two texts apart, the data have {texts}")
 
     def right(self, model, rows):
         return round(self.retrieval(model, rows) * len(rows))
