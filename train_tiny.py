@@ -2797,7 +2797,7 @@ class FlamingoRecipe(Recipe):
         for prompt in prompts:
             new = flamingo.answer(model, images, prompt, encode, decode) or "(it stops at once)"
             made_up = "(a made-up name: no example in the prompt, as in '<image> dax<|endofchunk|><image>')"
-            say(f"{prompt} -> {new}" + ("" if "<|endofchunk|>" in prompt else f" {made_up}"))
+            say(f"{prompt} -> {new}" + ("" if self.given or "<|endofchunk|>" in prompt else f" {made_up}"))
 
     def demo(self, args):
         rng, config = rng_for("flamingo demo"), flamingo.PRESETS["tiny"]
