@@ -145,6 +145,12 @@ PRESETS = {
         embed_dim=1152,
         loss="sigmoid",
     ),
+    "siglip2-giant-opt-patch16-384": CLIPConfig(
+        replace(SIGLIP_VISION, image_size=384, width=1536, layers=40, heads=16, mlp_width=6144, resample=2),
+        replace(SIGLIP_TEXT, vocab_size=256000, **SO400M),
+        embed_dim=1536,
+        loss="sigmoid",
+    ),
 }
 
 
@@ -389,7 +395,7 @@ class CLIP(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         else:
             self.vision_head = AttentionPool(config.vision)
-            self.text_head = nn.Linear(Dt, Dt)
+            self.text_head = nn.Linear(Dt, E)  # the pooled patches have the width E already
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))  # SigLIP 3.2: with these two nearly all pairs
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # are judged "no" before training, which is right
 
@@ -489,14 +495,14 @@ def sigmoid_loss(image, text, logit_scale, logit_bias, names=None):
 # Prompts: classes and descriptions that are given in words only
 
 
-def pad_texts(rows, config):
+def pad_texts(rows, config, pad_id=None):
     """Lists of ids, each with its end-of-text token -> ids [B,T], padded as in training. config: TextConfig.
 
     CLIP's padding is hidden by the causal mask, so the longest text decides T. SigLIP attends to its padding, so T is
-    always the context. Both pad with the end-of-text token.
+    always the context, and pad_id matters. None: the end-of-text token, as in CLIP and SigLIP; SigLIP 2 has its own.
     """
     length = max(map(len, rows)) if config.causal else config.context
-    return torch.tensor([row + row[-1:] * (length - len(row)) for row in rows])
+    return torch.tensor([row + [row[-1] if pad_id is None else pad_id] * (length - len(row)) for row in rows])
 
 
 def encode_prompts(model, prompts, tokenize):
@@ -699,14 +705,19 @@ def config_from_published(folder):
     if kind not in ("clip", "siglip"):
         raise ValueError(f"{folder} has model_type = {kind!r}; clip.py reads 'clip' and 'siglip'")
     config = PRESETS["clip-vit-base-patch32" if kind == "clip" else "siglip-base-patch16-224"]
-    vision_published, text_published = part(raw, "vision_config"), part(raw, "text_config")
+    names = {name: f"{name}_dict" for name in ("vision_config", "text_config")}  # of older CLIPs: where both are given,
+    parts = [part(raw, new if kind == "siglip" or raw.get(old) is None else old) for new, old in names.items()]
+    vision_published, text_published = parts  # transformers takes the older one as a whole
     require(folder, vision_published, hidden_act=tuple(ACTIVATIONS))
     require(folder, text_published, hidden_act=tuple(ACTIVATIONS))
     vision = replace(config.vision, **found(vision_published, VISION_FIELDS, config.vision))
     vision = replace(vision, **pixels_from_published(folder, vision))
     text = replace(config.text, **found(text_published, TEXT_FIELDS, config.text))
-    if kind == "siglip":  # its configs contain CLIP's eos_token_id by mistake, and no projection: E is the width
-        return replace(config, vision=vision, text=text, embed_dim=text.width)
+    if kind == "siglip":  # its configs contain CLIP's eos_token_id by mistake, and E is the width of an image's feature
+        projection = text_published.get("projection_size") or text.width
+        require(folder, vision_published, vision_use_head=True)
+        require(folder, dict(projection_size=projection), projection_size=vision.width)
+        return replace(config, vision=vision, text=text, embed_dim=vision.width)
     text = replace(text, **found(text_published, dict(eos_token_id="eos_token_id"), text))
     return replace(config, vision=vision, text=text, **found(raw, dict(embed_dim="projection_dim"), config))
 

@@ -1000,7 +1000,8 @@ def make_clip(transformers, kind):
 
 
 def make_siglip(transformers, kind):
-    config = transformers.SiglipConfig(text_config=text_fields(), vision_config=vision_fields())
+    text = text_fields(hidden_size=24, projection_size=32) if kind == "siglip2" else text_fields()
+    config = transformers.SiglipConfig(text_config=text, vision_config=vision_fields())
     return transformers.SiglipModel(config)
 
 
@@ -1087,14 +1088,14 @@ def make_qwen2vl(transformers, kind):
     return transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig(vision_config=vision, **ids))
 
 
-MAKE = dict(clip=make_clip, siglip=make_siglip, vilt=make_vilt, llava=make_llava, blip2=make_blip2,
-            flamingo=make_flamingo, qwen2vl=make_qwen2vl)  # fmt: skip
+MAKE = dict(clip=make_clip, siglip=make_siglip, siglip2=make_siglip, vilt=make_vilt, llava=make_llava,
+            blip2=make_blip2, flamingo=make_flamingo, qwen2vl=make_qwen2vl)  # fmt: skip
 
 
 def family_of(kind):
     """The family that a kind of checkpoint belongs to: "qwen2.5vl tied" -> "qwen2vl"."""
     name = kind.split()[0]
-    return {"siglip": "clip", "cogvlm2": "cogvlm", "qwen2.5vl": "qwen2vl"}.get(name, name)
+    return {"siglip": "clip", "siglip2": "clip", "cogvlm2": "cogvlm", "qwen2.5vl": "qwen2vl"}.get(name, name)
 
 
 @pytest.fixture(scope="session")
@@ -1906,6 +1907,11 @@ PUBLISHED_CONFIGS = {  # preset -> what its config.json on the hub says; what eq
         vision_config=CLIP_L | {"image_size": 336},
     ),
     "siglip-base-patch16-224": dict(architectures=["SiglipModel"], model_type="siglip"),
+    "siglip2-giant-opt-patch16-384": dict(
+        architectures=["SiglipModel"], model_type="siglip",
+        text_config=SO400M | dict(vocab_size=256000, projection_size=1536),
+        vision_config=sizes(1536, 6144, 40, 16, image_size=384, patch_size=16),
+    ),
     "siglip-so400m-patch14-384": dict(
         architectures=["SiglipModel"], model_type="siglip", text_config=SO400M,
         vision_config=SO400M | dict(image_size=384, patch_size=14),
@@ -1962,6 +1968,7 @@ PUBLISHED_COUNTS = {
     ("clip", "clip-vit-large-patch14-336"): 427_944_193,
     ("clip", "siglip-base-patch16-224"): 203_155_970,
     ("clip", "siglip-so400m-patch14-384"): 877_960_498,
+    ("clip", "siglip2-giant-opt-patch16-384"): 1_871_885_426,
     ("vilt", "vilt-b32-mlm"): 112_217_658,
     ("vilt", "vilt-b32-finetuned-vqa"): 117_588_537,
     ("vilt", "vilt-b32-finetuned-coco"): 111_595_777,
@@ -1985,8 +1992,10 @@ PUBLISHED_COUNTS = {
 def test_a_preset_has_the_published_config_and_exactly_the_published_parameters(tmp_path, family, preset):
     """Name by name and shape by shape, on the meta device. CogVLM has no published class here, only a count."""
     module, raw = MODULES[family], PUBLISHED_CONFIGS[preset]
-    generation = {"eos_token_id": [151645, 151643]} if family == "qwen2vl" else {}
-    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    beside = {"eos_token_id": [151645, 151643]} if family == "qwen2vl" else {}
+    (tmp_path / "generation_config.json").write_text(json.dumps(beside))
+    beside = {"resample": 2} if preset.startswith("siglip2") else {}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(beside))
     config = module.config_from_published(write_config(tmp_path, raw))
     expected = module.PRESETS[preset]
     if preset.startswith("blip2-opt"):  # without a text side nothing reads its [DEC]
@@ -2009,7 +2018,7 @@ def test_a_preset_has_the_published_config_and_exactly_the_published_parameters(
     assert ours == {name: tensor.shape for name, tensor in weights.items()}
 
 
-KINDS = ["clip", "siglip", "vilt mlm", "vilt vqa", "blip2 retrieval", *DECODERS]
+KINDS = ["clip", "siglip", "siglip2", "vilt mlm", "vilt vqa", "blip2 retrieval", *DECODERS]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -2130,6 +2139,7 @@ def test_a_tensor_that_is_missing_unknown_or_of_another_shape_is_named(oracles, 
 NOT_FOLLOWED = [  # a kind of checkpoint, the part of config.json, a change that would change results, what is named
     ("clip", "vision_config", dict(hidden_act="silu"), ["hidden_act", "'silu'"]),
     ("clip", "text_config", dict(hidden_act="silu"), ["hidden_act", "'silu'"]),
+    ("siglip", "text_config", dict(projection_size=24), ["projection_size", 24, 32]),
     ("clip", None, dict(model_type="metaclip_2"), ["'metaclip_2'", "'clip'", "'siglip'"]),
     ("vilt mlm", None, dict(model_type="vit"), ["'vit'", "'vilt'"]),
     ("vilt mlm", None, dict(architectures=["ViltForImagesAndTextClassification"]), ["ViltForImagesAndTextClassif"]),
@@ -2182,7 +2192,7 @@ def places(fields, path=()):
             yield from places(value, (*path, name))
 
 
-@pytest.mark.parametrize("kind", [*KINDS[:5], "llava", "blip2", "flamingo", *COGVLMS, "qwen2vl", "qwen2.5vl"])
+@pytest.mark.parametrize("kind", [*KINDS[:6], "llava", "blip2", "flamingo", *COGVLMS, "qwen2vl", "qwen2.5vl"])
 def test_json_of_another_type_than_expected_works_or_is_an_error_that_names_the_field(oracles, tmp_path, kind):
     raw, source = read_config(oracles(kind)[1]), (ROOT / f"{family_of(kind)}.py").read_text()
     for *outer, name in (path for path in places(raw) if f'"{path[-1]}"' in source or f"{path[-1]}=" in source):
@@ -2195,6 +2205,20 @@ def test_json_of_another_type_than_expected_works_or_is_an_error_that_names_the_
                 MODULES[family_of(kind)].config_from_published(write_config(tmp_path, changed))
             except ValueError as error:
                 assert value is None or name in str(error), (name, value)  # null: the default may contradict the rest
+
+
+def test_the_older_names_of_clips_two_parts_count_more_as_a_whole(oracles, tmp_path):
+    raw = read_config(oracles("clip with gelu")[1])
+    for new in ("vision_config", "text_config"):
+        raw[f"{new}_dict"], raw[new] = (
+            dict(hidden_act="gelu", num_hidden_layers=3),
+            raw[new] | {"hidden_act": "quick_gelu"},
+        )
+    published = quiet_transformers().CLIPConfig.from_pretrained(write_config(tmp_path, raw))
+    config = clip.config_from_published(tmp_path)
+    for ours, theirs in ((config.vision, published.vision_config), (config.text, published.text_config)):
+        assert ours.activation == theirs.hidden_act == "gelu" and ours.layers == theirs.num_hidden_layers == 3
+        assert ours.width == theirs.hidden_size and ours.mlp_width == theirs.intermediate_size
 
 
 @pytest.mark.parametrize("layer", [-4, -1, 1, 3, [-2], [0], [2]])
@@ -2475,7 +2499,7 @@ chapter("checkpoints")
 
 
 @pytest.mark.parametrize("batch, height, width", [(1, 32, 32), (3, 32, 32), (2, 48, 48), (2, 32, 64), (2, 43, 27)])
-@pytest.mark.parametrize("kind", ["clip", "clip with eos 2", "clip with gelu", "siglip"])
+@pytest.mark.parametrize("kind", ["clip", "clip with eos 2", "clip with gelu", "siglip", "siglip2"])
 @torch.no_grad()
 def test_clip_logits_and_features_equal_those_of_the_published_model(oracles, load, kind, batch, height, width):
     """Positions are interpolated for images that are not 32 x 32."""
@@ -2485,7 +2509,7 @@ def test_clip_logits_and_features_equal_those_of_the_published_model(oracles, lo
     close(ours(pixels, ids), theirs.logits_per_image)
     close(ours.encode_image(pixels), theirs.image_embeds)
     close(ours.encode_text(ids), theirs.text_embeds)
-    if kind != "siglip":  # which is published without a mask: it attends to its padding
+    if kind.startswith("clip"):  # SigLIP is published without a mask: it attends to its padding
         theirs = oracles(kind)[0](**given, attention_mask=mask.int())
         close(ours(pixels, ids, mask), theirs.logits_per_image)
 
@@ -2551,9 +2575,10 @@ def test_clip_texts_are_padded_on_the_right_which_changes_nothing(load, kind):
 
 
 def test_clip_texts_are_padded_as_in_training():
-    """CLIP's to the longest of the batch, SigLIP's to the context, both with the end-of-text token."""
+    """CLIP's to the longest of the batch, SigLIP's to the context, with the end-of-text token or SigLIP 2's own."""
     assert clip.pad_texts([[1, 99], [1, 2, 3, 99]], clip.TextConfig()).tolist() == [[1, 99, 99, 99], [1, 2, 3, 99]]
     assert clip.pad_texts([[5, 1]], clip.SIGLIP_TEXT).tolist() == [[5] + [1] * 63]
+    assert clip.pad_texts([[5, 1]], clip.SIGLIP_TEXT, pad_id=0).tolist() == [[5, 1] + [0] * 62]
 
 
 def test_a_clip_text_that_is_too_long_or_has_no_end_is_an_error(load):
@@ -4016,6 +4041,7 @@ QWEN_WORDS = {"<|im_start|>": 1, "<|im_end|>": 2, "<|vision_end|>": 95, "<|visio
 FOLDERS = {  # kind -> special tokens, size of the vocabulary, what stands around a text, the processor and its options
     "clip": ({"<start>": 97, "<end>": 99}, 100, "<start> $A <end>", "CLIP", CROP32),
     "siglip": ({"<end>": 1}, 100, "$A <end>", "CLIP", CROP32),
+    "siglip2": ({"<pad>": 0, "<end>": 1, "<unk>": 3}, 100, "$A <end>", "Siglip", SQUARE32 | dict(resample=2)),
     **{f"vilt {head}": (VILT_WORDS, 110, "<cls> $A <sep>", "Vilt", VILT32) for head in ("mlm", "vqa", "rank")},
     "flamingo": ({"<s>": 1, "</s>": 2, "<fake_token_around_image>": 96, "<image>": 97}, 98, "<s> $A", "Idefics",
                  dict(image_size=32)),
@@ -4045,7 +4071,14 @@ def published(oracles, runs, monkeypatch):
         processor.save_pretrained(runs)
         limits = {"size": {"shortest_edge": 64, "longest_edge": 1100}, "image_mean": [0.4, 0.5, 0.6]}
         Path("video_preprocessor_config.json").write_text(json.dumps(limits))
-        return oracle, save_tokenizer(runs, word_list(specials, size), template), processor
+        tokenizer = save_tokenizer(runs, word_list(specials, size), template)
+        if kind == "siglip2":  # whose tokenizer pads, and knows no capitals
+            from tokenizers import normalizers
+
+            tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=16)
+            tokenizer.normalizer = normalizers.Lowercase()
+            tokenizer.save("tokenizer.json")
+        return oracle, tokenizer, processor
 
     return make
 
@@ -4077,7 +4110,7 @@ def published_lines(kind, oracle, tokenizer, prompts, seen):
         return answers
     rows, scores = [torch.tensor([tokenizer.encode(prompt).ids]) for prompt in prompts], [0] * len(prompts)
     ask = lambda ids, **options: oracle(input_ids=ids, attention_mask=torch.ones_like(ids), **seen, **options)
-    if kind in ("clip", "siglip"):  # which are padded to the full context
+    if family_of(kind) == "clip":  # which are padded to the full context
         ids = torch.cat([F.pad(row, (0, 16 - row.shape[1]), value=int(row[0, -1])) for row in rows])
         logits = ask(ids).logits_per_image[0]
         scores = (logits.softmax(-1) if kind == "clip" else logits.sigmoid()).tolist()
@@ -4141,7 +4174,8 @@ def test_weights_say_on_the_command_line_what_the_published_model_says(published
 
 
 TOO_LONG = {  # kind -> how often "what" is too often, how many tokens that is, how many the context holds
-    "clip": (15, 17, 16), "siglip": (16, 17, 16), "vilt mlm": (13, 15, 14), "vilt vqa": (13, 15, 14),
+    "clip": (15, 17, 16), "siglip": (16, 17, 16), "siglip2": (16, 17, 16), "vilt mlm": (13, 15, 14),
+    "vilt vqa": (13, 15, 14),
     "flamingo": (60, 64, 64), "cogvlm": (48, 64, 64), "blip2": (58, 65, 64), "blip2 retrieval": (19, 21, 20),
     "llava": (235, 256, 256), "qwen2.5vl": (239, 256, 256),
 }  # fmt: skip

@@ -1427,9 +1427,10 @@ class CLIPRecipe(Recipe):
 
     def published(self, args):
         """--weights -> (model, tokenize for args.prompt). Prompts that are too long are found before loading."""
-        rows = []
+        rows, padding = [], {}
 
         def check(config, tokenizer):
+            padding.update(tokenizer.padding or {})  # SigLIP 2 pads with a word of its own, and attends to it
             tokenizer.no_padding()
             tokenizer.no_truncation()
             rows.extend(tokenizer.encode(prompt).ids for prompt in args.prompt)
@@ -1438,7 +1439,7 @@ class CLIPRecipe(Recipe):
                 stop(f"clip.py: a prompt has {longest} tokens, the context holds {context}: shorten it")
 
         model, _ = load_published(self, args, check)
-        return model, lambda prompts: (clip.pad_texts(rows, model.config.text), None)
+        return model, lambda prompts: (clip.pad_texts(rows, model.config.text, padding.get("pad_id")), None)
 
     def demo(self, args):
         rng = rng_for("clip demo")
