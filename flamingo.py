@@ -876,11 +876,13 @@ def our_tensors(name, tensor):
 def fold_vocabulary(model, weights, *_):
     """A hook of load_state_dict. Published files keep the embeddings of the new tokens in tables of their own. Here
     they are the last rows of the language model's tables."""
+    # where a file has only one of two tied tables, load_weights gives it both names
+    tied = weights.get("language.lm_head.weight") is weights.get("language.embed_tokens.weight")
     for table in ("language.embed_tokens", "language.lm_head"):
         old, new = f"{table}.weight", f"{table}.additional"
         if old in weights and new in weights:
             weights[old] = nn.Parameter(torch.cat([weights[old], weights.pop(new)]))
-    if model.config.language.tie_embeddings:
+    if tied:
         weights["language.lm_head.weight"] = weights["language.embed_tokens.weight"]
 
 

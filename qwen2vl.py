@@ -1027,6 +1027,7 @@ def config_from_published(folder):
     rope = part(text, "rope_parameters") or part(text, "rope_scaling") or part(raw, "rope_scaling")
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
         raise ValueError(f"{folder} scales its rotary positions ({rope}), which qwen2vl.py does not")
+    require(folder, part(tower, "rope_parameters"), rope_theta=10000.0, rope_type=("axial", "default"))
     language = LanguageConfig(
         **found(text | rope, LANGUAGE_FIELDS | dict(mrope_sections="mrope_section"), LanguageConfig),
         tie_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),  # it has stood in both

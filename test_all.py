@@ -2171,6 +2171,10 @@ NOT_FOLLOWED = [  # a kind of checkpoint, the part of config.json, a change that
     ("qwen2.5vl", "vision_config", dict(out_hidden_size=32), ["out_hidden_size", 32, 64]),
     ("qwen2.5vl", "vision_config", dict(hidden_act="gelu"), ["'gelu'", "'silu'"]),
     ("qwen2vl", "vision_config", dict(hidden_act="gelu"), ["'gelu'", "'quick_gelu'"]),
+    ("qwen2vl", "vision_config", dict(rope_parameters={"rope_theta": 30000.0}), ["rope_theta", "30000.0"]),
+    ("qwen2.5vl", "vision_config", dict(rope_parameters={"rope_theta": 30000.0}), ["rope_theta", "30000.0"]),
+    ("qwen2vl", "text_config", dict(hidden_act="gelu"), ["'gelu'", "'silu'"]),
+    ("llava", None, dict(vision_feature_select_strategy="mean"), ["vision_feature_select_strategy", "'mean'"]),
 ]
 
 
@@ -2205,6 +2209,13 @@ def test_json_of_another_type_than_expected_works_or_is_an_error_that_names_the_
                 MODULES[family_of(kind)].config_from_published(write_config(tmp_path, changed))
             except ValueError as error:
                 assert value is None or name in str(error), (name, value)  # null: the default may contradict the rest
+
+
+@pytest.mark.parametrize("kind", ["llava", "flamingo", "cogvlm", "qwen2vl", "qwen2.5vl"])
+def test_two_different_tables_in_a_file_stay_apart_even_if_the_config_calls_them_tied(oracles, load, tmp_path, kind):
+    shutil.copytree(oracles(kind)[1], folder := tmp_path / "other")
+    write_config(folder, read_config(folder) | dict(tie_word_embeddings=True))
+    same(MODELS[family_of(kind)].from_pretrained(folder), load(kind))
 
 
 def test_the_older_names_of_clips_two_parts_count_more_as_a_whole(oracles, tmp_path):
