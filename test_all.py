@@ -25,6 +25,7 @@ import contextlib
 import copy
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math

@@ -659,8 +659,8 @@ def load_checkpoint(path, key):
 
 
 def write_file(path, write):
-    """write(file) to a file of this process's own beside `path`, then rename it: after a crash, on a full disk and of two
-    runs at once there is the old file or a new one, never half of one."""
+    """write(file) to a file of this process's own beside `path`, then rename it: after a crash, on a full disk or
+    with two runs at once there is the old file or a new one, never half of one."""
     beside = path.with_name(f".{os.getpid()}.{path.name}")  # Pillow goes by the ending
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -3819,6 +3819,10 @@ def count_flops(run):
     """Floating-point operations of run() on the meta device: matrix products, convolutions, attention; 2 per
     multiply-add."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    def parse_args(self, *args):
+        sys.stdout.reconfigure(errors="replace")  # a word that the terminal cannot write costs a "?", not the training
+        return super().parse_args(*args)
+
         run()
     return counter.get_total_flops()
 
