@@ -46,7 +46,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import blip2
 import clip
@@ -3924,6 +3924,65 @@ def test_videos_are_read_and_odd_ones_cost_one_line_that_names_them(desk, untrai
 
 def test_images_of_every_kind_are_read_and_others_refused_by_name(desk):
     """One pixel, 1 x 5000, palette, alpha, 16 bits, animated, turned by EXIF."""
+def test_frames_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):
+    for n in (1, 2, 9, 10, 11, 100):
+        Image.new("RGB", (8, 8), (n, 0, 0)).save(tmp_path / f"{n} of 7.png")
+    assert [frame.getpixel((0, 0))[0] for frame in world.load_video(tmp_path)[0]] == [1, 2, 9, 10, 11, 100]
+
+
+@pytest.mark.parametrize("ending", ["webp", "png"])
+def test_a_clip_turned_by_exif_is_turned_in_every_frame(ending, tmp_path):
+    file, exif = tmp_path / f"a.{ending}", Image.Exif()
+    frames = [Image.new("RGB", (40, 20), colour) for colour in ("red", "blue")]
+    exif[0x0112] = 6
+    frames[0].save(file, save_all=True, append_images=frames[1:], exif=exif)
+    assert [frame.size for frame in world.load_video(file)[0]] == [(20, 40)] * 2
+
+
+GREYS = dict(bits16=(65535, np.uint16), bits32=(255, np.int32), more=(65535, np.int32), most=(10**8, np.int32))
+GREYS |= dict(fractions=(1, np.float32), levels=(255, np.float32), a_mask=(1, np.int32))
+
+
+@pytest.mark.parametrize("white, dtype", GREYS.values(), ids=GREYS)
+def test_grey_pictures_and_stacks_of_more_than_8_bits_keep_their_greys(white, dtype, tmp_path):
+    grey = np.linspace(0, white, 800).reshape(20, 40).astype(dtype)
+    Image.fromarray(grey).save(tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(grey)])
+    wanted = np.rint(grey / white * 255)
+    for read in (world.load_image(tmp_path / "a.tif"), *world.load_video(tmp_path / "a.tif")[0]):
+        assert np.abs(np.asarray(read)[..., 1] - wanted).max() <= 1
+
+
+def test_grey_numbers_that_are_none_cost_their_pixels_only(tmp_path):
+    Image.fromarray(np.float32([[0, 0.5, 1, np.nan, np.inf, -np.inf]])).save(tmp_path / "a.tif")
+    assert np.asarray(world.load_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 128, 255, 0, 0, 0]
+
+
+def test_a_sound_picture_with_damaged_exif_is_read(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n 4\nzzzz")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png", pnginfo=info)
+    assert world.load_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_film_is_told_what_a_video_is(tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + b"\0" * 100)
+    with refuses(ValueError, "film.mp4", "folder", "GIF", "WebP", "PNG"):
+        world.load_video(tmp_path / "film.mp4")
+
+
+def test_what_the_terminal_cannot_write_is_replaced(desk, untrained, monkeypatch):
+    """By families and by the trainer: as in a terminal of Windows, an animal in Chinese and half an emoji."""
+    Image.new("RGB", (9, 9)).save("\u732b.png")
+    monkeypatch.setattr(world.CLIPRecipe, "own_data", lambda self, args: world.say("\u732b\ud83d.png") or [])
+    for command in (
+        typed("clip", "--image", "\u732b.png", "--prompt", "a ring"), lambda: world.main(["clip", "--data", "."])
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+        command()
+        sys.stdout.flush()
+        assert b"?.png" in sys.stdout.buffer.getvalue().replace(b"??", b"?")
+
+
     rgb = Image.new("RGB", (40, 20), (250, 10, 10))
     rgb.paste((10, 10, 250), (20, 0, 40, 20))
     exif = Image.Exif()

@@ -1125,20 +1125,30 @@ class Recipe:
 
 
 def load_image(path):
-    """Open an image file as RGB, the way a person sees it: EXIF rotation applied, 16 bits scaled to 8, first frame of
-    an animation. Raises ValueError in one line when it cannot."""
+    """An image file, or the first frame of an animation, as_seen. Raises ValueError in one line when it cannot."""
+def as_seen(image):
+    """An image that Pillow has opened, at its present frame -> RGB, the way a person sees it: turned as its EXIF data
+    say, numbers of more than 8 bits scaled."""
+    image.load()  # decodes the whole file, so a truncated one is found here
+    with contextlib.suppress(Exception):  # damaged EXIF data: the picture is sound, and stays as it is stored
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # grey; convert("RGB") alone would clip everything bright to white
+        grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0).clip(min=0)
+        # only modes like I;16 have a known white; in the others it is the first of these that is large enough
+        white = next(top for top in (1, 255, 65535, grey.max()) if grey.max() <= top) if len(image.mode) == 1 else 65535
+        image = Image.fromarray((grey / white * 255).round().astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)  # decodes the whole file, so a truncated one is found here
+            return as_seen(image)
     except FileNotFoundError:
         raise ValueError(f"no such image: {path}") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, DecompressionBombError, struct.error ...
         raise ValueError(f"{path} is not an image that Pillow can read ({error})") from None
-    if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") alone would clip everything bright to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def words_only(text):
@@ -3736,19 +3746,25 @@ def tokens_per_area():
 
 
 def load_video(path):
-    """A folder of frames, in the order of their names, or an animated GIF -> list of PIL images, seconds from one frame
-    to the next. A folder has no times: two frames a second are assumed, the published default. Raises ValueError."""
+    """A folder of frames, in the order of the numbers in their names (2 before 10), or an animated GIF, WebP or PNG
+    -> list of PIL images, seconds from one frame to the next. A folder has no times: two frames a second are assumed,
+    the published default. Raises ValueError."""
+    kinds = "a video is a folder of images, or an animated GIF, WebP or PNG"
     if Path(path).is_dir():
-        files = sorted(file for file in Path(path).iterdir() if file.is_file() and not file.name.startswith("."))
+        files = [file for file in Path(path).iterdir() if file.is_file() and not file.name.startswith(".")]
         if not files:
-            raise ValueError(f"{path} has no frames in it: a video is a folder of images, or an animated GIF")
-        return [load_image(file) for file in files], 0.5
-    load_image(path)  # reports what is wrong with the file or with its first frame
+            raise ValueError(f"{path} has no frames in it: {kinds}")
+        words_and_numbers = lambda file: [int(w) if w.isdecimal() else w for w in re.split(r"(\d+)", file.name)]
+        return [load_image(file) for file in sorted(sorted(files), key=words_and_numbers)], 0.5
+    try:
+        load_image(path)  # finds what is wrong with the file or with its first frame
+    except ValueError as error:
+        raise ValueError(f"{error}: {kinds}") from None
     frames, seconds = [], []
     try:
         with Image.open(path) as image:
             for frame in ImageSequence.Iterator(image):
-                frames.append(frame.convert("RGB"))
+                frames.append(as_seen(frame))
                 seconds.append((frame.info.get("duration") or 100) / 1000)  # none or 0: a tenth, as browsers show it
     except Exception as error:  # Pillow raises many kinds; a file cut short is found in one of its later frames
         raise ValueError(f"{path} is broken behind frame {len(frames)} ({error}): save it again") from None
