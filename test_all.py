@@ -4837,7 +4837,8 @@ def test_the_table_of_claims_and_the_exit_status(runs, monkeypatch, capsys):
 
 MISTAKES = {  # the arguments, and what the error must name
     "": ["WHAT"], "clup": ["clup", "clip"], "clip --steps 0": ["'0'", "steps"], "clip --steps few": ["'few'", "steps"],
-    "clip --seed x": ["'x'", "int"], "clip --device toaster": ["toaster", "cpu"], "clip --loss l2": ["l2", "sigmoid"],
+    "clip --seed x": ["'x'", "seed"], "clip --seed 12345678901234567890": ["12345678901234567890", "nine"],
+    "clip --device toaster": ["toaster", "cpu"], "clip --loss l2": ["l2", "sigmoid"],
     "llava --loss sigmoid": ["--loss", "clip"], "all --data .": ["--data", "one family"],
     "clip --data . --ablations": ["--data", "--ablations"],
 }  # fmt: skip
@@ -4852,6 +4853,12 @@ def own_data(monkeypatch, folder, family, rows):
     """Trains a family on two pictures and rows about them (or lines that are no rows), from random weights."""
     for name, size in (("a.png", (40, 30)), ("b.png", (90, 20))):
         world.draw(many_scenes(1)[0], *size).save(folder / name)
+@pytest.mark.parametrize("alone", [dict(RANK="1"), dict(RANK=""), dict(WORLD_SIZE="two"), dict(RANK="-1")])
+def test_a_rank_without_a_world_of_that_size_costs_one_line(alone, tmp_path):
+    done = run(str(ROOT / "train_tiny.py"), "world", cwd=tmp_path, **alone)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "RANK" in done.stderr and not done.stdout
+
+
     lines = [row if isinstance(row, str) else json.dumps({"file_name": "a.png"} | row) for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(world.Recipe, "train", lambda *_: fresh(family).eval())
@@ -5047,7 +5054,7 @@ def test_a_folder_without_data_costs_one_line_before_anything_is_trained(runs, t
     file.rmdir()
     for content, *words in [
         (b"", "empty"), (b"not json", "line 1"), (b'{"file_name": "no.png", "text": "x"}', "line 1", "no.png"),
-        (row.encode("latin-1"), "UnicodeDecodeError"),
+        (row.encode("latin-1"), "UnicodeDecodeError"), (b"[" * 100_000, "line 1", "recursion"),
     ]:  # fmt: skip
         file.write_bytes(content)
         fails_in_one_line(main, capsys, file, *words)

@@ -1195,7 +1195,7 @@ def read_folder(folder, recipe):
                 recipe.own(image, *words)
                 good.append((image, *words))
                 fingerprint = zlib.crc32(image.tobytes() + repr((image.size, words)).encode(), fingerprint)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RecursionError) as error:  # the last of very many brackets
                 bad.append(f"line {number}: {' '.join(str(error).split())}")
     if not good:
         stop(f"{path} has no usable row ({bad[0] if bad else 'it is empty'}): each line needs {need}")
@@ -4022,12 +4022,18 @@ def trainer_command_line():
     families = ", ".join(RECIPES)
     what = f"world (a sheet of samples), all, or a family: {families}"
     parser.add_argument("what", choices=("world", "all", *RECIPES), metavar="WHAT", help=what)
+def seed_number(text):
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed, a number of at most nine digits")
+    return int(text)
+
+
     parser.add_argument("--ablations", action="store_true", help='"a beats b" at three seeds and equal steps')
     parser.add_argument("--data", metavar="FOLDER", help="train on your own images: FOLDER/metadata.jsonl")
     parser.add_argument(
         "--loss", choices=("softmax", "sigmoid"), default="softmax", help="clip only: CLIP's or SigLIP's"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--steps", type=steps_number, help="of the family's last stage (default: the recipe's own)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
     parser.add_argument("--fresh", action="store_true", help="forget what is cached for this family, towers excepted")
