@@ -1040,7 +1040,10 @@ class Recipe:
             if args.fresh:
                 forget(self.family)
             model = self.train(args.device, demo=True)
-            images = images or [draw(make_scene(rng_for(f"{self.family} demo"), split="test"))]
+            if not images:
+                scene = make_scene(rng_for(f"{self.family} demo"), split="test")
+                images = [draw(scene)]
+                say(f"[{caption(scene)}]")
             for question in args.prompt or [DESCRIBE]:
                 say(f"{question} -> {self.answer(model, images, question, encode, decode)}")
 
@@ -1234,10 +1237,12 @@ def guess(asked):
     return sum(max(given.count(a) for a in set(given)) for given in kinds.values()) / len(asked)
 
 
-def sheet(pictures, path, columns=4, scale=4, wide=230):
+def sheet(pictures, path, columns=4, scale=4):
     """Write a PNG of pictures with lines of text below each: pictures is a list of (PIL image, text)."""
     tall = max(image.height * scale + 14 * (text.count("\n") + 1) + 10 for image, text in pictures)
     rows = -(-len(pictures) // columns)
+    size_of = ImageDraw.Draw(pictures[0][0]).multiline_textbbox
+    wide = 20 + int(max(max(image.width * scale, size_of((0, 0), text)[2]) for image, text in pictures))
     page = Image.new("RGB", (columns * wide + 10, rows * tall + 10), "white")
     pen = ImageDraw.Draw(page)
     for n, (image, text) in enumerate(pictures):
@@ -1867,7 +1872,7 @@ class ViLTRecipe(Recipe):
             model, prompts = self.train(args.device, demo=True), prompts or ["a <mask> <mask>"]
             lines_about = lambda image: [self.respond(model, image, prompt) for prompt in prompts]
         scene = make_scene(rng_for("vilt demo"), 2, split="test")
-        for name, image in zip(args.image or ["a scene of ours"], images or [draw(scene)]):
+        for name, image in zip(args.image or [f"[{caption(scene)}]"], images or [draw(scene)]):
             say(name, *(f"    {line}" for line in lines_about(image)))
 
     def published(self, args):
