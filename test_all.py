@@ -3924,8 +3924,6 @@ def test_videos_are_read_and_odd_ones_cost_one_line_that_names_them(desk, untrai
             world.load_video("cut.gif")
 
 
-def test_images_of_every_kind_are_read_and_others_refused_by_name(desk):
-    """One pixel, 1 x 5000, palette, alpha, 16 bits, animated, turned by EXIF."""
 def test_frames_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):
     for n in (1, 2, 9, 10, 11, 100):
         Image.new("RGB", (8, 8), (n, 0, 0)).save(tmp_path / f"{n} of 7.png")
@@ -3985,6 +3983,8 @@ def test_what_the_terminal_cannot_write_is_replaced(desk, untrained, monkeypatch
         assert b"?.png" in sys.stdout.buffer.getvalue().replace(b"??", b"?")
 
 
+def test_images_of_every_kind_are_read_and_others_refused_by_name(desk):
+    """One pixel, 1 x 5000, palette, alpha, 16 bits, animated, turned by EXIF."""
     rgb = Image.new("RGB", (40, 20), (250, 10, 10))
     rgb.paste((10, 10, 250), (20, 0, 40, 20))
     exif = Image.Exif()
@@ -4853,16 +4853,16 @@ def test_a_mistake_in_the_command_of_the_trainer_costs_one_line(arguments, capsy
     fails_in_one_line(lambda: world.main(arguments.split()), capsys, *MISTAKES[arguments])
 
 
-def own_data(monkeypatch, folder, family, rows):
-    """Trains a family on two pictures and rows about them (or lines that are no rows), from random weights."""
-    for name, size in (("a.png", (40, 30)), ("b.png", (90, 20))):
-        world.draw(many_scenes(1)[0], *size).save(folder / name)
 @pytest.mark.parametrize("alone", [dict(RANK="1"), dict(RANK=""), dict(WORLD_SIZE="two"), dict(RANK="-1")])
 def test_a_rank_without_a_world_of_that_size_costs_one_line(alone, tmp_path):
     done = run(str(ROOT / "train_tiny.py"), "world", cwd=tmp_path, **alone)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "RANK" in done.stderr and not done.stdout
 
 
+def own_data(monkeypatch, folder, family, rows):
+    """Trains a family on two pictures and rows about them (or lines that are no rows), from random weights."""
+    for name, size in (("a.png", (40, 30)), ("b.png", (90, 20))):
+        world.draw(many_scenes(1)[0], *size).save(folder / name)
     lines = [row if isinstance(row, str) else json.dumps({"file_name": "a.png"} | row) for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(world.Recipe, "train", lambda *_: fresh(family).eval())

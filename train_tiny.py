@@ -1127,8 +1127,6 @@ class Recipe:
         """Stop before the training if own data cannot be trained on."""
 
 
-def load_image(path):
-    """An image file, or the first frame of an animation, as_seen. Raises ValueError in one line when it cannot."""
 def as_seen(image):
     """An image that Pillow has opened, at its present frame -> RGB, the way a person sees it: turned as its EXIF data
     say, numbers of more than 8 bits scaled."""
@@ -1145,6 +1143,8 @@ def as_seen(image):
     return image.convert("RGB")
 
 
+def load_image(path):
+    """An image file, or the first frame of an animation, as_seen. Raises ValueError in one line when it cannot."""
     try:
         with Image.open(path) as image:
             return as_seen(image)
@@ -3819,6 +3819,10 @@ RECIPES = {
 class CommandLine(argparse.ArgumentParser):
     """argparse, except that a mistake costs one line and exit status 2, not a page of usage."""
 
+    def parse_args(self, *args):
+        sys.stdout.reconfigure(errors="replace")  # a word that the terminal cannot write costs a "?", not the training
+        return super().parse_args(*args)
+
     def error(self, message):
         stop(f"{self.prog}: {' '.join(message.split())} (--help lists the options)")
 
@@ -3840,10 +3844,6 @@ def count_flops(run):
     """Floating-point operations of run() on the meta device: matrix products, convolutions, attention; 2 per
     multiply-add."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-    def parse_args(self, *args):
-        sys.stdout.reconfigure(errors="replace")  # a word that the terminal cannot write costs a "?", not the training
-        return super().parse_args(*args)
-
         run()
     return counter.get_total_flops()
 
@@ -4022,17 +4022,17 @@ def steps_number(text):
     return int(text)
 
 
-def trainer_command_line():
-    parser = CommandLine(prog="train_tiny.py", description=__doc__.splitlines()[0])
-    families = ", ".join(RECIPES)
-    what = f"world (a sheet of samples), all, or a family: {families}"
-    parser.add_argument("what", choices=("world", "all", *RECIPES), metavar="WHAT", help=what)
 def seed_number(text):
     if not text.isdecimal() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a seed, a number of at most nine digits")
     return int(text)
 
 
+def trainer_command_line():
+    parser = CommandLine(prog="train_tiny.py", description=__doc__.splitlines()[0])
+    families = ", ".join(RECIPES)
+    what = f"world (a sheet of samples), all, or a family: {families}"
+    parser.add_argument("what", choices=("world", "all", *RECIPES), metavar="WHAT", help=what)
     parser.add_argument("--ablations", action="store_true", help='"a beats b" at three seeds and equal steps')
     parser.add_argument("--data", metavar="FOLDER", help="train on your own images: FOLDER/metadata.jsonl")
     parser.add_argument(
