@@ -199,9 +199,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rule=None):
         B, T, D = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, -1).transpose(1, 2)  # [B,H,T,Dh]
-        k = self.k_proj(x).view(B, T, self.heads, -1).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.heads, -1).transpose(1, 2)
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,T,Dh]
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         o = attention(q, k, v, rule)  # [B,H,T,Dh]
         return self.out_proj(o.transpose(1, 2).reshape(B, T, D))
 
@@ -310,9 +310,9 @@ class AttentionPool(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        q = self.q_proj(self.probe).expand(B, 1, D).view(B, 1, self.heads, -1).transpose(1, 2)  # [B,H,1,Dh]
-        k = self.k_proj(x).view(B, N, self.heads, -1).transpose(1, 2)  # [B,H,N,Dh]
-        v = self.v_proj(x).view(B, N, self.heads, -1).transpose(1, 2)
+        q = self.q_proj(self.probe).expand(B, 1, D).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,1,Dh]
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,N,Dh]
+        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         o = attention(q, k, v)  # [B,H,1,Dh]
         x = self.out_proj(o.transpose(1, 2).reshape(B, D))
         return x + self.mlp(self.ln(x))

@@ -426,14 +426,14 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x, rotation, rule, cache=None, layer=0):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, -1).transpose(1, 2)  # [B,H,T,Dh]
-        k = self.k_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)  # [B,K,T,Dh]
-        v = self.v_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,T,Dh]
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B,K,T,Dh]
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
         q, k = apply_rope(q, k, rotation)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         o = attention(q, k, v, rule)  # [B,H,T,Dh]; rule: which query attends to which key, see kernels.attention
-        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(o.transpose(1, 2).flatten(2))
 
 
 class DecoderBlock(nn.Module):

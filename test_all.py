@@ -1648,6 +1648,13 @@ def test_every_model_learns_and_generates_under_autocast(load, kind):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("family", ["clip", "flamingo", "cogvlm", "blip2", "llava"])
+def test_a_batch_of_nothing_gives_nothing(family):
+    model = tiny_model(family)
+    given, _ = tiny_batch(model, family, stage=2)
+    assert model(**given).numel() and model(**{name: x[:0] for name, x in given.items()}).shape[0] == 0
+
+
 IMPOSSIBLE = (dict(top_k=0), dict(top_k=-1), dict(temperature=-1.0), dict(temperature=math.nan))
 
 

@@ -146,9 +146,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rule):
         B, S, D = x.shape
-        q = self.q_proj(x).view(B, S, self.heads, -1).transpose(1, 2)  # [B,H,S,Dh]
-        k = self.k_proj(x).view(B, S, self.heads, -1).transpose(1, 2)
-        v = self.v_proj(x).view(B, S, self.heads, -1).transpose(1, 2)
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,S,Dh]
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return self.out_proj(attention(q, k, v, rule).transpose(1, 2).reshape(B, S, D))
 
 
