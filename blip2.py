@@ -934,7 +934,7 @@ QFORMER_FIELDS = BERT_SHAPE | TEXT_SHAPE | dict(cross_every="cross_attention_fre
 QFORMER_FIELDS |= dict(text="use_qformer_text_input")
 OPT_FIELDS = SHAPE | TEXT_SHAPE | dict(mlp_width="ffn_dim")
 BLIP2_FIELDS = dict(image_token_id="image_token_index", embed_dim="image_text_hidden_size")
-ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
+ENDS = dict(eos_token_ids="eos_token_id")  # all that is read of generation_config.json: answers are greedy
 
 
 def part(published, name):

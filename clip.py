@@ -34,7 +34,8 @@ Conventions
 
 Paper / published code / this file
     - Padding. CLIP pads after the end-of-text token, where the causal mask hides it. SigLIP was trained on texts padded
-      to 64 tokens and attends to the padding: to reproduce it, pass 64 ids and no mask (see pad_texts).
+      to 64 tokens and attends to the padding: to reproduce it, pass 64 ids and no mask (see pad_texts). SigLIP 2 (of a
+      fixed resolution) is the same model; its tokenizer pads with another token and resizing is bilinear.
     - End of text. The first published configs have eos_token_id 2 by mistake and mean the highest id of the text.
     - Left out: dropout and gradient checkpointing.
 

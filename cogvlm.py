@@ -125,6 +125,7 @@ class CogVLMConfig:
     image_token_id: int = 32000  # one past the vocabulary: no text can contain it
     bos_token_id: int = 1
     eos_token_ids: tuple = (2,)
+    style: str = "chat"  # one of TEMPLATES: how it was taught to read a question
 
 
 VICUNA_7B = LanguageConfig(norm_eps=1e-5)
@@ -653,18 +654,18 @@ def language_loss(logits, labels):
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts, conversations and boxes: text to ids, and which ids count in the loss
 
-ANSWERS = {"chat": "Answer:", "vqa": "Short answer:"}  # the published templates
+TEMPLATES = {"chat": "Question: {} Answer:", "vqa": "Question: {} Short answer:", "base": "{}"}  # the published ones
 
 
 def build_prompt(question, style="chat"):
-    """The published template for one turn; style "vqa" asks for a word or two. Images stand before it, see prompt_row.
+    """A published template for one turn; style "vqa" asks for a word or two. Images stand before it, see prompt_row.
 
     >>> build_prompt("What is this?")
     'Question: What is this? Answer:'
     """
     if "<image>" in question:
         raise ValueError("leave <image> out of the prompt: the image always stands in front of the question")
-    return f"Question: {question} {ANSWERS[style]}"
+    return TEMPLATES[style].format(question)
 
 
 def prompt_row(text_ids, config, images=1):
@@ -699,12 +700,13 @@ def pad_rows(rows, value, left=False):
     return ids, mask
 
 
-def answer(model, images, question, encode, decode, style="chat", max_new_tokens=40):
+def answer(model, images, question, encode, decode, style=None, max_new_tokens=40):
     """One question about some PIL images -> the model's answer as text. encode: text -> list of ids without special
-    tokens, since <bos> stands in front of the images already."""
+    tokens, since <bos> stands in front of the images already. style: None is the model's own, see build_prompt."""
     config, device = model.config, model.language.norm.weight.device
     pixels = preprocess(images, config.vision).to(device) if images else None
-    ids = torch.tensor([prompt_row(encode(build_prompt(question, style)), config, len(images))], device=device)
+    text_ids = encode(build_prompt(question, style or config.style))
+    ids = torch.tensor([prompt_row(text_ids, config, len(images))], device=device)
     room = config.language.context - ids.shape[1]
     if room < 1:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, the context holds {config.language.context}")
@@ -835,7 +837,7 @@ VISION_FIELDS |= dict(norm_eps="layer_norm_eps")
 LANGUAGE_FIELDS = SHAPE | dict(heads="num_attention_heads", kv_heads="num_multi_query_heads", vocab_size="vocab_size")
 LANGUAGE_FIELDS |= dict(context="max_position_embeddings", norm_eps="rms_norm_eps")
 LANGUAGE_FIELDS |= dict(tie_embeddings="tie_word_embeddings")
-ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
+ENDS = dict(eos_token_ids="eos_token_id")  # all that is read of generation_config.json: answers are greedy
 
 
 def part(published, name):
@@ -890,7 +892,7 @@ def config_from_published(folder):
         raise ValueError(f"{folder} has {kinds}; cogvlm.py reads 'CogVLMForCausalLM'")
     second = raw.get("num_multi_query_heads") is not None  # grouped heads: a CogVLM2
     default = PRESETS["cogvlm2-llama3-19b"] if second else CogVLMConfig()
-    require(folder, raw, hidden_act="silu")
+    require(folder, raw, hidden_act="silu", template_version=tuple(TEMPLATES))
     tower = part(raw, "vision_config")
     require(folder, tower, hidden_act="gelu")
     vision = replace(default.vision, **found(tower, VISION_FIELDS, default.vision))
@@ -907,7 +909,7 @@ def config_from_published(folder):
         vision=replace(vision, **found(processor, dict(mean="image_mean", std="image_std"), vision)),
         language=language,
         image_token_id=language.vocab_size,
-        **found(raw, dict(bos_token_id="bos_token_id"), default),
+        **found(raw, dict(bos_token_id="bos_token_id", style="template_version"), default),
         **found(raw, ENDS, default) | found(read_json(folder / "generation_config.json"), ENDS, default),
     )
 

@@ -935,7 +935,7 @@ LANGUAGE_FIELDS |= dict(tie_embeddings="tie_word_embeddings")
 RESAMPLER_FIELDS = dict(latents="resampler_n_latents", layers="resampler_depth", heads="resampler_n_heads")
 RESAMPLER_FIELDS |= dict(head_width="resampler_head_dim", qk_norm="qk_layer_norms_perceiver")
 GATES = dict(float="scalar", vector="vector")  # alpha_type -> gate
-ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
+ENDS = dict(eos_token_ids="eos_token_id")  # all that is read of generation_config.json: answers are greedy
 
 
 def part(published, name):

@@ -656,7 +656,7 @@ LANGUAGE_FIELDS = SHAPE | dict(kv_heads="num_key_value_heads", vocab_size="vocab
 LANGUAGE_FIELDS |= dict(context="max_position_embeddings", norm_eps="rms_norm_eps", rope_base="rope_theta")
 LANGUAGE_FIELDS |= dict(tie_embeddings="tie_word_embeddings")
 LLAVA_FIELDS = dict(image_token_id="image_token_index")
-ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
+ENDS = dict(eos_token_ids="eos_token_id")  # all that is read of generation_config.json: answers are greedy
 
 
 def part(published, name):

@@ -967,7 +967,7 @@ VISION_2_5_FIELDS |= dict(mlp_width="intermediate_size", window_size="window_siz
 LANGUAGE_FIELDS = dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads")
 LANGUAGE_FIELDS |= dict(kv_heads="num_key_value_heads", mlp_width="intermediate_size", vocab_size="vocab_size")
 LANGUAGE_FIELDS |= dict(context="max_position_embeddings", norm_eps="rms_norm_eps", rope_base="rope_theta")
-ENDS = dict(eos_token_ids="eos_token_id")  # what generation_config.json says counts more than config.json
+ENDS = dict(eos_token_ids="eos_token_id")  # all that is read of generation_config.json: answers are greedy
 
 
 def part(published, name):

@@ -2172,6 +2172,7 @@ NOT_FOLLOWED = [  # a kind of checkpoint, the part of config.json, a change that
     ("flamingo", None, dict(alpha_type="matrix"), ["alpha_type", "'matrix'"]),
     ("flamingo", "vision_config", dict(hidden_act="swish"), ["hidden_act", "'swish'"]),
     ("cogvlm", None, dict(hidden_act="relu"), ["hidden_act", "'relu'"]),
+    ("cogvlm", None, dict(template_version="poem"), ["template_version", "'poem'", "'chat'"]),
     ("cogvlm", "vision_config", dict(hidden_act="quick_gelu"), ["hidden_act", "'quick_gelu'"]),
     ("qwen2.5vl", "text_config", dict(use_sliding_window=True), ["use_sliding_window"]),
     ("qwen2.5vl", "text_config", dict(rope_parameters={"rope_type": "yarn"}), ["yarn"]),
@@ -2435,7 +2436,8 @@ def test_what_a_cogvlm_config_says_is_read_and_silence_means_the_first_models_de
         raw.pop(field)
     silent = read(raw | {"model_type": "cogvlm"})
     assert (silent.language.norm_eps, silent.bos_token_id, silent.eos_token_ids) == (1e-6, 1, (2,))
-    said = read(cogvlm_fields(second=False) | {"tie_word_embeddings": True})
+    said = read(cogvlm_fields(second=False) | {"tie_word_embeddings": True, "template_version": "base"})
+    assert (said.style, silent.style) == ("base", "chat")
     assert said.language.tie_embeddings and not silent.language.tie_embeddings
     assert (said.image_token_id, said.bos_token_id, said.eos_token_ids, said.language.context) == (60, 4, (5,), 64)
 
@@ -3379,6 +3381,11 @@ def test_text_of_cogvlm_touches_no_vision_weight():
 def test_prompts_and_conversations_of_cogvlm_are_the_published_ones():
     assert cogvlm.build_prompt("what is this?") == "Question: what is this? Answer:"
     assert cogvlm.build_prompt("what is this?", "vqa") == "Question: what is this? Short answer:"
+    assert cogvlm.build_prompt("a photo of {", "base") == "a photo of {"
+    (model, *_), asked = cogvlm_tiny(style="base"), []
+    cogvlm.answer(model, [], "a dog", lambda text: asked.append(text) or [7], str, max_new_tokens=1)
+    cogvlm.answer(model, [], "a dog", lambda text: asked.append(text) or [7], str, style="vqa", max_new_tokens=1)
+    assert asked == ["a dog", "Question: a dog Short answer:"]  # its own style, and one that is asked for
     with refuses(ValueError, "<image>"):
         cogvlm.build_prompt("<image> what is this?")
     first, second = cogvlm.PRESETS["cogvlm-chat-17b"], cogvlm.PRESETS["cogvlm2-llama3-19b"]
