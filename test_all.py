@@ -1800,11 +1800,13 @@ def test_language_loss_shifts_labels_once_and_ignores_what_does_not_count():
 
 
 def test_generation_options():
-    """top_k = 1 is argmax, a seed repeats a draw, eos ends a row and fills it, no new tokens is an empty answer."""
+    """top_k = 1 and a tiny temperature are argmax, a seed repeats a draw, eos ends a row and fills it, no new tokens is
+    an empty answer."""
     torch.manual_seed(0)
     model, ids = llava.LLaVA(llava.PRESETS["tiny"]), torch.randint(0, 400, (3, 9))
     greedy = model.generate(ids, max_new_tokens=12)
     assert torch.equal(model.generate(ids, max_new_tokens=12, temperature=1.3, top_k=1), greedy)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, temperature=1e-40), greedy)
     draw = lambda seed: model.generate(ids, temperature=2.0, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(draw(5), draw(5)) and not torch.equal(draw(5), draw(6))
     eos = int(greedy[0, 3])
