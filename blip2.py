@@ -67,6 +67,10 @@ Q-Former together under the matching mask, and explain why the loss collapses; l
 leave out stage 1 (train_tiny.py blip2 --ablations); compare the queries' outputs with each other after each stage.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its threads spin 0.15 ms when they wait, not 15
+
 import json
 import math
 import re

@@ -3846,6 +3846,15 @@ def test_wrong_use_costs_one_line_and_status_2_and_nothing_is_trained_or_written
     assert sorted(desk.rglob("*")) == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are those of libgomp on Linux only")
+def test_threads_that_wait_do_not_spin_long():
+    """Two trainings at once on two cores were 13 times slower each. What the library read when it was loaded counts."""
+    for program in (*FAMILIES, "train_tiny"):
+        source = (ROOT / f"{program}.py").read_text()
+        assert 0 < source.find('setdefault("GOMP_SPINCOUNT", "3000")') < source.find("\nimport torch"), program
+    assert "GOMP_SPINCOUNT = '3000'" in run(str(ROOT / "llava.py"), "--help", OMP_DISPLAY_ENV="VERBOSE").stderr
+
+
 def test_a_mistake_in_a_real_shell_leaves_no_traceback_and_no_files(tmp_path):
     done = run(str(ROOT / "llava.py"), "--demo", "--image", "missing.png", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == "llava.py: no such image: missing.png\n" and not done.stdout
