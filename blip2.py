@@ -69,7 +69,7 @@ leave out stage 1 (train_tiny.py blip2 --ablations); compare the queries' output
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its threads spin 0.15 ms when they wait, not 15
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its threads spin 0.2 ms when they wait, not 10
 
 import json
 import math

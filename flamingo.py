@@ -71,7 +71,7 @@ still be learned?); train_tiny.py flamingo --ablations; a toy with videos (train
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its threads spin 0.15 ms when they wait, not 15
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its threads spin 0.2 ms when they wait, not 10
 
 import json
 import math

@@ -45,7 +45,7 @@ the language model train in stage 1 and compare; --anatomy llava-1.5-7b shows wh
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its threads spin 0.15 ms when they wait, not 15
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its threads spin 0.2 ms when they wait, not 10
 
 import json
 import math

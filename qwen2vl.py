@@ -65,7 +65,7 @@ False and ask about long videos; python train_tiny.py qwen2vl --ablations.
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its threads spin 0.15 ms when they wait, not 15
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its threads spin 0.2 ms when they wait, not 10
 
 import json
 import math
