@@ -458,16 +458,18 @@ def test_a_walk_leaves_out_no_block_with_a_pair_and_opens_none_that_is_not_open_
 @kernels
 @needs_triton
 def test_what_a_rule_leaves_is_worked_out_once_for_all_layers(monkeypatch):
-    made, real = [], sys.modules["kernels.attention_blocks"].walks
-    monkeypatch.setattr("kernels.attention_triton.walks", lambda *a: made.append(1) or real(*a))
-    rule, (q, k, v) = Rule(k_segments=torch.arange(20)[None] // 7), qkv(1, 2, 1, 20, 20, 16)
-    for queries, times in ((q, 1), (q, 1), (q[:, :, 5:], 2)):
+    from kernels.attention_blocks import walks
+
+    made = []
+    monkeypatch.setattr("kernels.attention_triton.walks", lambda *a: made.append(1) or walks(*a))
+    rule, (q, k, v) = Rule(k_segments=torch.arange(80).view(2, 40) // 27 - 1), qkv(2, 2, 1, 40, 40, 16)
+    for queries, times in ((q, 1), (q, 1), (q[:, :, 30:], 2)):
         with backend("triton"):
             ours = attention(queries, k, v, rule)
         assert len(made) == times
         with backend("reference"):
             torch.testing.assert_close(ours, attention(queries, k, v, rule), atol=1e-5, rtol=1e-5)
-    assert rule.allowed(20, 20) is rule.allowed(20, 20)
+    assert rule.allowed(40, 40) is rule.allowed(40, 40)
 
 
 def drawn(Tq, Tk, causal=False, **rule):
