@@ -462,7 +462,7 @@ def test_what_a_rule_leaves_is_worked_out_once_for_all_layers(monkeypatch):
 
     made = []
     monkeypatch.setattr("kernels.attention_triton.walks", lambda *a: made.append(1) or walks(*a))
-    rule, (q, k, v) = Rule(k_segments=torch.arange(80).view(2, 40) // 27 - 1), qkv(2, 2, 1, 40, 40, 16)
+    rule, (q, k, v) = Rule(k_segments=torch.arange(80).view(2, 40) // 34 - 1), qkv(2, 2, 1, 40, 40, 16)
     for queries, times in ((q, 1), (q, 1), (q[:, :, 30:], 2)):
         with backend("triton"):
             ours = attention(queries, k, v, rule)
