@@ -4450,7 +4450,7 @@ def test_special_tokens_are_the_last_ids_and_plain_text_in_texts_that_are_not_ou
 def test_a_tiny_preset_has_the_special_tokens_of_the_tokenizer(family):
     config = repr(MODULES[family].PRESETS["tiny"])
     assert set(re.findall(r"vocab_size=(\d+)", config)) == {str(world.VOCAB_SIZE)}
-    ids = {name: int(i) for name, i in re.findall(r"(\w+)_token_id=(\d+)", config)}
+    ids = {name: int(i) for name, i in re.findall(r"\b(?!new)(\w+)_token_ids?=\(?(\d+)", config)}
     marks = {name: f"<{name}>" for name in ids} | ({"eos": "<|endofchunk|>"} if family == "flamingo" else {})
     assert ids and ids == {name: world.SPECIAL_IDS[mark] for name, mark in marks.items()}
     assert flamingo.PRESETS["tiny"].new_token_ids == (world.IMAGE_ID, world.CHUNK_ID)
