@@ -32,7 +32,6 @@ import math
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -438,19 +437,14 @@ def test_a_walk_leaves_out_no_block_with_a_pair_and_opens_none_that_is_not_open_
         if ids == "in order":
             q_ids, k_ids = q_ids.sort(1).values, k_ids.sort(1).values
         ok = Rule(causal=causal, prefix=prefix, **segments(q_ids, k_ids)).allowed(Tq, Tk)
-        blocks = lambda x: x.unflatten(2, (-1, BN)).unflatten(1, (-1, BM))  # [B,rows,BM,cols,BN]
-        edge = 0, -Tk % BN, 0, -Tq % BM
-        some, every = blocks(F.pad(ok, edge)).any(4).any(2), blocks(F.pad(ok, edge)).all(4).all(2)
+        blocks = F.pad(ok, (0, -Tk % BN, 0, -Tq % BM)).unflatten(2, (-1, BN)).unflatten(1, (-1, BM))
+        some, every = blocks.any(4).any(2), blocks.all(4).all(2)  # [B,rows,cols]
         some, every = (x.transpose(1, 2) if of_keys else x for x in (some, every))
-        for walk, has, whole in zip(*(x.flatten(0, 1) for x in (walks(q_ids, k_ids, prefix, causal, BM, BN, of_keys),
-                                                                some, every))):  # fmt: skip
+        walked = walks(q_ids, k_ids, prefix, causal, BM, BN, of_keys)
+        for walk, has, whole in zip(*(x.flatten(0, 1) for x in (walked, some, every))):
             lo, a, z, hi = walk.tolist()
-            has, whole, visited, opened = (
-                {*has.nonzero()[:, 0].tolist()},
-                {*whole.nonzero()[:, 0].tolist()},
-                {*range(lo, hi)},
-                {*range(a, z)},
-            )
+            visited, opened = {*range(lo, hi)}, {*range(a, z)}
+            has, whole = ({*x.nonzero()[:, 0].tolist()} for x in (has, whole))
             assert has <= visited <= {*range(some.shape[2])} and opened <= visited & whole, (Tq, Tk, causal, prefix)
             assert ids != "all 0" or (visited, opened) == (has, whole), (Tq, Tk, causal, prefix)
 
@@ -566,9 +560,7 @@ def test_wrong_arguments_of_attention_and_rope_are_named():
             call()
     with contextlib.suppress(KeyError), backend("reference"):
         raise KeyError
-    assert MODULE.choose_backend(q, k) == "torch", (
-        "no backend outlives its context, whether it failed or what is inside"
-    )
+    assert MODULE.choose_backend(q, k) == "torch", "no backend outlives its context, whatever failed"
 
 
 @needs_triton
@@ -2565,8 +2557,8 @@ def test_where_texts_are_equal_each_belongs_to_the_images_of_all_and_without_the
     logits = model.logits(image, text).detach().double()
     alike = names[:, None] == names
     if loss == "softmax":  # of the images and the texts of the same name only its own is left
-        chosen = [torch.stack([x[i, j] - x[i, ~alike[i] | (names.new_tensor(range(4)) == i)].logsumexp(0) for i, j in
-                  enumerate(range(4))]).mean() for x in (logits, logits.T)]  # fmt: skip
+        others = alike & ~torch.eye(4, dtype=torch.bool)
+        chosen = [x.masked_fill(others, -torch.inf).log_softmax(1).diagonal().mean() for x in (logits, logits.T)]
         wanted = -sum(chosen) / 2
     else:
         wanted = -torch.where(alike, F.logsigmoid(logits), F.logsigmoid(-logits)).sum() / 4
@@ -4620,6 +4612,7 @@ def test_runs_that_cannot_be_written_stop_before_training(runs, capsys):
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_old_checkpoint_and_no_half_file(runs, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")  # not on Windows
     fit_line()
     before, limits = (runs / "line/checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     for room, file in ((1500, "checkpoint.pt"), (40, "log.jsonl")):
@@ -4778,23 +4771,29 @@ for recipe in world.RECIPES.values():
     recipe.stages = tuple(replace(plan, steps=3) for plan in recipe.stages)
     recipe.claims = lambda *_: [world.Claim("measured", 0, 1, 1)]
 world.LM_STEPS = 3
-sys.exit(world.main(["llava"]))
+sys.exit(world.main(sys.argv[1:]))
 """
 
 
 def test_two_processes_train_like_one(tmp_path):
-    """A contrastive tower, a language model, and both stages of a LLaVA that is made of them."""
+    """A contrastive tower, a language model, both stages of a LLaVA that is made of them; then own data, of which
+    texts are equal."""
     (tmp_path / "short.py").write_text(SHORT)
+    for i, scene in enumerate(many_scenes(20)):
+        world.draw(scene).save(tmp_path / f"{i}.png")
+    rows = [json.dumps(dict(file_name=f"{i}.png", text=f"{'a' * (i % 5)} thing")) for i in range(20)]  # 18 train
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     for folder, launcher in (("one", ""), ("two", "-m torch.distributed.run --standalone --nproc-per-node 2")):
         (tmp_path / folder).mkdir()
-        done = run(*launcher.split(), str(tmp_path / "short.py"), cwd=tmp_path / folder)
-        assert done.returncode == 0 and done.stdout.count("| claim") == 1, f"{done.stdout}{done.stderr}"
-    for name in ("clip", "lm", "llava-stage1", "llava"):
+        for command, ending in (("llava", "| claim"), ("clip --data .. --steps 3", "guessing is right")):
+            done = run(*launcher.split(), str(tmp_path / "short.py"), *command.split(), cwd=tmp_path / folder)
+            assert done.returncode == 0 and done.stdout.count(ending) == 1, f"{done.stdout}{done.stderr}"
+    for name in ("clip", "lm", "llava-stage1", "llava", "clip-own-steps3"):
         one, two = (tmp_path / folder / "runs" / name for folder in ("one", "two"))
-        for weight, parameter in checkpoint_of(one)["model"].items():
-            close(checkpoint_of(two)["model"][weight], parameter, 1e-4)
         for ours, theirs in zip(log_of(one), log_of(two), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4), "the log shows the joint loss"
+        for weight, parameter in checkpoint_of(one)["model"].items():
+            close(checkpoint_of(two)["model"][weight], parameter, 1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -4919,29 +4918,22 @@ def test_own_data_names_bad_rows_and_measures_a_tenth_kept_back_before_and_after
     trained, used = checkpoint_of(folder), MODELS[family].from_pretrained(folder).state_dict()
     assert before != after and trained["step"] == 1 and f"{family}.py --weights {folder} --image" in out
     assert all(torch.equal(weight, trained["model"][name]) for name, weight in used.items())
-    guess = {1: "1.7", 2: "2.0"}[
-        len(recipe.fields)
-    ]  # two texts of the three are equal, or of the two that ask the same
+    guess = ("1.7", "2.0")[len(recipe.fields) - 1]  # two texts of the three are equal, or of the two that ask the same
     assert re.search(rf"for \d before, \d after; guessing is right for {guess}\n", out)
     assert f"{family} is not trained yet" in out and f"about {recipe.minutes} min" in out
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_own_data_is_right_where_the_text_is_written_word_for_word_or_chosen_among_all_and_equal(family, monkeypatch):
-    recipe, model, red, blue = (
-        world.RECIPES[family](),
-        fresh(family),
-        *(Image.new("RGB", (32, 32), c) for c in ("red", "blue")),
-    )
+    recipe, model = world.RECIPES[family](), fresh(family)
+    red, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
     said = {id(red): "red", id(blue): "blue ones"}
     rows = [(red, "red"), (blue, "blue ones"), (blue, "red"), (red, "red"), (blue, "blue")]
     fits = lambda pairs: torch.tensor([[0.0, said[id(picture)] == text] for picture, text in pairs])
     if family == "clip":
         of_texts = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.5, 0.5]]
-        features = [
-            torch.tensor([[picture is red, picture is blue] for picture, _ in rows]).float(),
-            torch.tensor(of_texts),
-        ]
+        of_images = [[float(picture is red), float(picture is blue)] for picture, _ in rows]
+        features = torch.tensor(of_images), torch.tensor(of_texts)
         monkeypatch.setattr(recipe, "features", lambda *_: features)
     elif family == "vilt":
         monkeypatch.setattr(recipe, "read", lambda model, pairs: (fits(pairs), None))
