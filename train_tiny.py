@@ -2,8 +2,9 @@
 and the workbench, the command line that the seven files share.
 
 What. A seeded world of coloured shapes, drawn with Pillow, nothing stored: scenes, captions, questions with answers,
-boxes, comparisons of two pictures, short videos, numbers to read. A fifth of the colour-shape pairs is never shown in
-training, neither drawn nor named. A model that gets those right has learned to compose colour with shape.
+boxes, short videos, numbers to read. A fifth of the colour-shape pairs is never shown in training, neither drawn nor
+named. A model that gets those right has learned to compose colour with shape. Scenes come in three splits: models are
+trained on one, steps and settings are chosen on another (validation), and claims are measured on the third (test).
 
 How.    python train_tiny.py world              a sheet of samples, to see what the models see
         python train_tiny.py clip               train, then print the paper's claims at toy scale: hold or not
@@ -60,12 +61,12 @@ from kernels import Rule, attention_maps, draw_mask, rope_2d
 # The world: things on a canvas
 
 
-COLOURS = {  # all bright, since a shape that hardly shows teaches little
-    "red": (255, 70, 60),
-    "green": (60, 220, 90),
-    "blue": (80, 140, 255),
-    "yellow": (255, 225, 60),
-    "purple": (205, 90, 245),
+COLOURS = {  # that show on dark backgrounds and, but for white, on light ones
+    "red": (235, 45, 45),
+    "green": (45, 185, 75),
+    "blue": (55, 100, 245),
+    "yellow": (250, 220, 40),
+    "purple": (175, 70, 205),
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
@@ -73,8 +74,6 @@ SIZES = {"small": 0.30, "large": 0.42}  # side, as a fraction of the canvas's sh
 JITTER = 0.25  # 1: anywhere in its quarter of the canvas; 0: always in the middle
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 NUMBERS = ("zero", "one", "two", "three", "four")
-# words without a meaning, to be given one in a few examples
-NAMES = tuple("blick dax fep gazzer kiki lorp modi pilk rif tufa wug zibo tepa mip nax sorb".split())
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)  # 30
 UNSEEN_PAIRS = (  # a fifth of all: each colour once, each shape at most twice
@@ -124,11 +123,21 @@ class Scene:
     grey: int = 20
 
     @property
-    def is_test(self):
-        """An eighth of the scenes of two things and more, chosen by what is in them, is never trained on. Scenes of one
-        thing are too few for that: 24 pairs x 2 sizes x 4 places."""
-        content = "; ".join(f"{t.full_name} {t.place}" for t in self.things)
-        return len(self.things) > 1 and zlib.crc32(content.encode()) % 8 == 0
+    def split(self):
+        """By what is in it. Scenes of one thing are all trained on, since they are few: 24 pairs x 2 sizes x 4
+        places."""
+        return split_of("; ".join(f"{t.full_name} {t.place}" for t in self.things)) if len(self.things) > 1 else "train"
+
+
+def split_of(content):
+    """An eighth of everything is for "test", an eighth for "validation"; neither is trained on."""
+    return ("test", "validation", *["train"] * 6)[zlib.crc32(content.encode()) % 8]
+
+
+def background(things, rng):
+    """A grey level on which these things show: dark or, if none of them is white, light."""
+    dark = rng.random() < 0.5 or any(thing.colour == "white" for thing in things)
+    return rng.randrange(0, 60) if dark else rng.randrange(200, 256)
 
 
 def place_thing(pair, size, place, rng):
@@ -140,10 +149,10 @@ def place_thing(pair, size, place, rng):
 
 def make_scene(rng, count=None, pairs=SEEN_PAIRS, split="train"):
     """A random scene. rng: random.Random; count: how many things (None: one to four, most often two);
-    split: "train", "test" (content never trained on) or "any". Things of one scene are different pairs."""
-    if split == "test" and count == 1:
-        raise ValueError("scenes of one thing are all trained on; test scenes have two to four")
-    counts = (count,) if count else (2, 2, 2, 3, 3, 4) if split == "test" else (1, 1, 2, 2, 2, 3, 3, 4)
+    split: "train", "validation", "test" or "any". Things of one scene are different pairs."""
+    if split in ("validation", "test") and count == 1:
+        raise ValueError("scenes of one thing are all trained on; others have two to four")
+    counts = (count,) if count else (1, 1, 2, 2, 2, 3, 3, 4) if split in ("train", "any") else (2, 2, 2, 3, 3, 4)
     while True:
         number = rng.choice(counts)
         places = sorted(rng.sample(PLACES, number), key=PLACES.index)
@@ -151,8 +160,8 @@ def make_scene(rng, count=None, pairs=SEEN_PAIRS, split="train"):
         things = tuple(
             place_thing(pair, rng.choice(("small", "large")), place, rng) for pair, place in zip(chosen, places)
         )
-        scene = Scene(things, grey=rng.randrange(0, 60))
-        if split == "any" or scene.is_test == (split == "test"):
+        scene = Scene(things, background(things, rng))
+        if split in (scene.split, "any"):
             return scene
 
 
@@ -166,13 +175,11 @@ def change_one(scene, rng, split="train"):
         new = replace(old, **{key: rng.choice(values)})
         things = scene.things[:which] + (new,) + scene.things[which + 1 :]
         other = replace(scene, things=things)
-        if (
-            new != old
-            and new.pair in SEEN_PAIRS
-            and len({t.pair for t in things}) == len(things)
-            and (split == "any" or other.is_test == (split == "test"))
-        ):
-            return other
+        shows = new.colour != "white" or scene.grey < 60
+        other_pairs = {t.pair for t in things if t is not new}
+        if new != old and shows and new.pair in SEEN_PAIRS and new.pair not in other_pairs:
+            if split in (other.split, "any"):
+                return other
 
 
 def unseen_pair_scene(rng, count=None):
@@ -182,7 +189,7 @@ def unseen_pair_scene(rng, count=None):
     colour, shape = rng.choice(UNSEEN_PAIRS)
     things = list(scene.things)
     things[which] = replace(things[which], colour=colour, shape=shape)
-    return replace(scene, things=tuple(things))
+    return Scene(tuple(things), background(things, rng))
 
 
 def rng_for(*key):
@@ -248,8 +255,9 @@ GLYPHS = dict(
 )
 
 
-def draw_number(text, width=32, height=32, colour="white", grey=20):
-    """Digits as large as the canvas allows, for reading tests. Raises ValueError when they cannot fit."""
+def draw_number(text, width=32, height=32, grey=20):
+    """Digits as large as the canvas allows, white on a dark background, black on a light one. Raises ValueError when
+    they cannot fit."""
     scale = min((width - 2) // (4 * len(text) - 1), (height - 2) // 5)
     if scale < 1:
         raise ValueError(f"{len(text)} digits need at least {4 * len(text) + 1} x 7 pixels, not {width} x {height}")
@@ -260,7 +268,7 @@ def draw_number(text, width=32, height=32, colour="white", grey=20):
         for i in range(15):
             if GLYPHS[digit] >> (14 - i) & 1:
                 x, y = left + scale * (4 * n + i % 3), top + scale * (i // 3)
-                pen.rectangle((x, y, x + scale - 1, y + scale - 1), fill=COLOURS[colour])
+                pen.rectangle((x, y, x + scale - 1, y + scale - 1), fill=(250,) * 3 if grey < 60 else (10,) * 3)
     return image
 
 
@@ -370,25 +378,15 @@ def ask(scene, rng, kinds=QUESTIONS):
     raise ValueError(f"no question of {kinds} makes sense for: {caption(scene)}")
 
 
-def compare(rng, split="train"):
-    """Two pictures and a question about both: (scene, scene, question, answer)."""
-    one, two = make_scene(rng, split=split), make_scene(rng, split=split)
-    if rng.random() < 0.5 and len(one.things) != len(two.things):
-        return one, two, "which picture has more things?", "first" if len(one.things) > len(two.things) else "second"
-    if rng.random() < 0.5:
-        two = replace(one, grey=two.grey)
-    return one, two, "are the pictures the same?", "yes" if one.things == two.things else "no"
-
-
 def movie(rng, frames=4, pairs=SEEN_PAIRS):
     """One thing moving over the canvas: (list of scenes, question, answer in left, right, up, down)."""
     way = rng.choice(("left", "right", "up", "down"))
     thing = Thing(*rng.choice(pairs), rng.choice(tuple(SIZES)), rng.random(), rng.random())
-    scenes = []
+    scenes, grey = [], background([thing], rng)
     for step in np.linspace(0.05, 0.95, frames):
         along = float(1 - step if way in ("left", "up") else step)
         moved = replace(thing, x=along) if way in ("left", "right") else replace(thing, y=along)
-        scenes.append(Scene((moved,)))
+        scenes.append(Scene((moved,), grey))
     return scenes, "which way does it move?", way
 
 
@@ -435,6 +433,11 @@ PAD_ID, BOS_ID, EOS_ID, IMAGE_ID, VIDEO_ID, BOI_ID, EOI_ID, MASK_ID, CLS_ID, SEP
 SPLIT = r" ?[A-Za-z]+(?:-[A-Za-z]+)?|[0-9]| ?[^A-Za-z0-9\s]|\s"  # words with the space before them; single digits
 
 
+OTHER_WORDS = """Question: which words can you read? Short answer: a photo of a person, a man, a woman, a child, a cat,
+a dog, a bird, a fish, a horse, a car, a house, a tree, a flower, the sun in the sky; five six seven eight nine ten;
+black, grey, orange, brown, pink; find the biggest one in the video, please."""  # of CogVLM's prompt, and of own data
+
+
 def merge(word, pair):
     """Every neighbouring `pair` in the tuple `word` becomes one symbol: merge((a, b, c), (a, b)) = (ab, c)."""
     out, i = [], 0
@@ -470,12 +473,8 @@ def tokenizer():
     Always the same one, whatever the seed of a training: models could not share a vocabulary otherwise."""
     rng = rng_for("tokenizer")
     lines = [text_line(rng) for _ in range(1400)] + [caption(make_scene(rng), rng) for _ in range(400)]
-    lines += [" ".join(compare(rng)[2:]) for _ in range(100)] + [" ".join(movie(rng)[1:]) for _ in range(100)]
-    lines += [" ".join(read_number(rng)[1:]) for _ in range(50)] + [f"this is a {name}." for name in 5 * NAMES]
-    lines += [
-        "Question: which words can you read? Short answer: none",
-        "find the biggest thing in the video, please.",
-    ] * 50
+    lines += [" ".join(movie(rng)[1:]) for _ in range(100)] + [" ".join(read_number(rng)[1:]) for _ in range(50)]
+    lines += [OTHER_WORDS] * 50
     ranks = train_bpe("\n".join(lines).replace("<eos>", "\n"), MERGES)
     return tiktoken.Encoding("toy-world", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=SPECIAL_IDS)
 
@@ -571,9 +570,12 @@ def orthogonal(matrix):
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.T if len(matrix) > matrix.shape[1] else matrix  # the smaller square
     x = x / x.norm().clamp(min=1e-7)
+    square, one = x @ x.T, torch.eye(len(x), device=x.device)
+    product = one  # of the rounds' factors, all of them polynomials of the small square
     for _ in range(5):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
+        factor = a * one + b * square + c * square @ square
+        square, product = factor @ square @ factor, factor @ product
+    x = product @ x
     return x.T if len(matrix) > matrix.shape[1] else x
 
 
@@ -798,16 +800,23 @@ def train(name, plan, model, loss_of, state, path, expected, after_step):
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence from a paper with a number of ours: it holds when `measured` is at least `target`."""
+    """A sentence from a paper with a number of ours: it holds when `measured` is at least `target`, by two standard
+    errors if it is a share of a sample."""
 
     name: str
     chance: float  # what guessing would give; for "a beats b": what b gives
     measured: float
     target: float
+    sample: int = 0  # how many were asked; 0: all there are, or a comparison
+
+    @property
+    def error(self):
+        """Two standard errors of a share."""
+        return 2 * math.sqrt(self.measured * (1 - self.measured) / self.sample) if self.sample else 0.0
 
     @property
     def holds(self):
-        return self.measured >= self.target
+        return self.measured - self.error >= self.target
 
 
 def claims_table(claims):
@@ -908,6 +917,7 @@ class Recipe:
     rightly = "the right text is written"  # what `right` counts
     given = None  # a trained model, which is asked instead of training one
     minutes = 3  # that all of its training takes on two CPU cores, towers included
+    split = "validation"  # of what is shown and measured; claims are measured on another
     special_tokens = True  # does a published tokenizer add those of its own to a prompt?
     no_tokenizer = ""  # what to do when a published folder has none
 
@@ -1044,7 +1054,7 @@ class Recipe:
                 forget(self.family)
             model = self.train(args.device, demo=True)
             if not images:
-                scene = make_scene(rng_for(f"{self.family} demo"), split="test")
+                scene = make_scene(rng_for(f"{self.family} demo"), split="validation")
                 images = [draw(scene)]
                 say(f"[{caption(scene)}]")
             for question in args.prompt or [DESCRIBE]:
@@ -1057,13 +1067,14 @@ class Recipe:
         return {}
 
     def run(self, args):
+        self.split = args.split
         model = self.train(args.device, args.seed, args.steps, **self.options(args))
         say(self.save(model))
         return self.claims(model, args) if RANK == 0 else []
 
     def ablations(self, args):
         """Every variant with seeds 0, 1, 2 and equal steps; claims about the means."""
-        means, steps = {}, args.steps or self.ablation_steps
+        self.split, means, steps = args.split, {}, args.steps or self.ablation_steps
         for variant, changes in self.variants.items():
             name = f"{self.family}-ablations/{variant.replace(' ', '-').replace(',', '')}"
             each = [self.measure(self.train(args.device, seed, steps, name=name, **changes)) for seed in (0, 1, 2)]
@@ -1220,13 +1231,10 @@ def check_fits(ids, context):
         raise ValueError(f"{len(ids)} tokens do not fit the context of {context} ({reason})")
 
 
-def questions(rng, count, kinds=None):
+def questions(rng, count, split="validation"):
     """[(scene, question, answer)] about scenes never trained on."""
-    asked = []
-    for _ in range(count):
-        scene = make_scene(rng, split="test")
-        asked.append((scene, *ask(scene, rng, kinds or KINDS)))
-    return asked
+    scenes = [make_scene(rng, split=split) for _ in range(count)]
+    return [(scene, *ask(scene, rng, KINDS)) for scene in scenes]
 
 
 def guess(asked):
@@ -1270,8 +1278,6 @@ def world_sheet():
         pictures.append((draw(scene, *size), f"{caption(scene, rng)}\n{asked} {answer}".replace(", ", ",\n")))
     frames, asked, answer = movie(rng)
     pictures += [(draw(frame), f"frame {i + 1}\n{asked} {answer}") for i, frame in enumerate(frames)]
-    one, two, asked, answer = compare(rng)
-    pictures += [(draw(one), f"{asked}\n{answer}"), (draw(two), "(second picture)")]
     number, asked, answer = read_number(rng)
     pictures.append((draw_number(number), f"{asked} {answer}"))
     scene = unseen_pair_scene(rng, 2)
@@ -1392,8 +1398,8 @@ class CLIPRecipe(Recipe):
         return sum(PAIRS[i] == scene.things[0].pair for i, scene in zip(best, scenes)) / len(scenes)
 
     def claims(self, model, args):
-        rng = rng_for("clip claims")
-        right = self.retrieval(model, unseen_samples(rng, 512))
+        rng = rng_for("clip claims", self.split)
+        right = self.retrieval(model, unseen_samples(rng, 512, self.split))
         pairs = [unseen_pair_scene(rng, 1) for _ in range(300)]
         bare, ensemble = self.naming(model, pairs, ("{}",)), self.naming(model, pairs, TEMPLATES)
         return [
@@ -1403,7 +1409,7 @@ class CLIPRecipe(Recipe):
         ]
 
     def measure(self, model):
-        return [self.retrieval(model, unseen_samples(rng_for("clip ablations"), 512))]
+        return [self.retrieval(model, unseen_samples(rng_for("clip ablations"), 512, self.split))]
 
     def compare(self, means):
         (softmax16,), (sigmoid16,), (softmax128,), (sigmoid128,) = means.values()
@@ -1504,9 +1510,9 @@ class CLIPRecipe(Recipe):
         ]
 
 
-def unseen_samples(rng, count):
+def unseen_samples(rng, count, split="validation"):
     """[(picture, full caption)] of scenes never trained on."""
-    scenes = [make_scene(rng, split="test") for _ in range(count)]
+    scenes = [make_scene(rng, split=split) for _ in range(count)]
     return [(draw(scene), caption(scene)) for scene in scenes]
 
 
@@ -1558,9 +1564,9 @@ def near_miss(scene, rng, split="any"):
     return other
 
 
-def near_misses(rng, count):
+def near_misses(rng, count, split="validation"):
     """[(picture, right text, text with one word changed)] of unseen scenes."""
-    scenes = [make_scene(rng, split="test") for _ in range(count)]
+    scenes = [make_scene(rng, split=split) for _ in range(count)]
     return [(draw(scene), short_caption(scene), short_caption(near_miss(scene, rng))) for scene in scenes]
 
 
@@ -1593,11 +1599,11 @@ def possible_words(scene, thing, key):
     return sum(pair in SEEN_PAIRS and pair not in others for pair in pairs)
 
 
-def masked_words(rng, count):
+def masked_words(rng, count, split="validation"):
     """[(scene, its caption with one colour, shape or place hidden, the hidden word, its possible_words)]."""
     items = []
     for _ in range(count):
-        scene = make_scene(rng, split="test")
+        scene = make_scene(rng, split=split)
         thing, key = rng.choice(scene.things), rng.choice(("colour", "shape", "place"))
         word = getattr(thing, key)
         said = [f"{t.place} a {t.full_name}" for t in scene.things]
@@ -1800,9 +1806,10 @@ class ViLTRecipe(Recipe):
         return sum(hits) / len(hits), sum(chance) / len(chance)
 
     def claims(self, model, args):
-        words, misses = masked_words(rng_for("vilt words"), 400), near_misses(rng_for("vilt matching"), 400)
+        words = masked_words(rng_for("vilt words"), 400, self.split)
+        misses = near_misses(rng_for("vilt matching"), 400, self.split)
         rng = rng_for("vilt landing")
-        landing, darts = self.words_landing(model, [make_scene(rng, split="test") for _ in range(200)])
+        landing, darts = self.words_landing(model, [make_scene(rng, split=self.split) for _ in range(200)])
         text_only = sum(1 / ways for _, _, _, ways in words) / len(words)
         missed = 1 - self.recovered(model, words, wrong_image=True)
         patches, encoder, resnet = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
@@ -1820,7 +1827,8 @@ class ViLTRecipe(Recipe):
         """[where words land; how often the right one of two texts is preferred that are one word apart]; of a CLIP,
         which has no words to land, the second alone."""
         rng = rng_for("vilt ablations")
-        scenes, misses = [make_scene(rng, split="test") for _ in range(200)], near_misses(rng, 400)
+        scenes = [make_scene(rng, split=self.split) for _ in range(200)]
+        misses = near_misses(rng, 400, self.split)
         if isinstance(model, vilt.ViLT):
             right, wrong = self.match_scores(model, misses)
             return [self.words_landing(model, scenes)[0], sum(r > w for r, w in zip(right, wrong)) / len(misses)]
@@ -1874,7 +1882,7 @@ class ViLTRecipe(Recipe):
                 forget("vilt")
             model, prompts = self.train(args.device, demo=True), prompts or ["a <mask> <mask>"]
             lines_about = lambda image: [self.respond(model, image, prompt) for prompt in prompts]
-        scene = make_scene(rng_for("vilt demo"), 2, split="test")
+        scene = make_scene(rng_for("vilt demo"), 2, split="validation")
         for name, image in zip(args.image or [f"[{caption(scene)}]"], images or [draw(scene)]):
             say(name, *(f"    {line}" for line in lines_about(image)))
 
@@ -1922,7 +1930,7 @@ class ViLTRecipe(Recipe):
 
     def demo(self, args):
         rng = rng_for("vilt demo")
-        scenes = [make_scene(rng, count, split="test") for count in (2, 3, 2)]
+        scenes = [make_scene(rng, count, split="validation") for count in (2, 3, 2)]
         costs = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
         patches, encoder, resnet = (f"{flops / 1e9:.0f}" for flops in costs)
         say("In go 16 patches of an image and the words of a text, in one row, to one encoder.")
@@ -2070,8 +2078,9 @@ class LLaVARecipe(Recipe):
         return dict(ids=ids.to(device), pixels=pixels.to(device), mask=mask.to(device))
 
     def claims(self, model, args):
-        vqa, unseen = questions(rng_for("llava claims"), 400), unseen_pair_questions(rng_for("llava unseen"), 300)
-        swaps = swapped_questions(rng_for("llava swaps"), 200)
+        vqa = questions(rng_for("llava claims"), 400, self.split)
+        unseen = unseen_pair_questions(rng_for("llava unseen", self.split), 300)
+        swaps = swapped_questions(rng_for("llava swaps"), 200, self.split)
         one = self.answers(model, [(scene, question) for scene, _, question, _, _ in swaps])
         two = self.answers(model, [(other, question) for _, other, question, _, _ in swaps])
         swapped = sum(a == right and b == other for a, b, (*_, right, other) in zip(one, two, swaps)) / len(swaps)
@@ -2083,7 +2092,7 @@ class LLaVARecipe(Recipe):
         ]
 
     def measure(self, model):
-        return [self.accuracy(model, questions(rng_for("llava ablations"), 400))]
+        return [self.accuracy(model, questions(rng_for("llava ablations"), 400, self.split))]
 
     # The workbench
 
@@ -2184,11 +2193,11 @@ def draw_attention(pictures, file, size=96):
     save_picture(page, file, "each image, its answer, and where the answer looked")
 
 
-def swapped_questions(rng, count):
+def swapped_questions(rng, count, split):
     """[(scene, other scene, question, answer, other answer)]: the same question with different answers."""
     pairs = []
     while len(pairs) < count:
-        one, two = make_scene(rng, split="test"), make_scene(rng, split="test")
+        one, two = make_scene(rng, split=split), make_scene(rng, split=split)
         place = rng.choice(PLACES)
         first, second = only(one, place=place), only(two, place=place)
         if first and second and first[0].full_name != second[0].full_name:
@@ -2313,8 +2322,8 @@ class BLIP2Recipe(Recipe):
     def claims(self, model, args):
         """Contrast and matching are measured after stage 1, because stage 2 is free to forget them."""
         rng = rng_for("blip2 claims")
-        scenes = [make_scene(rng, split="test") for _ in range(400)]
-        contrast, matching = reranking(self.train(args.device, args.seed, until="stage1"))
+        scenes = [make_scene(rng, split=self.split) for _ in range(400)]
+        contrast, matching = reranking(self.train(args.device, args.seed, until="stage1"), self.split)
         right, frozen = exactly_right(self.captions(model, scenes), scenes), frozen_share("blip2-opt-2.7b", 2)
         return [
             Claim("blip2: captions of unseen scenes, exactly right", 0.0, right, 0.90),
@@ -2324,7 +2333,7 @@ class BLIP2Recipe(Recipe):
 
     def measure(self, model):
         rng = rng_for("blip2 ablations")
-        scenes = [make_scene(rng, split="test") for _ in range(400)]
+        scenes = [make_scene(rng, split=self.split) for _ in range(400)]
         return [exactly_right(self.captions(model, scenes), scenes)]
 
     # The workbench
@@ -2382,7 +2391,7 @@ class BLIP2Recipe(Recipe):
 
     def demo(self, args):
         rng, queries = rng_for("blip2 demo"), blip2.PRESETS["tiny"].qformer.queries
-        scenes = [make_scene(rng, split="test") for _ in range(3)]
+        scenes = [make_scene(rng, split="validation") for _ in range(3)]
         say(f"In goes an image of 32 x 32 pixels, 17 features. {queries} queries attend to them. OPT, which was never")
         say("trained on an image, reads their outputs as if they were words:")
         say(f"    'USER: ({queries} vectors)\\n{DESCRIBE} ASSISTANT:'")
@@ -2397,7 +2406,7 @@ class BLIP2Recipe(Recipe):
             say(f"        stage 1: {'exactly that' if first == right else first}")
             say(f"        stage 2: {'exactly that' if second == right else second}")
             rows.append((draw(scene), query_attention(model, draw(scene)), second))
-        many = [make_scene(rng, split="test") for _ in range(200)]
+        many = [make_scene(rng, split="validation") for _ in range(200)]
         for stage, texts in ((1, qformer_captions(stage1, many)), (2, self.captions(model, many))):
             share = f"{things_right(texts, many):.0%} of the things described rightly, {exactly_right(texts, many):.0%}"
             say(f"after stage {stage}, of 200 more images: {share} of the images")
@@ -2483,11 +2492,11 @@ def things_right(said, scenes):
 
 
 @torch.no_grad()
-def reranking(model, count=400, top=16):
+def reranking(model, split, count=400, top=16):
     """(recall@1 by contrast alone, recall@1 when matching reorders its first `top`): unseen scenes, each to be found by
     its caption among those of all, and of three scenes each that differ from one of them in a single property."""
     rng = rng_for("blip2 reranking")
-    scenes = [make_scene(rng, split="test") for _ in range(count)]
+    scenes = [make_scene(rng, split=split) for _ in range(count)]
     near = [change_one(scene, rng, split="any") for scene in scenes for _ in range(3)]
     texts = list(dict.fromkeys(caption(scene) for scene in scenes + near))
     ids, mask = (x.to(model.query_tokens.device) for x in qformer_rows(texts))
@@ -2550,12 +2559,11 @@ WAYS, SHOTS = 5, (0, 1, 2, 4, 8)  # the kinds of things in an episode; the numbe
 
 
 def invented_names(rng, count, split="train"):
-    """Words that mean nothing yet: consonant, vowel, consonant. An eighth of them is never used in training."""
+    """Words that mean nothing yet: consonant, vowel, consonant. A quarter of them is never used in training."""
     names = []
     while len(names) < count:
         name = rng.choice("bdfgklmnprstvwz") + rng.choice("aeiou") + rng.choice("bdfgklmnprstvwz")
-        of_test = zlib.crc32(name.encode()) % 8 == 0
-        if name not in (*names, *COLOURS) and of_test == (split == "test"):  # "red" has this form too
+        if name not in (*names, *COLOURS) and split_of(name) == split:  # "red" has this form too
             names.append(name)
     return names
 
@@ -2595,17 +2603,17 @@ def one_thing(rng, shape, pairs):
     """A scene of one thing of this shape; its colour, size and place have nothing to do with its name."""
     pair = rng.choice([pair for pair in pairs if pair[1] == shape])
     thing = place_thing(pair, rng.choice(tuple(SIZES)), rng.choice(PLACES), rng)
-    return Scene((thing,), grey=rng.randrange(0, 60))
+    return Scene((thing,), background([thing], rng))
 
 
 def episode(rng, shots, ways=WAYS, split="train"):
     """[(scene, name)]: `shots` examples of what invented names mean, and one more to be named. A name means a shape,
-    and in the next episode another one: only the examples tell which. split "test": names never used in training, and
-    the scene to be named shows a colour-shape pair never drawn in it."""
+    and in the next episode another one: only the examples tell which. Other splits than "train" have names
+    never used in training, and the scene to be named shows a colour-shape pair never drawn in it."""
     shapes, names = rng.sample(SHAPES, ways), invented_names(rng, ways, split)
     *examples, asked = in_turn(rng, shots, ways)
     scenes = [(one_thing(rng, shapes[i], SEEN_PAIRS), names[i]) for i in examples]
-    last = one_thing(rng, shapes[asked], UNSEEN_PAIRS if split == "test" else SEEN_PAIRS)
+    last = one_thing(rng, shapes[asked], SEEN_PAIRS if split == "train" else UNSEEN_PAIRS)
     return [*scenes, (last, names[asked])]
 
 
@@ -2727,7 +2735,7 @@ class FlamingoRecipe(Recipe):
         """The share of episodes of this many examples whose last scene is given its name, letter by letter; and the
         same share of those in which an example has shown its kind (of WAYS kinds, k examples show k)."""
         rng = rng_for("few shot", shots)
-        episodes = [episode(rng, shots, split="test") for _ in range(count)]
+        episodes = [episode(rng, shots, split=self.split) for _ in range(count)]
         right = [text == one[-1][1] for text, one in zip(self.answers(model, episodes), episodes)]
         told = [r for r, one in zip(right, episodes) if one[-1][1] in [name for _, name in one[:-1]]]
         return sum(right) / count, sum(told) / max(1, len(told))
@@ -2736,7 +2744,7 @@ class FlamingoRecipe(Recipe):
         """The share of episodes answered rightly both as they are and with swapped names: the same pictures, in the
         same order, and two different answers."""
         rng = rng_for("swapped names", shots)
-        episodes = [episode(rng, shots, split="test") for _ in range(count)]
+        episodes = [episode(rng, shots, split=self.split) for _ in range(count)]
         swapped = [swap_names(one) for one in episodes]
         both = zip(episodes, self.answers(model, episodes), swapped, self.answers(model, swapped))
         return sum(a == one[-1][1] and b == other[-1][1] for one, a, other, b in both) / count
@@ -2778,7 +2786,7 @@ class FlamingoRecipe(Recipe):
 
     def example(self, model):
         rng = rng_for("trace")
-        return self.prompt(model, [episode(rng, 2, split="test") for _ in range(2)])
+        return self.prompt(model, [episode(rng, 2, split="validation") for _ in range(2)])
 
     def check_question(self, question, images, toy):
         prompt = flamingo.build_prompt(question, len(images))
@@ -2820,7 +2828,7 @@ class FlamingoRecipe(Recipe):
 
     def demo(self, args):
         rng, config = rng_for("flamingo demo"), flamingo.PRESETS["tiny"]
-        episodes = [episode(rng, 5, split="test") for _ in range(4)]
+        episodes = [episode(rng, 5, split="validation") for _ in range(4)]
         first, (asked, _) = episodes[0][:-1], episodes[0][-1]
         row = "".join(f"<image> {name}<|endofchunk|>" for _, name in first) + "<image>"
         say(f"In goes an interleaved row, images of 32 x 32 pixels as {config.resampler.latents} latents beside it:")
@@ -3118,7 +3126,8 @@ class CogVLMRecipe(Recipe):
 
     def claims(self, model, args):
         before = self.start(args.device, args.seed)
-        vqa, boxes = questions(rng_for("cogvlm claims"), 400), box_questions(rng_for("cogvlm boxes"), 400)
+        vqa = questions(rng_for("cogvlm claims"), 400, self.split)
+        boxes = box_questions(rng_for("cogvlm boxes"), 400, self.split)
         same = float((text_logits(before) == text_logits(model)).double().mean())
         found = self.grounding(model, boxes)
         return [
@@ -3129,7 +3138,8 @@ class CogVLMRecipe(Recipe):
 
     def measure(self, model):
         """What a variant has learned about images, and the loss on texts, which shows what it has forgotten."""
-        vqa, boxes = questions(rng_for("cogvlm ablations"), 400), box_questions(rng_for("cogvlm ablations, boxes"), 200)
+        vqa = questions(rng_for("cogvlm ablations"), 400, self.split)
+        boxes = box_questions(rng_for("cogvlm ablations, boxes"), 200, self.split)
         return [self.accuracy(model, vqa), self.grounding(model, boxes), text_loss(model)]
 
     def compare(self, means):
@@ -3243,11 +3253,11 @@ class CogVLMRecipe(Recipe):
         ]
 
 
-def box_questions(rng, count):
+def box_questions(rng, count, split="validation"):
     """[(scene, question, answer with a box)]: things to be found in scenes never trained on."""
     asked = []
     while len(asked) < count:
-        scene = make_scene(rng, split="test")
+        scene = make_scene(rng, split=split)
         text, answer = ask_box(scene, rng)
         if answer != "nothing":
             asked.append((scene, text, answer))
@@ -3448,12 +3458,13 @@ class Qwen2VLRecipe(Recipe):
         return dict(ids=ids.to(device), patches=patches.to(device), grid_thw=grids, mask=mask.to(device))
 
     def claims(self, model, args):
-        asked = [size_questions(300, sizes) for sizes in (CANVASES, NEW_CANVASES, LARGE_CANVASES)]
+        asked = [size_questions(300, sizes, self.split) for sizes in (CANVASES, NEW_CANVASES, LARGE_CANVASES)]
         seen, new, large = (self.accuracy(model, questions) for questions in asked)
         guessed = guess(asked[0])
-        curve = [self.accuracy(model, qwen_numbers(200, tokens)) for tokens in TOKENS]
-        ways = self.accuracy(model, [one for frames in FRAMES for one in qwen_movies(100, frames)])
-        longer = [f"{frames} frames: {self.accuracy(model, qwen_movies(100, frames)):.3f}" for frames in LONG_MOVIES]
+        curve = [self.accuracy(model, qwen_numbers(200, tokens, self.split)) for tokens in TOKENS]
+        movies = {frames: qwen_movies(100, frames, self.split) for frames in FRAMES + LONG_MOVIES}
+        ways = self.accuracy(model, [one for frames in FRAMES for one in movies[frames]])
+        longer = [f"{frames} frames: {self.accuracy(model, movies[frames]):.3f}" for frames in LONG_MOVIES]
         read = ", ".join(f"{tokens}: {share:.3f}" for tokens, share in zip(TOKENS, curve))
         say(
             f"questions answered: {seen:.3f} in sizes of training, {new:.3f} in shapes never seen, {large:.3f} in "
@@ -3493,9 +3504,11 @@ class Qwen2VLRecipe(Recipe):
     def measure(self, model, shows):
         """The share that is answered, of what the stage `shows` and of what is new."""
         if shows == "large movies":
-            asked = [[one for frames in some for one in qwen_movies(50, frames, 48)] for some in (FRAMES, LONG_MOVIES)]
+            of_length = lambda frames: qwen_movies(50, frames, self.split, 48)
+            asked = [[one for frames in some for one in of_length(frames)] for some in (FRAMES, LONG_MOVIES)]
         else:
-            asked = [size_questions(300, sizes, qwen_thing) for sizes in (QWEN_SHOWS[shows][1], NEW_CANVASES)]
+            seen = QWEN_SHOWS[shows][1]
+            asked = [size_questions(300, sizes, self.split, qwen_thing) for sizes in (seen, NEW_CANVASES)]
         return [self.accuracy(model, questions) for questions in asked]
 
     def compare(self, means):
@@ -3538,7 +3551,8 @@ class Qwen2VLRecipe(Recipe):
     def demo(self, args):
         config = qwen2vl.PRESETS["tiny"]
         tokens = lambda picture: qwen2vl.num_image_tokens(picture.height, picture.width, config)
-        asked = [first_turn(qwen_scene(rng_for("qwen demo", i), [size], "test")) for i, size in enumerate(NEW_CANVASES)]
+        scenes = [qwen_scene(rng_for("qwen demo", size), [size], "validation") for size in NEW_CANVASES]
+        asked = [first_turn(scene) for scene in scenes]
         picture, question, _ = asked[0]
         _, h, w = qwen2vl.image_grid(picture.height, picture.width, config.vision)
         m = config.vision.merge
@@ -3555,7 +3569,7 @@ class Qwen2VLRecipe(Recipe):
             verdict = "right" if text == right else f"wrong, it is {right}"
             size = f"{picture.height} x {picture.width}"
             say(f"    {size:>8} = {tokens(picture):>2} tokens: {question} -> {text} ({verdict})")
-        many = [first_turn(qwen_scene(rng_for("qwen demo, many", i), NEW_CANVASES, "test")) for i in range(200)]
+        many = [first_turn(qwen_scene(rng_for("qwen demo, many", i), NEW_CANVASES, "validation")) for i in range(200)]
         say(
             f"of 200 more questions {self.accuracy(model, many):.0%} are answered rightly (guessing: {guess(many):.0%})"
         )
@@ -3687,7 +3701,7 @@ def qwen_sample(kind, rng, sizes):
 
 
 def qwen_scene(rng, sizes=CANVASES, split="train"):
-    """A picture with its description among four questions; a test scene with one question."""
+    """A picture with its description among four questions; a scene that is not trained on, with one question."""
     scene = make_scene(rng, split=split)
     turns = [ask(scene, rng, KINDS) for _ in range(4 if split == "train" else 1)]
     if split == "train":
@@ -3697,7 +3711,7 @@ def qwen_scene(rng, sizes=CANVASES, split="train"):
 
 def qwen_thing(rng, sizes=CANVASES, split=None):
     """A picture of one thing, and what it is. For comparisons that must be quick. One thing is too little for scenes of
-    its own in the test split, whatever `split` is: what is new in a test is the size of the picture."""
+    its own in a split, whatever `split` is: what is new in a test is the size of the picture."""
     (thing,) = (scene := make_scene(rng, 1, split="any")).things
     return draw(scene, *rng.choice(sizes)), [("what is it?", f"a {thing.full_name}")]
 
@@ -3706,7 +3720,8 @@ def qwen_number(rng, tokens=None):
     """A small number, its strokes 3 pixels wide, about in the middle of a picture that is then given so few pixels that
     it makes at most `tokens` tokens (None: any of TOKENS, three times in five the most)."""
     text, question, answer = read_number(rng)
-    number, image = draw_number(text, 24, 18), Image.new("RGB", NUMBER_SIZE, (20,) * 3)
+    grey = background([], rng)
+    number, image = draw_number(text, 24, 18, grey), Image.new("RGB", NUMBER_SIZE, (grey,) * 3)
     corner = [(whole - part) // 2 + rng.randrange(-2, 3) for whole, part in zip(NUMBER_SIZE, number.size)]
     image.paste(number, tuple(corner))
     return shrink(image, tokens or rng.choice(TOKENS + TOKENS[-1:] * 2)), [(question, answer)]
@@ -3727,20 +3742,20 @@ def first_turn(sample):
     return shown, *turns[0]
 
 
-def size_questions(count, sizes, sample=qwen_scene):
+def size_questions(count, sizes, split, sample=qwen_scene):
     """[(picture, question, answer)] in these sizes, the same scenes and questions whatever the sizes. Those of
     qwen_scene were never trained on; those of qwen_thing may have been, in other sizes."""
     chosen = [[sizes[i % len(sizes)]] for i in range(count)]
-    return [first_turn(sample(rng_for("qwen size", i), size, "test")) for i, size in enumerate(chosen)]
+    return [first_turn(sample(rng_for("qwen size", split, i), size, split)) for i, size in enumerate(chosen)]
 
 
-def qwen_movies(count, frames, side=32):
-    rng = rng_for("qwen movies", frames)
+def qwen_movies(count, frames, split, side=32):
+    rng = rng_for("qwen movies", split, frames)
     return [first_turn(qwen_movie(rng, frames, side)) for _ in range(count)]
 
 
-def qwen_numbers(count, tokens):
-    rng = rng_for("qwen numbers")  # the same numbers whatever the tokens
+def qwen_numbers(count, tokens, split):
+    rng = rng_for("qwen numbers", split)  # the same numbers whatever the tokens
     return [first_turn(qwen_number(rng, tokens)) for _ in range(count)]
 
 
@@ -4040,6 +4055,9 @@ def trainer_command_line():
     parser.add_argument("--data", metavar="FOLDER", help="train on your own images: FOLDER/metadata.jsonl")
     parser.add_argument(
         "--loss", choices=("softmax", "sigmoid"), default="softmax", help="clip only: CLIP's or SigLIP's"
+    )
+    parser.add_argument(
+        "--split", choices=("validation", "test"), default="test", help="what claims are measured on (default: test)"
     )
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--steps", type=steps_number, help="of the family's last stage (default: the recipe's own)")
