@@ -3923,6 +3923,100 @@ def test_own_questions_to_the_toy_are_answered_and_nothing_else_is_printed(famil
     assert ("no example" in out) == (family == "flamingo" and "endofchunk" not in line)  # a hint
 
 
+@torch.no_grad()
+def test_where_an_answer_looks_is_the_attention_of_the_token_before_it_to_each_patch(monkeypatch):
+    """Made-up attention, from which its place can be read: 1000 * query + key."""
+
+    @contextlib.contextmanager
+    def numbered():
+        with attention_maps() as maps:
+            yield maps
+        for i, x in enumerate(maps):
+            queries, keys = (torch.arange(float(n)) for n in x.shape[2:])
+            maps[i] = (1000 * queries[:, None] + keys).expand_as(x)
+
+    monkeypatch.setattr(world, "attention_maps", numbered)
+    picture = Image.new("RGB", (64, 48))
+    for family, text, asks, first, rows, columns in (  # first: of the patches, behind words, boi or the class token
+        ("llava", "what is red?", -1, 3, 4, 4), ("cogvlm", "what is red?", -1, 2, 4, 4),
+        ("qwen2vl", "what is red?", -1, 1, 3, 4),
+    ):  # fmt: skip
+        recipe, model = world.RECIPES[family](), fresh(family).eval()
+        length = recipe.prompt(model, [(picture, text)])["ids"].shape[1]
+        patches = torch.arange(float(rows * columns)).view(rows, columns)
+        close(recipe.look(model, picture, text), 1000 * (asks % length) + first + patches, 1e-6)
+
+
+def test_of_a_wrong_answer_a_demo_says_what_most_of_the_attention_was_on_if_that_was_another_thing():
+    pairs = (("red", "ring"), "top-right"), (("blue", "square"), "bottom-left")
+    red, blue = (world.place_thing(pair, "small", place, random.Random(0)) for pair, place in pairs)
+    scene = world.Scene((red, blue))
+    for rows, columns in ((4, 4), (2, 5), (3, 3), (5, 2)):
+        heat = torch.full((rows, columns), 0.01)
+        heat[-1, 0] += 1
+        place, thing, share = world.looked_at(heat, scene)
+        assert (place, thing) == ("bottom-left", blue) and share > 0.8
+    assert world.looked_at(torch.tensor([[1.0, 4.0, 5.0], [0.0, 4.0, 0.0]]), scene) == ("top-right", red, 0.5)
+    there = "; 70% of its attention to the image was bottom-left, at the blue square"
+    most, half = torch.tensor([[0.1, 0.1], [0.7, 0.1]]), torch.tensor([[0.25, 0.25], [0.5, 0]])
+    for heat, question, why in (
+        (most, "what shape is the red thing?", there),
+        (most, "where is the ring?", there),
+        (most, "what is top-left?", there),
+        (most.flip(0), "what size is the ring?", "; 70% of its attention to the image was top-left, where nothing is"),
+        (most, "what shape is the blue thing?", ""),  # it is where it should be
+        (most, "how many red things are there?", ""),  # about the whole image
+        (most, "is there a red thing?", ""),
+        (most, "what colour is the cross?", ""),  # there is none
+        (half, "what shape is the red thing?", ""),
+    ):
+        assert world.distraction(heat, scene, question) == why, question
+
+
+def test_the_place_that_a_question_is_about():
+    rng = random.Random(0)
+    for kind in world.QUESTIONS * 40:
+        scene = world.make_scene(rng)
+        if asked := world.question(kind, scene, rng):
+            place = world.asked_place(scene, asked[0])
+            if kind in ("colour", "shape", "size", "where"):
+                [thing] = world.only(scene, place=place)
+                assert asked[1] in (*thing.pair, thing.size, place)
+            else:
+                assert place == (asked[0][8:-1] if kind == "what" else None), asked
+
+
+@pytest.mark.parametrize("family", ["llava", "cogvlm", "qwen2vl"])
+def test_examples_of_a_demo_are_each_of_another_kind(family, untrained, monkeypatch, capsys):
+    """Of five kinds of question, llava's and qwen2vl's six. Here all are answered rightly."""
+    shown = []
+
+    def answers(recipe, model, asked, longest=8):
+        shown.append([item[1:] for item in asked])
+        return [right for *_, right in asked]
+
+    monkeypatch.setattr(world.RECIPES[family], "answers", answers)
+    monkeypatch.setattr(world, "range", lambda *of: range(12) if of == (200,) else range(*of), raising=False)
+    typed(family, "--demo")()
+    out = capsys.readouterr().out.split("the same picture")[0]
+    asked = shown[1]  # after the first three of them, which the untrained model is asked
+    if family == "cogvlm":
+        boxes, asked = asked[:4], asked[4:]
+        assert out.count("(IoU 1.00)") == 4
+        for names in (world.SHAPES, world.PLACES):
+            assert len({name for name in names for _, box in boxes if name in box}) == 4
+    assert len({tuple(text.split()[:2]) for text, _ in asked}) == min(5, len(asked)) and len(asked) in (4, 6)
+    assert out.count("(right)") >= len(asked) and "wrong" not in out and "its attention" not in out
+    if family == "qwen2vl":
+        assert ["left", "right", "up", "down"] in [[item[-1] for item in asked] for asked in shown]
+
+
+def test_the_words_hidden_in_vilts_demo_are_each_of_another_kind(untrained, capsys):
+    typed("vilt", "--demo")()
+    colour, shape, place, size = re.findall(r"wrong, it is (.*)\)", capsys.readouterr().out)
+    assert colour in world.COLOURS and shape in world.SHAPES and place in world.PLACES and size in world.SIZES
+
+
 def test_videos_are_read_and_odd_ones_cost_one_line_that_names_them(desk, untrained, capsys):
     for folder in ("nothing", "folders", "texts"):
         Path(folder).mkdir()
@@ -4052,7 +4146,7 @@ def test_a_patch_is_as_important_as_the_similarity_lost_without_it():
 
 DEMOS = {  # family -> what is said, in this order, and the size of the picture
     "clip": (r"before training, the right text .*after training, for \d+%.*(\n( +-?\d+\.\d){4}){4}\n", (596, 596)),
-    "vilt": (r"random weights \d+%.*after training, \d+%; with a wrong image.* red +square +green", (728, 280)),
+    "vilt": (r"random weights \d+%.*after training, \d+%; with a wrong image.* yellow +triangle +blue", (728, 280)),
     "flamingo": (r"bit-identical\? True.*after training, \d+% of the new names.*identical: 100%", (760, 396)),
     "cogvlm": (r"before training.*after training.*\d+% are.*: of ([\d,]+) logits \1 are bit-identical", (796, 584)),
     "blip2": (r"(stage 1: .*stage 2: .*){3}after stage 1, of 200 .*after stage 2, of 200 .*cut short", (892, 456)),

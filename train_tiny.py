@@ -44,7 +44,7 @@ import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps, ImageSequence
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -1060,6 +1060,38 @@ class Recipe:
             for question in args.prompt or [DESCRIBE]:
                 say(f"{question} -> {self.answer(model, images, question, encode, decode)}")
 
+    # Attention
+
+    @torch.no_grad()
+    def image_attention(self, model, picture, question):
+        """The attention from the last token of a prompt, which predicts the first token of the answer, to the image
+        tokens; mean over heads and layers of the decoder, [N]."""
+        inputs = self.prompt(model, [(picture, question)])
+        with attention_maps() as maps:  # those of the decoder [1,H,T,T] come last
+            model(**inputs)
+        weights = torch.stack(maps[-model.config.language.layers :]).mean((0, 2))[0, -1]
+        return weights[inputs["ids"][0] == IMAGE_ID].cpu()
+
+    def look(self, model, picture, question):
+        """Where the answer looks, [rows,columns]."""
+        rows, columns = (side // self.token_side for side in reversed(self.seen(picture).size))
+        weights = self.image_attention(model, picture, question)
+        others = (len(weights) - rows * columns) // 2  # CogVLM's boi in front of the patches, and eoi behind them
+        return weights[others : others + rows * columns].view(rows, columns)
+
+    def verdict(self, model, scene, picture, question, said, right):
+        """Is the answer right? Of a wrong one: what is, and why it may be wrong."""
+        return "right" if said == right else f"wrong, it is {right}{self.why(model, scene, picture, question)}"
+
+    def why(self, model, scene, picture, question):
+        return distraction(self.look(model, picture, question), scene, question)
+
+    @property
+    def token_side(self):
+        """How many pixels along one side become one token."""
+        vision = getattr(self.module.PRESETS["tiny"], "vision", self.module.PRESETS["tiny"])
+        return getattr(vision, "factor", vision.patch_size)  # Qwen2-VL merges patches
+
     # `train_tiny.py FAMILY`, `--ablations` and `--data`
 
     def options(self, args):
@@ -1129,8 +1161,12 @@ class Recipe:
         return sum(text == row[-1] for text, row in zip(said, rows))
 
     def shrink(self, picture):
-        """What preprocessing leaves of a picture, as a picture. To preprocess it again changes nothing; of a photo of
-        12 megapixels 3 KB are kept instead of 36 MB, and no step has to resize it."""
+        """What is kept of a picture of own data, so that no step has to resize it: of a photo of 12 megapixels 3 KB
+        instead of 36 MB. To preprocess it again changes nothing."""
+        return self.seen(picture)
+
+    def seen(self, picture):
+        """What preprocessing leaves of a picture, as a picture."""
         config = self.module.PRESETS["tiny"]
         config = getattr(config, "vision", config)
         pixels = self.module.preprocess([picture], config)[0].squeeze(0).permute(1, 2, 0).numpy()  # [H,W,3]
@@ -1237,6 +1273,57 @@ def questions(rng, count, split="validation"):
     return [(scene, *ask(scene, rng, KINDS)) for scene in scenes]
 
 
+def one_of_each(kinds, draw_one, *key):
+    """Examples for a demo: what draw_one(rng, kind) draws for each kind, again if it is None. They depend on the kinds
+    and the key alone; whether a model is right about them plays no part."""
+    shown = []
+    for n, kind in enumerate(kinds):
+        rng, example = rng_for(*key, n), None
+        while example is None:
+            example = draw_one(rng, kind)
+        shown.append(example)
+    return shown
+
+
+def question_example(rng, kind):
+    """(scene, question, answer) of this kind about a scene never trained on, or None where it makes no sense."""
+    scene = make_scene(rng, split="validation")
+    asked = question(kind, scene, rng)
+    return asked and (scene, *asked)
+
+
+def asked_place(scene, question):
+    """The place that a question with "what" or "where" is about: the one it names, or that of the only thing with the
+    colour and shape it names. Otherwise None."""
+    words = question.rstrip("?").split()
+    if words[0] not in ("what", "where"):
+        return None
+    named = [word for word in words if word in (*COLOURS, *SHAPES, *PLACES)]
+    places = [thing.place for thing in scene.things if all(word in (*thing.pair, thing.place) for word in named)]
+    places = [word for word in named if word in PLACES] or places
+    return places[0] if len(places) == 1 else None
+
+
+def looked_at(heat, scene):
+    """Attention to the patches [rows,columns] -> (the place with most of it, the thing there or None, its share of it
+    all). Each quarter of the canvas has one thing of the scene or none."""
+    rows, columns = heat.shape
+    halves = heat.repeat_interleave(2, 0).repeat_interleave(2, 1).view(2, rows, 2, columns)  # a middle row is in both
+    quarters = halves.sum((1, 3)).flatten()  # in the order of PLACES
+    place = PLACES[quarters.argmax()]
+    return place, next(iter(only(scene, place=place)), None), float(quarters.max() / quarters.sum())
+
+
+def distraction(heat, scene, question):
+    """What may explain a wrong answer, or "": more than half of the attention was at another place than the question is
+    about. Less than half proves little, since with many right answers the largest share is elsewhere too."""
+    place, thing, share = looked_at(heat, scene)
+    if share <= 0.5 or asked_place(scene, question) in (None, place):
+        return ""
+    there = f"at the {thing.name}" if thing else "where nothing is"
+    return f"; {share:.0%} of its attention to the image was {place}, {there}"
+
+
 def guess(asked):
     """The accuracy of a model that knows the questions but not the pictures: always the commonest answer to such a
     question, where questions are alike that differ in colours, shapes and places only. asked: [(..., question,
@@ -1250,16 +1337,17 @@ def guess(asked):
 
 def sheet(pictures, path, columns=4, scale=4):
     """Write a PNG of pictures with lines of text below each: pictures is a list of (PIL image, text)."""
-    tall = max(image.height * scale + 14 * (text.count("\n") + 1) + 10 for image, text in pictures)
+    font = ImageFont.load_default(14)
+    tall = max(image.height * scale + 18 * (text.count("\n") + 1) + 10 for image, text in pictures)
     rows = -(-len(pictures) // columns)
-    size_of = ImageDraw.Draw(pictures[0][0]).multiline_textbbox
-    wide = 20 + int(max(max(image.width * scale, size_of((0, 0), text)[2]) for image, text in pictures))
+    wide_of = lambda text: max(font.getlength(line) for line in text.split("\n"))
+    wide = 20 + math.ceil(max(max(image.width * scale, wide_of(text)) for image, text in pictures))
     page = Image.new("RGB", (columns * wide + 10, rows * tall + 10), "white")
     pen = ImageDraw.Draw(page)
     for n, (image, text) in enumerate(pictures):
         x, y = 10 + n % columns * wide, 10 + n // columns * tall
         page.paste(image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST), (x, y))
-        pen.multiline_text((x, y + image.height * scale + 2), text, fill="black", spacing=2)
+        pen.multiline_text((x, y + image.height * scale + 2), text, fill="black", font=font, spacing=2)
     save_picture(page, path)
 
 
@@ -1287,11 +1375,21 @@ def world_sheet():
     return []
 
 
+def cut_picture(image, side, scale):
+    """The image `scale` times as large, with a line around every square of side x side pixels: a patch or a token."""
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    pen, side = ImageDraw.Draw(image), side * scale
+    for x in range(0, image.width, side):
+        for y in range(0, image.height, side):
+            pen.rectangle((x, y, x + side - 1, y + side - 1), outline="#ff8800")
+    return image
+
+
 def heat_picture(image, heat, size):
-    """The image, darkened where little attention falls. heat [rows,columns]."""
-    shade = Image.fromarray((255 * heat / heat.max()).to(torch.uint8).numpy())
-    shade = shade.resize((size, size), Image.Resampling.NEAREST)
-    image = image.resize((size, size), Image.Resampling.NEAREST)
+    """The image with its longer side at `size`, darkened where little attention falls. heat [rows,columns]."""
+    image = framed(image, (), size)
+    shade = Image.fromarray((255 * heat / heat.max().clamp(min=1e-9)).to(torch.uint8).numpy())
+    shade = shade.resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(image, Image.new("RGB", image.size), shade)
 
 
@@ -1476,7 +1574,8 @@ class CLIPRecipe(Recipe):
         say(f"after training, for {self.retrieval(model, samples):.0%} of images it has never seen")
         say(f"pairs never shown in training ({', '.join(' '.join(pair) for pair in UNSEEN_PAIRS)}):")
         say(f"    named rightly, out of 30, {self.naming(model, unseen, TEMPLATES):.0%} (guessing: 3 %)")
-        pictures, texts = zip(*samples[:7], (draw(unseen[0]), caption(unseen[0])))
+        few = one_of_each((2, 3, 4) * 2 + (2,), lambda rng, n: make_scene(rng, n, split="validation"), "clip demo")
+        pictures, texts = zip(*((draw(scene), caption(scene)) for scene in (*few, unseen[0])))
         similarity = clip.rank_prompts(model, pictures, texts, self.tokenizer_of(model))
         text = clip.encode_prompts(model, texts, self.tokenizer_of(model))[-1]
         heat = patch_importance(model, pictures[-1], text)
@@ -1588,7 +1687,9 @@ def hide(text, word):
 
 def possible_words(scene, thing, key):
     """How many words could stand for a hidden colour, shape or place if only the rest of the text is known: pairs that
-    training never shows do not occur, no pair occurs twice, and places come in reading order."""
+    training never shows do not occur, no pair occurs twice, and places come in reading order. Sizes are free."""
+    if key == "size":
+        return len(SIZES)
     i, others = scene.things.index(thing), [t.pair for t in scene.things if t is not thing]
     if key == "place":
         before = PLACES.index(scene.things[i - 1].place) if i else -1
@@ -1599,12 +1700,12 @@ def possible_words(scene, thing, key):
     return sum(pair in SEEN_PAIRS and pair not in others for pair in pairs)
 
 
-def masked_words(rng, count, split="validation"):
+def masked_words(rng, count, split="validation", keys=("colour", "shape", "place")):
     """[(scene, its caption with one colour, shape or place hidden, the hidden word, its possible_words)]."""
     items = []
     for _ in range(count):
         scene = make_scene(rng, split=split)
-        thing, key = rng.choice(scene.things), rng.choice(("colour", "shape", "place"))
+        thing, key = rng.choice(scene.things), rng.choice(keys)
         word = getattr(thing, key)
         said = [f"{t.place} a {t.full_name}" for t in scene.things]
         i = scene.things.index(thing)
@@ -1930,7 +2031,7 @@ class ViLTRecipe(Recipe):
 
     def demo(self, args):
         rng = rng_for("vilt demo")
-        scenes = [make_scene(rng, count, split="validation") for count in (2, 3, 2)]
+        scene = make_scene(rng, 2, split="validation")
         costs = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
         patches, encoder, resnet = (f"{flops / 1e9:.0f}" for flops in costs)
         say("In go 16 patches of an image and the words of a text, in one row, to one encoder.")
@@ -1946,11 +2047,11 @@ class ViLTRecipe(Recipe):
         wrong = self.recovered(model, holes, wrong_image=True)
         say(f"after training, {self.recovered(model, holes):.0%}; with a wrong image beside the text, {wrong:.0%}")
         say("\nhidden words of images it has never seen:")
-        for scene in scenes[:2]:
-            for word in (scene.things[0].colour, scene.things[-1].shape):
-                say(f"    {self.respond(model, draw(scene), hide(caption(scene), word))}")
+        hidden_word = lambda rng, key: masked_words(rng, 1, keys=(key,))[0]
+        for shown, text, word, _ in one_of_each(("colour", "shape", "place", "size"), hidden_word, "vilt demo"):
+            said = self.respond(model, draw(shown), text)
+            say(f"    {said} ({'right' if f'[{word}]' in said else f'wrong, it is {word}'})")
         say("does the text belong to the image? One word changed:")
-        scene = scenes[2]
         for text in (short_caption(scene), short_caption(near_miss(scene, rng))):
             say(f"    {self.respond(model, draw(scene), text)}")
         words, plan = self.alignment(model, scene)
@@ -2103,7 +2204,7 @@ class LLaVARecipe(Recipe):
             check_fits(encode(llava.expand_images(prompt, tokens)), llava.PRESETS["tiny"].language.context - 16)
 
     def demo(self, args):
-        asked = questions(rng_for("llava demo"), 6)
+        asked = one_of_each((*KINDS, *KINDS)[:6], question_example, "llava demo")
         say("In goes an image of 32 x 32 pixels, 16 patches, and a question; the decoder reads both as one row of 16")
         say(f"vectors and words:\n    {llava.build_prompt(asked[0][1])!r}")
         untrained = self.start(args.device, seed=0)
@@ -2112,10 +2213,10 @@ class LLaVARecipe(Recipe):
         model, pictures = self.train(args.device, demo=True), []
         say("\nafter training, about images it has never seen:")
         for (scene, question, right), text in zip(asked, self.answers(model, asked, 40)):
-            verdict = "right" if text == right else f"wrong, it is {right}"
+            verdict = self.verdict(model, scene, draw(scene), question, text, right)
             say(f"    [{caption(scene)}]\n        {question} -> {text} ({verdict})")
-            maps = [llava_attention(m, draw(scene), question) for m in (untrained, model)]
-            pictures.append((draw(scene), *maps, f"{question}\n{text}\n({verdict})"))
+            maps = [self.look(m, draw(scene), question) for m in (untrained, model)]
+            pictures.append((draw(scene), *maps, f"{question}\n{text}\n({verdict.split(';')[0]})"))
         many = questions(rng_for("llava demo, many"), 200)
         say(
             f"of 200 more questions {self.accuracy(model, many):.0%} are answered rightly (guessing: {guess(many):.0%})"
@@ -2162,20 +2263,6 @@ class LLaVARecipe(Recipe):
             f"{2 * weights:,} for each new word, but for its attention",
             f"KV cache: {2 * cache:,} bytes a token in 16 bits, {2 * cache * tokens:,} for one image",
         ]
-
-
-@torch.no_grad()
-def llava_attention(model, picture, question):
-    """Where the decoder looks when it is about to answer: attention from the last token of the prompt to the patches,
-    mean over heads and layers, [rows,columns]."""
-    pixels = llava.preprocess([picture], model.config.vision).to(model.language.norm.weight.device)
-    tokens = llava.num_image_tokens(*pixels.shape[2:], model.config)
-    ids = torch.tensor([encode(llava.expand_images(llava.build_prompt(question), tokens))], device=pixels.device)
-    x = model.embed(ids, model.image_tokens(pixels))
-    with attention_maps() as maps:  # one map [1,H,T,T] per layer
-        model.language.hidden(x)
-    to_patches = torch.stack(maps)[:, 0, :, -1][..., ids[0] == model.config.image_token_id]  # [layers,H,N]
-    return to_patches.mean((0, 1)).view(pixels.shape[2] // model.config.vision.patch_size, -1).cpu()
 
 
 def draw_attention(pictures, file, size=96):
@@ -2391,7 +2478,7 @@ class BLIP2Recipe(Recipe):
 
     def demo(self, args):
         rng, queries = rng_for("blip2 demo"), blip2.PRESETS["tiny"].qformer.queries
-        scenes = [make_scene(rng, split="validation") for _ in range(3)]
+        scenes = one_of_each((2, 3, 4), lambda rng, count: make_scene(rng, count, split="validation"), "blip2 demo")
         say(f"In goes an image of 32 x 32 pixels, 17 features. {queries} queries attend to them. OPT, which was never")
         say("trained on an image, reads their outputs as if they were words:")
         say(f"    'USER: ({queries} vectors)\\n{DESCRIBE} ASSISTANT:'")
@@ -3170,8 +3257,8 @@ class CogVLMRecipe(Recipe):
 
     def demo(self, args):
         self.short = not self.done()
-        rng = rng_for("cogvlm demo")
-        asked = box_questions(rng, 4) + questions(rng, 4)
+        asked = one_of_each(zip(SHAPES, PLACES), box_example, "cogvlm demo, boxes")
+        asked += one_of_each(KINDS[-4:], question_example, "cogvlm demo")
         tokens = cogvlm.num_image_tokens(32, 32, cogvlm.PRESETS["tiny"])
         say(
             f"In goes an image of 32 x 32 pixels and a question; the decoder reads <bos>, {tokens} image tokens (boi,"
@@ -3186,11 +3273,13 @@ class CogVLMRecipe(Recipe):
         say("\nafter training, about images it has never seen:")
         for (scene, question, right), text in zip(asked, self.answers(model, asked, 40)):
             true, found = cogvlm.parse_box(right), cogvlm.parse_box(text)
-            verdict = "right" if text == right else f"wrong, it is {right}"
+            verdict = self.verdict(model, scene, draw(scene), question, text, right)
             if true:
-                verdict = f"IoU {cogvlm.box_iou(true, found):.2f}" if found else "no box"
+                iou = cogvlm.box_iou(true, found)
+                verdict = f"IoU {iou:.2f}" if found else "no box"
+                verdict += self.why(model, scene, draw(scene), question) if iou < 0.5 else ""
             say(f"    {question} -> {text} ({verdict})")
-            pictures.append((draw(scene), true, found, f"{question}\n{text}\n({verdict})"))
+            pictures.append((draw(scene), true, found, f"{question}\n{text}\n({verdict.split(';')[0]})"))
         boxes, many = box_questions(rng_for("cogvlm demo, boxes"), 200), questions(rng_for("cogvlm demo, many"), 200)
         found, right = self.grounding(model, boxes), self.accuracy(model, many)
         say(f"of 200 more boxes {found:.0%} overlap the right one by half (guessing: {guess_box(boxes):.0%});")
@@ -3262,6 +3351,12 @@ def box_questions(rng, count, split="validation"):
         if answer != "nothing":
             asked.append((scene, text, answer))
     return asked
+
+
+def box_example(rng, kind):
+    """One of box_questions about a thing of this (shape, place), or None."""
+    [(scene, text, answer)] = box_questions(rng, 1)
+    return (scene, text, answer) if " ".join(kind) in answer else None
 
 
 def guess_box(asked):
@@ -3435,10 +3530,13 @@ class Qwen2VLRecipe(Recipe):
 
     def shrink(self, picture):
         """Beyond 64:1 a picture is kept as it is, since to resize it twice would change it twice."""
+        small = self.seen(picture)
+        return small if self.seen(small).size == small.size else picture
+
+    def seen(self, picture):
         config = qwen2vl.PRESETS["tiny"].vision
-        grid = _, h, w = qwen2vl.image_grid(picture.height, picture.width, config)
-        small = picture.resize((w * config.patch_size, h * config.patch_size), Image.Resampling.BICUBIC)
-        return small if qwen2vl.image_grid(small.height, small.width, config) == grid else picture
+        _, h, w = qwen2vl.image_grid(picture.height, picture.width, config)
+        return picture.resize((w * config.patch_size, h * config.patch_size), Image.Resampling.BICUBIC)
 
     def own(self, picture, question, answer):
         config, turns = qwen2vl.PRESETS["tiny"], [(question or DESCRIBE, answer)]
@@ -3551,8 +3649,8 @@ class Qwen2VLRecipe(Recipe):
     def demo(self, args):
         config = qwen2vl.PRESETS["tiny"]
         tokens = lambda picture: qwen2vl.num_image_tokens(picture.height, picture.width, config)
-        scenes = [qwen_scene(rng_for("qwen demo", size), [size], "validation") for size in NEW_CANVASES]
-        asked = [first_turn(scene) for scene in scenes]
+        examples = one_of_each((*KINDS, *KINDS)[: len(NEW_CANVASES)], question_example, "qwen demo")
+        asked = [(draw(scene, *size), *turn) for (scene, *turn), size in zip(examples, NEW_CANVASES)]
         picture, question, _ = asked[0]
         _, h, w = qwen2vl.image_grid(picture.height, picture.width, config.vision)
         m = config.vision.merge
@@ -3565,16 +3663,16 @@ class Qwen2VLRecipe(Recipe):
         say(f"before training it says: {', '.join(repr(text[:24]) for text in said)}")
         model = self.train(args.device, demo=True)
         say("\nafter training, about pictures of sizes and shapes it was never trained on:")
-        for (picture, question, right), text in zip(asked, self.answers(model, asked, 12)):
-            verdict = "right" if text == right else f"wrong, it is {right}"
+        for (scene, *_), (picture, question, right), text in zip(examples, asked, self.answers(model, asked, 12)):
+            verdict = self.verdict(model, scene, picture, question, text, right)
             size = f"{picture.height} x {picture.width}"
             say(f"    {size:>8} = {tokens(picture):>2} tokens: {question} -> {text} ({verdict})")
         many = [first_turn(qwen_scene(rng_for("qwen demo, many", i), NEW_CANVASES, "validation")) for i in range(200)]
         say(
             f"of 200 more questions {self.accuracy(model, many):.0%} are answered rightly (guessing: {guess(many):.0%})"
         )
-        films = [qwen_movie(rng_for("qwen demo, movie", i), frames) for i, frames in enumerate((2, 6, 12, 16))]
-        films = [first_turn(film) for film in films]
+        films = zip(("left", "right", "up", "down"), (2, 6, 12, 16))
+        films = one_of_each(films, movie_example, "qwen demo, movies")
         for (frames, question, right), text in zip(films, self.answers(model, films, 12)):
             verdict = "right" if text == right else f"wrong, it is {right}"
             say(f"    a movie of {len(frames):>2} frames: {question} -> {text} ({verdict})")
@@ -3736,6 +3834,13 @@ def qwen_movie(rng, frames=None, side=32):
     return [draw(scene, side, side) for scene in scenes], turns
 
 
+def movie_example(rng, kind):
+    """(frames, question, answer) of a movie that goes this way and has so many frames, or None."""
+    way, frames = kind
+    film = first_turn(qwen_movie(rng, frames))
+    return film if film[2] == way else None
+
+
 def first_turn(sample):
     """(picture or frames, turns) -> (picture or frames, question, answer), as it is asked."""
     shown, turns = sample
@@ -3794,27 +3899,13 @@ def load_video(path):
     return frames, sum(seconds) / len(seconds)
 
 
-def cut_picture(image, config, scale):
-    """The image as the vision encoder gets it, `scale` times as large, with a line around every token of the
-    decoder."""
-    _, rows, columns = qwen2vl.image_grid(image.height, image.width, config)
-    image = image.resize((columns * config.patch_size, rows * config.patch_size), Image.Resampling.BICUBIC)
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    pen, side = ImageDraw.Draw(image), config.factor * scale
-    for x in range(0, image.width, side):
-        for y in range(0, image.height, side):
-            pen.rectangle((x, y, x + side - 1, y + side - 1), outline="#ff8800")
-    return image
-
-
 def draw_resolutions(rows, file, config, wide=280, tall=240):
     """PNG: rows of (image, text) cut into tokens; the same picture at more and more pixels, and what is read there."""
     page = Image.new("RGB", (max(map(len, rows)) * wide, len(rows) * tall), "white")
     pen = ImageDraw.Draw(page)
     for y, row in enumerate(rows):
         for x, (image, text) in enumerate(row):
-            _, h, w = qwen2vl.image_grid(image.height, image.width, config)
-            cut = cut_picture(image, config, max(1, 180 // (max(h, w) * config.patch_size)))
+            cut = cut_picture(image, config.factor, max(1, 180 // max(image.size)))
             page.paste(cut, (x * wide + 8, y * tall + 8))
             pen.multiline_text((x * wide + 8, y * tall + 16 + cut.height), text, fill="black", spacing=4)
     save_picture(page, file, "two pictures cut into their tokens, at three resolutions each")
