@@ -3897,7 +3897,7 @@ def test_whatever_the_prompt_the_toy_answers_or_refuses_in_one_line(family, desk
             assert capsys.readouterr().out.strip(), prompt
 
 
-ANSWERED = {  # family, what is typed: a regular expression of all that is printed
+ANSWERED = {  # family, what is typed: a regular expression of all answers
     ("clip", "one.png cut.gif/a red ring/a ball"): r"(\w+\.\w+\n(  [ \d]\d\d?\.\d %  a (red ring|ball)\n){2}){2}",
     ("clip", "/a red ring"): r"\[.* a .*\]\n  100\.0 %  a red ring\n",  # about a scene, which is named
     ("vilt", "one.png cut.gif/a [MASK] ring/a <mask>/a ring"):
@@ -3915,12 +3915,75 @@ ANSWERED = {  # family, what is typed: a regular expression of all that is print
 }  # fmt: skip
 
 
+UNREAD = dict(clip="ball", flamingo="what", blip2="what, where", llava="where", qwen2vl="where")  # of those questions
+
+
 @pytest.mark.parametrize("family, line", ANSWERED)
-def test_own_questions_to_the_toy_are_answered_and_nothing_else_is_printed(family, line, desk, untrained, capsys):
+def test_own_questions_to_the_toy_are_answered_and_below_it_says_what_it_got_and_was_taught(
+    family, line, desk, untrained, capsys
+):
+    """At most three lines, and nothing else."""
     typed(family, *about(line))()
-    out = capsys.readouterr().out
-    assert re.fullmatch(ANSWERED[family, line], out, re.DOTALL) and "In go" not in out, out
+    out, below = capsys.readouterr().out, ""
+    if line[0] != "/":
+        below = rf"written: {re.escape(str(desk))}\S+seen\.png\ntaught: [^\n]*\n"
+        if family in UNREAD and ("what" in line or "ball" in line):
+            below += rf"never read [^\n]*: {UNREAD[family]}\n"
+    assert re.fullmatch(ANSWERED[family, line] + below, out, re.DOTALL) and "In go" not in out, out
     assert ("no example" in out) == (family == "flamingo" and "endofchunk" not in line)  # a hint
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_of_a_prompt_that_no_training_has_beside_a_picture_are_named(family, untrained, capsys):
+    recipe = world.RECIPES[family]()
+
+    def unread(*prompts):
+        recipe.explain(None, [], prompts)
+        return re.sub("^never.*: ", "", capsys.readouterr().out).strip()
+
+    for plan in recipe.stages:
+        assert unread(*world.strings(recipe.batch(plan, plan.steps - 1))) == "", "what is trained later"
+    assert unread(*world.SPECIAL, "[MASK]? ring!") == ""
+    assert unread("<image> Cat ring zebra-fish", "Cat scene") == "Cat, zebra-fish, scene", "capitals are other tokens"
+    fewer = {"cogvlm": "", "clip": "where", "llava": "where", "qwen2vl": "where", "blip2": "where, is"}
+    assert unread("where is the circle?") == fewer.get(family, "where, is, the")
+    recipe.given = "a model that was trained on who knows what"
+    assert unread("zebra") == ""
+
+
+TAUGHT = {  # family -> words that the line about it has, and words that it has not
+    "clip": ("red circle ring", "what"), "vilt": ("red circle ring", "what"), "flamingo": ("circle ring", "red what"),
+    "blip2": ("red circle describe", "what"), "llava": ("red circle size many describe", "where"),
+    "cogvlm": ("red circle size where", "number"), "qwen2vl": ("red circle size way number", "where"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_own_images_are_drawn_as_the_toy_gets_them_in_patches_and_with_where_it_looked(family, desk, untrained, capsys):
+    """Of several images without the heat map, which belongs to one."""
+    page_of = lambda: Image.open(desk / family / "seen.png").convert("RGB")
+    prompt, orange = "<image>" if family == "flamingo" else "a red ring", (255, 136, 0)
+    Image.new("RGB", (90, 60), (9, 99, 199)).save("my.png")
+    typed(family, "--image", "my.png", "--prompt", prompt)()
+    taught = re.findall(r"\w+", re.search("taught: (.*)", capsys.readouterr().out)[1])
+    words, others = (text.split() for text in TAUGHT[family])
+    assert {*words} <= {*taught} and not {*others} & {*taught}
+    width, height, scale, side = dict(vilt=(48, 32, 5, 8), qwen2vl=(96, 64, 2, 16)).get(family, (32, 32, 8, 8))
+    page, corner, end = page_of(), 10 + side * scale, 10 + width * scale
+    assert page.getpixel((12, 12)) == (9, 99, 199) and page.getpixel((end, 12)) == (255, 255, 255)
+    assert page.getpixel((corner, 12)) == page.getpixel((12, corner)) == orange, "lines between the patches"
+    assert page.height < 10 + height * scale + 60 and (page.width > 2 * end) == (family != "flamingo")
+    typed(family, "--image", "my.png", "--image", "my.png", "--prompt", prompt * (1 + (family == "flamingo")))()
+    page = page_of()
+    assert page.getpixel(((page.width - 10) // 2 + corner, 12)) == orange, "two pictures, each with its lines"
+
+
+def test_a_video_is_drawn_frame_by_frame_as_qwen2vl_gets_it(desk, untrained):
+    sizes = []
+    for option, times in (("--video", 1), ("--image", 3), ("--image", 20)):
+        typed("qwen2vl", *[option, "moving.gif"] * times, "--prompt", "what moves?")()
+        sizes.append(Image.open(desk / "qwen2vl" / "seen.png").width)
+    assert sizes[0] == sizes[1] < sizes[2] < 3 * sizes[0], "eight at most"
 
 
 @torch.no_grad()
@@ -3939,12 +4002,17 @@ def test_where_an_answer_looks_is_the_attention_of_the_token_before_it_to_each_p
     picture = Image.new("RGB", (64, 48))
     for family, text, asks, first, rows, columns in (  # first: of the patches, behind words, boi or the class token
         ("llava", "what is red?", -1, 3, 4, 4), ("cogvlm", "what is red?", -1, 2, 4, 4),
-        ("qwen2vl", "what is red?", -1, 1, 3, 4),
+        ("qwen2vl", "what is red?", -1, 1, 3, 4), ("vilt", "a <mask> ring", 2, 6, 4, 5), ("vilt", "a ring", 0, 5, 4, 5),
     ):  # fmt: skip
         recipe, model = world.RECIPES[family](), fresh(family).eval()
         length = recipe.prompt(model, [(picture, text)])["ids"].shape[1]
         patches = torch.arange(float(rows * columns)).view(rows, columns)
         close(recipe.look(model, picture, text), 1000 * (asks % length) + first + patches, 1e-6)
+    recipe, model, heats = world.BLIP2Recipe(), fresh("blip2").eval(), torch.rand(16, 4, 4)
+    monkeypatch.setattr(world, "query_attention", lambda *_: heats)
+    last = recipe.prompt(model, [(picture, "what?")])["ids"].shape[1] - 1
+    queries = 1000 * last + 3 + torch.arange(16.0)
+    close(recipe.look(model, picture, "what?"), torch.einsum("q,qrc->rc", queries, heats))
 
 
 def test_of_a_wrong_answer_a_demo_says_what_most_of_the_attention_was_on_if_that_was_another_thing():
@@ -4126,7 +4194,7 @@ def test_a_box_in_cogvlms_answer_is_drawn_on_the_image(desk, untrained, monkeypa
     monkeypatch.setattr(cogvlm, "answer", lambda *_, **__: "at [[100,200,500,400]]")
     typed("cogvlm", "--image", "photo.png", "--prompt", "where?")()
     out = capsys.readouterr().out
-    assert out.endswith("where? -> at [[100,200,500,400]]\n") and str(Path("cogvlm/box.png")) in out
+    assert "where? -> at [[100,200,500,400]]\n" in out and str(Path("cogvlm/box.png")) in out
     drawn = Image.open(desk / "cogvlm" / "box.png")
     assert drawn.size == (256, 183) and drawn.getpixel((26, 60)) == (255, 0, 255)  # on the left edge of the box
 
@@ -5053,7 +5121,8 @@ def test_what_was_trained_is_taken_by_from_pretrained_and_answers_with_weights_a
     world.draw(many_scenes(1)[0], 60, 40).save(picture)
     ask = [str(picture), *(["--prompt", "what is red?"] if command[4] else [])]
     world.workbench(command[1], ["--image", *ask])
-    said = re.sub(r" \(a made-up name.*", "", capsys.readouterr().out)  # which flamingo's toy says, not one of own data
+    only_of_the_world = r" \(a made-up name.*|(taught|never read).*\n"  # a folder may be of own data
+    said = re.sub(only_of_the_world, "", capsys.readouterr().out)
     monkeypatch.setattr(world, "fit", None)
     (checkpoint := Path(command[3], "checkpoint.pt")).touch()
     world.workbench(family, [*command[2].split(), *ask, "--fresh"])

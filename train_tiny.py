@@ -918,6 +918,8 @@ class Recipe:
     given = None  # a trained model, which is asked instead of training one
     minutes = 3  # that all of its training takes on two CPU cores, towers included
     split = "validation"  # of what is shown and measured; claims are measured on another
+    heat_shows = "attention of the answer to\nthe first prompt (light: much)"  # in seen.png; "": nothing
+    new_words = ""  # a regular expression of words that a prompt may have although training has not
     special_tokens = True  # does a published tokenizer add those of its own to a prompt?
     no_tokenizer = ""  # what to do when a published folder has none
 
@@ -1053,14 +1055,38 @@ class Recipe:
             if args.fresh:
                 forget(self.family)
             model = self.train(args.device, demo=True)
+            own, prompts = images, args.prompt or [DESCRIBE]
             if not images:
                 scene = make_scene(rng_for(f"{self.family} demo"), split="validation")
                 images = [draw(scene)]
                 say(f"[{caption(scene)}]")
-            for question in args.prompt or [DESCRIBE]:
+            for question in prompts:
                 say(f"{question} -> {self.answer(model, images, question, encode, decode)}")
+            self.explain(model, own, prompts)
 
-    # Attention
+    def explain(self, model, own, prompts):
+        """Below the answers of the toy: what it got of own images, and what it was taught. Of a toy that was trained on
+        own data nobody knows what it has read."""
+        if own:
+            self.draw_seen(model, own, prompts[0])
+        if self.given:
+            return
+        texts = self.texts()
+        read = {word for text in texts for word in words_in(text)}
+        if own:
+            asked = [" ".join(text.split()[:2]) + " ..." for text in texts if text.endswith(("?", "."))]
+            forms = asked or [f'"{text.strip()}"' for text in (texts[0], texts[-1])]
+            names = [word for word in (*COLOURS, *SHAPES) if word in read]
+            say(f"taught: {', '.join(names)}; {', '.join(dict.fromkeys(forms))}")
+        words = [word for word in words_in(" ".join(prompts)) if not re.fullmatch(self.new_words, word)]
+        if unread := [word for word in dict.fromkeys(words) if word not in read]:
+            say(f"never read beside a picture in training: {', '.join(unread)}")
+
+    def texts(self):
+        """The texts that training shows beside pictures; a few steps of each stage have all of its words."""
+        return [text for plan in self.stages for step in range(8) for text in strings(self.batch(plan, step))]
+
+    # Attention, and own images as the model gets them
 
     @torch.no_grad()
     def image_attention(self, model, picture, question):
@@ -1091,6 +1117,19 @@ class Recipe:
         """How many pixels along one side become one token."""
         vision = getattr(self.module.PRESETS["tiny"], "vision", self.module.PRESETS["tiny"])
         return getattr(vision, "factor", vision.patch_size)  # Qwen2-VL merges patches
+
+    def draw_seen(self, model, images, prompt, size=256):
+        """PNG: own images (eight at most, of a video its frames) as the model gets them, cut into patches; and where
+        it looked, if there is one image."""
+        frames = [frame for image in images for frame in (image if isinstance(image, list) else [image])][:8]
+        pictures = []
+        for frame in map(self.seen, frames):
+            cut = cut_picture(frame, self.token_side, max(1, size // max(frame.size)))
+            pictures.append((cut, f"the model gets\n{frame.width} x {frame.height} pixels"))
+        if len(frames) == 1 and self.heat_shows:
+            heat = self.look(model, frames[0], prompt)
+            pictures.append((heat_picture(self.seen(frames[0]), heat, max(pictures[0][0].size)), self.heat_shows))
+        sheet(pictures, RUNS / self.family / "seen.png", columns=len(pictures), scale=1)
 
     # `train_tiny.py FAMILY`, `--ablations` and `--data`
 
@@ -1292,6 +1331,19 @@ def question_example(rng, kind):
     return asked and (scene, *asked)
 
 
+def strings(sample):
+    """All texts in lists and tuples. The third of a tuple is its kind or its label, no text."""
+    if isinstance(sample, str):
+        return [sample]
+    parts = sample[:2] if isinstance(sample, tuple) else sample if isinstance(sample, list) else ()
+    return [text for part in parts for text in strings(part)]
+
+
+def words_in(text):
+    """The words and the digits of a text, without special tokens. Capitals count: they are other tokens."""
+    return re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*|\d", re.sub(r"<[^<>]*>|\[MASK\]", " ", text))
+
+
 def asked_place(scene, question):
     """The place that a question with "what" or "where" is about: the one it names, or that of the only thing with the
     colour and shape it names. Otherwise None."""
@@ -1405,6 +1457,7 @@ def toy_clip(device="cpu"):
 class CLIPRecipe(Recipe):
     module, model_class = clip, clip.CLIP
     minutes, rightly = 1, "the right text is found among theirs"
+    heat_shows = "the patches that carry\nthe best text's similarity"
     stages = (Plan("", 700, 64, lr=1e-3, weight_decay=0.5, warmup=60),)
     variants = {f"{loss} {B}": dict(loss=loss, batch=B) for B in (16, 128) for loss in ("softmax", "sigmoid")}
     ablation_steps = 500
@@ -1546,6 +1599,11 @@ class CLIPRecipe(Recipe):
         for name, row in zip(args.image or [f"[{text}]"], shares):
             order = row.argsort(descending=True).tolist()
             say(name, *(f"  {100 * row[i]:5.1f} %  {prompts[i]}" for i in order))
+        if not args.weights:
+            self.explain(model, images, [prompts[i] for i in shares[0].argsort(descending=True)])
+
+    def look(self, model, picture, text):
+        return patch_importance(model, picture, clip.encode_prompts(model, [text], self.tokenizer_of(model))[0]).relu()
 
     def published(self, args):
         """--weights -> (model, tokenize for args.prompt). Prompts that are too long are found before loading."""
@@ -1986,6 +2044,17 @@ class ViLTRecipe(Recipe):
         scene = make_scene(rng_for("vilt demo"), 2, split="validation")
         for name, image in zip(args.image or [f"[{caption(scene)}]"], images or [draw(scene)]):
             say(name, *(f"    {line}" for line in lines_about(image)))
+        if not args.weights:
+            self.explain(model, images, prompts)
+
+    @torch.no_grad()
+    def image_attention(self, model, picture, text):
+        """From the first hidden word or, if none is hidden, from [CLS], by which text and image are matched."""
+        inputs = self.prompt(model, [(picture, text)])
+        with attention_maps() as maps:  # of each layer [1,H,T+1+N,T+1+N]
+            model(**inputs)
+        ids = inputs["ids"][0].tolist()
+        return torch.stack(maps).mean((0, 2))[0, ids.index(MASK_ID) if MASK_ID in ids else 0, len(ids) + 1 :].cpu()
 
     def published(self, args):
         """--weights -> a function from a picture to lines of text: masks filled in, questions answered or texts ranked,
@@ -2360,6 +2429,9 @@ class BLIP2Recipe(Recipe):
             scenes[-4:] = [change_one(scene, rng) for scene, rng in zip(scenes, rngs[-4:])]
         return [(draw(scene), caption(scene)) for scene in scenes]
 
+    def texts(self):
+        return [DESCRIBE, *super().texts()]  # which the prompt of stage 2 has (see row)
+
     def prompt_row(self, question):
         """The ids of a question about an image: as in told_scene, but told by queries in the place of words."""
         return encode(f"USER: {'<image>' * blip2.PRESETS['tiny'].qformer.queries}\n{question} ASSISTANT:")
@@ -2429,6 +2501,11 @@ class BLIP2Recipe(Recipe):
         blip2.build_prompt(question)  # refuses <image>
         if toy:
             check_fits(self.prompt_row(question), blip2.PRESETS["tiny"].language.context - 16)
+
+    def look(self, model, picture, question):
+        """OPT attends to the queries and these attend to the patches: the product of both."""
+        heats = query_attention(model, picture)  # [L,rows,columns]
+        return (self.image_attention(model, picture, question)[:, None, None] * heats).sum(0)
 
     def answer(self, model, images, question, encode, decode):
         """The toy's prompt has the placeholders inside. Each image gets an answer, behind the question again: BLIP-2
@@ -2717,6 +2794,8 @@ class FlamingoRecipe(Recipe):
     # No weight decay: it would move the frozen rows of the table, of which only the new ones train. A large lr for what
     # is no matrix, such as the gates: while they are nearly closed, what is behind them learns next to nothing.
     asked = ""  # the images alone, as own data teach it
+    heat_shows = ""  # the prompt ends behind an image or without one: there is no one heat map
+    new_words = "[b-z][aeiou][b-z]"  # names
     stages = (Plan("", 800, 4, lr=1.5e-2, muon=6e-3, weight_decay=0.0, demo=500),)
     variants = {
         "recipe": {},
@@ -2912,6 +2991,7 @@ class FlamingoRecipe(Recipe):
             new = flamingo.answer(model, images, prompt, encode, decode) or "(it stops at once)"
             made_up = "(a made-up name: no example in the prompt, as in '<image> dax<|endofchunk|><image>')"
             say(f"{prompt} -> {new}" + ("" if self.given or "<|endofchunk|>" in prompt else f" {made_up}"))
+        self.explain(model, images, prompts)
 
     def demo(self, args):
         rng, config = rng_for("flamingo demo"), flamingo.PRESETS["tiny"]
