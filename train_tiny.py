@@ -3128,7 +3128,7 @@ class CogVLMRecipe(Recipe):
         before = self.start(args.device, args.seed)
         vqa = questions(rng_for("cogvlm claims"), 400, self.split)
         boxes = box_questions(rng_for("cogvlm boxes"), 400, self.split)
-        same = float((text_logits(before) == text_logits(model)).double().mean())
+        same = float((text_logits(before, self.split) == text_logits(model, self.split)).double().mean())
         found = self.grounding(model, boxes)
         return [
             Claim("cogvlm: text-only logits equal to the bit, before and after", 0.0, same, 1.0),
@@ -3140,7 +3140,7 @@ class CogVLMRecipe(Recipe):
         """What a variant has learned about images, and the loss on texts, which shows what it has forgotten."""
         vqa = questions(rng_for("cogvlm ablations"), 400, self.split)
         boxes = box_questions(rng_for("cogvlm ablations, boxes"), 200, self.split)
-        return [self.accuracy(model, vqa), self.grounding(model, boxes), text_loss(model)]
+        return [self.accuracy(model, vqa), self.grounding(model, boxes), text_loss(model, self.split)]
 
     def compare(self, means):
         """The text loss of a frozen language model is what it was before training."""
@@ -3275,19 +3275,19 @@ def guess_box(asked):
 
 
 @torch.no_grad()
-def text_logits(model):
+def text_logits(model, split="validation"):
     """The logits of 32 conversations without an image: scenes described in words, and questions about them."""
-    ids, _ = vicuna_rows([(make_scene(rng, 3, split="test"), rng) for rng in batch_rngs(0, "text only", 32)])
+    ids, _ = vicuna_rows([(make_scene(rng, 3, split=split), rng) for rng in batch_rngs(0, "text only", 32)])
     return model(ids.to(model.adapter.boi.device)).cpu()
 
 
 @torch.no_grad()
-def text_loss(model):
+def text_loss(model, split):
     """The loss on questions about scenes described in words, in nats per token."""
     device, losses = model.adapter.boi.device, []
     for count in (2, 3, 4):
         rngs = batch_rngs(0, ("text loss", count), 32)
-        ids, labels = vicuna_rows([(make_scene(rng, count, split="test"), rng) for rng in rngs])
+        ids, labels = vicuna_rows([(make_scene(rng, count, split=split), rng) for rng in rngs])
         losses.append(float(cogvlm.language_loss(model.language(ids.to(device)), labels.to(device))[0]))
     return sum(losses) / len(losses)
 
