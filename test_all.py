@@ -4714,6 +4714,17 @@ def test_a_finished_training_is_cached_until_something_it_depends_on_changes(run
     assert re.search(rf"line/checkpoint\.pt: (towers and )?{what} changed", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("what, left", [("all", ["lm"]), ("llava", ["clip", "lm", "qwen2vl-part1"])])
+def test_fresh_forgets_the_families_that_are_trained_and_no_tower_of_theirs(what, left, runs, monkeypatch):
+    for name in ("clip", "lm", "llava", "llava-stage1", "qwen2vl-part1"):
+        (runs / name).mkdir()
+        (runs / name / "checkpoint.pt").touch()
+    for recipe in world.RECIPES.values():
+        monkeypatch.setattr(recipe, "run", lambda *_: [])
+    assert world.main([what, "--fresh"]) == 0
+    assert sorted(file.parent.name for file in runs.glob("*/checkpoint.pt")) == left
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "clip"])
 def test_towers_trained_otherwise_give_another_model(family, untrained, monkeypatch):
     lineage = lambda: world.RECIPES[family]().start("cpu", 0).lineage
@@ -4898,17 +4909,181 @@ def test_the_finished_training_is_touched_by_no_other_and_is_done_until_its_plan
 
 
 def test_the_table_of_claims_and_the_exit_status(runs, monkeypatch, capsys):
-    rows_of = lambda text: re.findall(r"\| (\w+)'s *\| +(\S+) \| +(\S+) \| +(\S+) \| (.+) \|", text)
-    for measured, verdict in ((0.8, "holds"), (0.79, "DOES NOT HOLD")):
+    row_of = r"\| (\w+)'s *\| +(\S+) \| +(\S+) \| +([.\d]*) \| +(\S+) \| (.+) \|"
+    for measured, verdict in ((0.84, "holds"), (0.83, "does not hold")):
         for family, recipe in world.RECIPES.items():
-            claim = world.Claim(f"{family}'s", 0.5, measured if family == "vilt" else 0.9, 0.8)
+            claim = world.Claim(f"{family}'s", 0.5, measured if family == "vilt" else 0.9, 0.8, 400)
             monkeypatch.setattr(recipe, "run", lambda *_, claim=claim: [claim])
         assert world.main(["clip"]) == 0
         for what in ("vilt", "all"):
             assert world.main([what]) == (verdict != "holds")
-            rows = rows_of(capsys.readouterr().out)
-            assert ("vilt", "0.500", f"{measured:.3f}", "0.800", verdict) in rows
-        assert rows == rows_of((runs / "claims.md").read_text()) and [row[0] for row in rows] == list(FAMILIES)
+            rows = re.findall(row_of, capsys.readouterr().out)
+            error = "0.037" if measured == 0.84 else "0.038"
+            assert ("vilt", "0.500", f"{measured:.3f}", error, "0.800", verdict) in rows
+        assert [row[0] for row in rows] == list(FAMILIES)
+
+
+def test_a_share_of_a_sample_holds_by_two_standard_errors_and_everything_else_without():
+    claim = world.Claim("a share", 0.5, 0.9, 0.84, 100)
+    assert claim.error == pytest.approx(0.06) and claim.holds and not replace(claim, target=0.841).holds
+    assert replace(claim, sample=10000, target=0.893).holds, "a larger sample"
+    assert replace(claim, sample=0, target=0.9).holds and not replace(claim, sample=0, target=0.901).holds
+    assert "| 0.100 |" not in world.claims_table([replace(claim, sample=0)])
+
+
+# Results
+
+
+class TinyRecipe(world.Recipe):
+    """A recipe that trains a 4 x 4 matrix, and whose claims and ablations are made up."""
+
+    module, variants, figures = clip, {"long": dict(length=5), "short": dict(length=2)}, ("right", "loss")
+    family, beats = "clip", (("long better than short", "long", "short"),)
+    shares = {0: 0.9, 1: 0.7, 2: 0.9}
+
+    def train(self, device, seed, steps, name="clip", length=3):
+        fit_line(name="lm")  # a tower
+        self.seed, self.length = seed, length
+        return fit_line(name=f"{name}-seed{seed}", seed=seed, steps=length)
+
+    def options(self, args):
+        return dict(name="clip-sigmoid") if args.loss == "sigmoid" else {}
+
+    def save(self, model):
+        return "saved"
+
+    def claims(self, model, args):
+        return [
+            world.Claim("clip: a share", 0.5, self.shares[args.seed], 0.8, 400),
+            world.Claim("clip: a no worse than b", 0.1, 0.5, 0.4 + args.seed / 10),
+        ]
+
+    def measure(self, model):
+        return [self.length / 10 + self.seed / 100, 1.5]
+
+    def code(self, *more):
+        return "its code"
+
+
+@pytest.fixture
+def tiny(runs, monkeypatch):
+    monkeypatch.setitem(world.RECIPES, "clip", TinyRecipe)
+    monkeypatch.setattr(world.CLIPRecipe, "code", lambda self: "that of the tower")  # takes longer than all the rest
+    return lambda words: world.main(["clip", *words.split()])
+
+
+cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def rows_in(page, first):
+    """{the first cell: the others} of the rows below the header that starts with `first`."""
+    lines = page.read_text(encoding="utf-8").split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start:]))
+    assert len({line.count("|") for line in table}) == 1, "not a table"
+    return {row[0]: row[1:] for row in map(cells, table) if "---" not in row}
+
+
+def test_results_are_kept_for_every_seed_and_written_as_tables(tiny, runs, monkeypatch):
+    page, clock = runs / "results.md", itertools.count()
+    monkeypatch.setattr(world.time, "time", lambda: next(clock))  # a second passes when somebody asks
+    for words, status in (("--seed 2", 1), ("--seed 1", 1), ("--seed 0", 0), ("--ablations", 0)):
+        assert tiny(words) == status
+    claims = rows_in(page, "claim")
+    assert claims["claim"] == ["chance", "seed 0", "seed 1", "seed 2", "±", "target", "verdict"]
+    assert claims["clip: a share"] == "0.500 0.900 0.700 0.900 0.046 0.800".split() + ["holds at seeds 0, 2"]
+    targets = ["0.400, 0.500, 0.600", "holds at seeds 0, 1"]
+    assert claims["clip: a no worse than b"] == ["0.100", *["0.500"] * 3, "", *targets]
+    assert tiny("--loss sigmoid") == 0
+    claims = rows_in(page, "claim")
+    assert claims["clip-sigmoid: a share"] == ["0.500", "0.900", "", "", "0.030", "0.800", "holds"]
+    assert claims["clip: a share"][2] == "0.700", "another training"
+    assert tiny("--loss sigmoid --seed 1") == 1
+    assert rows_in(page, "claim")["clip-sigmoid: a share"][-1] == "holds at seed 0"
+
+    ablations = rows_in(page, "variant")
+    assert ablations["clip: long"] == ["loss", "1.500", "1.500", "1.500", "1.500"], "the last of two rows"
+    assert "| clip: long | right | 0.500 | 0.510 | 0.520 | 0.510 |" in page.read_text(encoding="utf-8")
+    compared = rows_in(page, "comparison of means")["clip: long better than short"]
+    assert compared == ["0.510", "0.210", "holds"]
+
+    kept = json.loads((runs / "results" / "clip-seed1.json").read_text())
+    assert kept["split"] == "test" and kept["date"].startswith("20") and kept["memory"] > 100
+    own, tower = kept["seconds"]["clip-seed1"], kept["seconds"]["lm"]
+    assert len(kept["seconds"]) == 2 and 0 < own < tower, "3 steps and 5"
+    assert f"threads: {torch.get_num_threads()}, torch {torch.__version__}" in kept["machine"]
+    assert f"On {kept['machine']}:" in page.read_text(encoding="utf-8")
+    costs = rows_in(page, "training")
+    named = "training clip-ablations clip-seed0 clip-seed1 clip-seed2 clip-sigmoid-seed0 clip-sigmoid-seed1"
+    assert [*costs] == named.split()
+    assert costs["clip-seed1"] == [str(own), f"lm {tower}", str(kept["memory"]), kept["date"][:10]]
+
+
+def test_other_steps_are_not_recorded_and_the_validation_split_is_kept_apart(tiny, runs):
+    tiny("--steps 3")
+    tiny("--steps 3 --ablations")
+    assert not (runs / "results").exists() and not (runs / "results.md").exists()
+    tiny("--split validation")
+    assert not (runs / "results.md").exists() and "validation" in (runs / "results-validation.md").read_text("utf-8")
+    assert [file.name for file in (runs / "results-validation").iterdir()] == ["clip-seed0.json"]
+
+
+def test_a_seed_of_another_code_is_left_out_of_the_tables_and_said(tiny, runs, monkeypatch, capsys):
+    tiny("--seed 1")
+    date = json.loads((runs / "results" / "clip-seed1.json").read_text())["date"]
+    capsys.readouterr()
+    monkeypatch.setattr(world.time, "strftime", lambda form: date[:-1] + ":")  # the next second at the earliest
+    monkeypatch.setattr(TinyRecipe, "code", lambda self, *more: "another code")
+    tiny("--seed 0")
+    assert rows_in(runs / "results.md", "claim")["claim"][1] == "seed 0"
+    assert rows_in(runs / "results.md", "claim")["claim"][2] == "±"
+    said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert len(said) == 1 and "clip-seed1" in said[0] and date in said[0]
+    (runs / "results" / ".77.clip-seed3.json").write_text('{"half')  # what another process is writing
+    tiny("--seed 0")
+
+
+@pytest.mark.parametrize("what", ["stages", "variants", "claims", "tower"])
+def test_results_know_what_has_trained_and_measured_them(what, tiny, runs, monkeypatch):
+    """The code and plans of the recipe and of the toy CLIP, on which all families stand."""
+    monkeypatch.setattr(TinyRecipe, "code", lambda self, *more: repr([more]))
+
+    def code():
+        tiny("--seed 0")
+        return json.loads((runs / "results" / "clip-seed0.json").read_text())["code"]
+
+    before = code()
+    assert before == code()
+    if what == "tower":
+        monkeypatch.setattr(world.CLIPRecipe, "stages", (replace(world.CLIPRecipe.stages[0], lr=9.0),))
+    elif what == "claims":
+        monkeypatch.setattr(TinyRecipe, "code", lambda self, *more: repr([more]) + "edited" * ("claims" in more))
+    else:
+        monkeypatch.setattr(TinyRecipe, what, (1,) if what == "stages" else {"other": {}})
+    assert before != code()
+
+
+def test_seconds_and_memory_of_a_training_are_kept_with_it(runs, monkeypatch):
+    """Also of one that was interrupted, and of one from the cache."""
+    clock = itertools.count(100)
+    monkeypatch.setattr(world.time, "time", lambda: next(clock))
+    monkeypatch.setattr(world, "SAVE_SECONDS", 0)
+
+    def interrupting(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return model.loss_of(step)
+
+    model = Line()
+    with pytest.raises(SystemExit):
+        fit_line(model, interrupting)
+    first = checkpoint_of(runs / "line")["seconds"]
+    fit_line(Line())
+    seconds, memory = world.SPENT["line"]
+    assert 0 < first < seconds == checkpoint_of(runs / "line")["seconds"] and memory > 100
+    world.SPENT.clear()
+    fit_line(Line(), "is not called")
+    assert world.SPENT["line"] == (seconds, memory)
 
 
 # The command line and own data
@@ -5559,6 +5734,17 @@ SEEN = {  # family -> what the claims measure of a model that sees and reads eve
 }
 
 
+SAMPLES = {  # family -> how many are asked for each claim; 0: it is about no sample, or a comparison
+    "clip": [512, 300, 0],
+    "vilt": [400, 400, 800, 818, 0],
+    "flamingo": [400, 0, 400, 0],
+    "cogvlm": [0, 400, 400],
+    "blip2": [400, 0, 0],
+    "llava": [400, 200, 300],
+    "qwen2vl": [300, 0, 300, 200, 0, 0],
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_sees_and_reads_meets_every_claim_about_what_was_never_shown(family, untrained, monkeypatch):
     recipe = world.RECIPES[family]()
@@ -5568,6 +5754,7 @@ def test_a_model_that_sees_and_reads_meets_every_claim_about_what_was_never_show
     claims = recipe.claims(model, SimpleNamespace(device="cpu", seed=0))
     assert [claim.measured for claim in claims] == pytest.approx(SEEN[family], abs=0.03)
     assert all(claim.holds for claim in claims)
+    assert [claim.sample for claim in claims] == SAMPLES[family]
     if family == "qwen2vl":  # whose scenes are looked at below
         sizes = {shown.shape[1::-1] for shown in model.shown if not isinstance(shown, list)}
         assert sizes > {*world.CANVASES, *world.NEW_CANVASES, *world.LARGE_CANVASES}
@@ -5660,7 +5847,7 @@ def test_ablations_train_what_they_say_and_the_better_variant_wins(family, train
     trainings.watch = watch
     scores = iter([[x + d for x in row] for row in figures for d in (-0.1, 0.1, 0)])  # their mean decides
     monkeypatch.setattr(recipe, "measure", lambda *_: next(scores))
-    claims = recipe.ablations(SimpleNamespace(device="cpu", steps=2))
+    claims = recipe.ablations(SimpleNamespace(device="cpu", steps=2, split="test"))
     assert all(claim.holds for claim in claims)
     turned = recipe.compare({variant: [1 - x for x in row] for variant, row in zip(recipe.variants, figures)})
     assert [claim.holds for claim in turned] == [family == "clip" and i == 1 for i in range(len(claims))]  # as even
@@ -5683,7 +5870,7 @@ def test_siglip_starts_from_one_match_in_a_batch_and_has_a_folder_of_its_own(tra
     monkeypatch.setattr(recipe, "claims", lambda *_: [])
     for other in (0.7, 0.9):
         assert not recipe.compare(dict(zip("abcd", [[0.5], [0.6], [0.8], [other]])))[1].holds, "they are not even"
-    recipe.run(SimpleNamespace(device="cpu", seed=2, steps=7, loss="sigmoid"))
+    recipe.run(SimpleNamespace(device="cpu", seed=2, steps=7, loss="sigmoid", split="test"))
     assert [one.name for one in trainings] == ["clip-sigmoid-seed2-steps7"]
 
 
@@ -5871,9 +6058,13 @@ def test_qwen_is_asked_about_sizes_lengths_and_scenes_that_its_training_does_not
     recipe.accuracy = lambda model, asked: {
         len(shown) if isinstance(shown, list) else shown.size for shown, *_ in asked
     }
-    assert recipe.measure(None, "things") == [{*world.CANVASES}, {*world.NEW_CANVASES}]
-    assert recipe.measure(None, "things of one size") == [{(48, 48)}, {*world.NEW_CANVASES}]
-    assert recipe.measure(None, "large movies") == [{*world.FRAMES}, {*world.LONG_MOVIES}]
+    for variant, seen, new in (
+        ("any size", world.CANVASES, world.NEW_CANVASES),
+        ("one size, learned positions", [(48, 48)], world.NEW_CANVASES),
+        ("M-RoPE", world.FRAMES, world.LONG_MOVIES),
+    ):
+        recipe.shows, _ = recipe.variants[variant]["shows"]
+        assert recipe.measure(None) == [{*seen}, {*new}]
     usual, new = (world.size_questions(60, sizes, "test") for sizes in (world.CANVASES, world.NEW_CANVASES))
     assert [asked for _, *asked in usual] == [asked for _, *asked in new], "the same scenes and questions in both"
     assert {size(shown) for shown, *_ in new} == {*world.NEW_CANVASES}
