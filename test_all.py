@@ -3857,7 +3857,7 @@ def test_a_mistake_in_a_real_shell_leaves_no_traceback_and_no_files(tmp_path):
 
 LONGEST = [  # family, images, how often "red" fits beside them and the template, of how many tokens in all
     ("clip", "", 30, 32), ("vilt", "one.png", 38, 40), ("blip2", "one.png two.png", 217, 240),
-    ("cogvlm", "one.png", 208, 232), ("cogvlm", "one.png two.png", 190, 232),
+    ("cogvlm", "one.png", 206, 232), ("cogvlm", "one.png two.png", 188, 232),
     ("flamingo", "", 247, 248), ("flamingo", "one.png two.png", 245, 248),
     ("llava", "", 217, 240), ("llava", "one.png two.png", 200, 240),
     ("qwen2vl", "", 487, 496), ("qwen2vl", "one.png two.png", 486, 496),
@@ -4225,8 +4225,12 @@ DEMOS = {  # family -> what is said, in this order, and the size of the picture
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_demo_says_what_it_shows_and_draws_it(family, untrained, runs, monkeypatch, capsys):
-    """Of toys that nobody trained, and of 12 examples where it measures 200."""
+    """Of toys that nobody trained, and of 12 examples where it measures 200; about scenes that no claim is measured
+    on. Qwen2-VL's projection is scaled by training scenes; what has an unseen pair, or one thing, has no split."""
     monkeypatch.setattr(world, "range", lambda *of: range(12) if of == (200,) else range(*of), raising=False)
+    world.world_fingerprint()  # draws, but only once
+    shown, draw = [], world.draw
+    monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
     log = runs / f"flamingo-steps{world.FlamingoRecipe.stages[-1].demo}" / "log.jsonl"
     log.parent.mkdir()
     log.write_text("".join(json.dumps({"step": step, "gate": step / 10}) + "\n" for step in range(4)))
@@ -4234,6 +4238,9 @@ def test_a_demo_says_what_it_shows_and_draws_it(family, untrained, runs, monkeyp
     out = capsys.readouterr().out
     assert re.search(DEMOS[family][0], out, re.DOTALL), out
     assert Image.open(runs / family / "demo.png").size == DEMOS[family][1]
+    scenes = [scene for scene in shown if isinstance(scene, world.Scene) and len(scene.things) > 1]
+    splits = {scene.split for scene in scenes if not {thing.pair for thing in scene.things} & {*world.UNSEEN_PAIRS}}
+    assert splits == {"flamingo": set(), "qwen2vl": {"train", "validation"}}.get(family, {"validation"})
     if family == "blip2":
         numbers = re.search("look in the first image.*\n((?:.*\n){4})", out)[1]  # 4 x 4 patches
         assert sorted(map(int, re.findall(r"\d+", numbers))) == list(range(16)), "each query once"
@@ -4500,12 +4507,49 @@ def test_a_fifth_of_the_pairs_is_neither_drawn_nor_named_in_training():
         assert sum(thing.pair in world.UNSEEN_PAIRS for thing in world.unseen_pair_scene(rng).things) == 1
 
 
-def test_what_is_in_a_test_scene_is_never_trained_on():
+SPLITS = {"train": 6 / 8, "validation": 1 / 8, "test": 1 / 8}
+
+
+def test_the_splits_share_no_content_and_scenes_of_one_thing_are_all_trained_on():
     content = lambda scene: frozenset((thing.pair, thing.size, thing.place) for thing in scene.things)
-    trained, tests = map(content, many_scenes(5000)), map(content, many_scenes(1000, split="test"))
-    assert not {*trained} & {*tests}
-    with refuses(ValueError, "one thing"):
-        world.make_scene(random.Random(0), 1, split="test")
+    contents = [{*map(content, many_scenes(2000, split=split))} for split in SPLITS]
+    assert not any(one & other for one, other in itertools.combinations(contents, 2))
+    assert [min(map(len, scenes)) for scenes in contents] == [1, 2, 2]
+    scenes = [scene for scene in many_scenes(4000, split="any") if len(scene.things) > 1]
+    for split, share in SPLITS.items():
+        assert [scene.split for scene in scenes].count(split) == pytest.approx(share * len(scenes), rel=0.15)
+        words = [world.split_of(f"{i}") for i in range(4000)]
+        assert words.count(split) == pytest.approx(share * 4000, rel=0.15)
+    for split in ("validation", "test"):
+        with refuses(ValueError, "one thing"):
+            world.make_scene(random.Random(0), 1, split=split)
+
+
+SCENES = {  # every function of the world that makes one
+    "make_scene": lambda rng: world.make_scene(rng, pairs=world.PAIRS, split="any"),
+    "change_one": lambda rng: world.change_one(world.make_scene(rng), rng, split="any"),
+    "unseen_pair_scene": lambda rng: world.unseen_pair_scene(rng),
+    "movie": lambda rng: world.movie(rng)[0][-1],
+    "one_thing": lambda rng: world.one_thing(rng, rng.choice(world.SHAPES), world.PAIRS),
+}
+
+
+@pytest.mark.parametrize("make", SCENES)
+def test_backgrounds_are_dark_or_light_and_dark_behind_white_things(make):
+    rng = random.Random(5)
+    for scene in (scenes := [SCENES[make](rng) for _ in range(300)]):
+        white = any(thing.colour == "white" for thing in scene.things)
+        assert 0 <= scene.grey < 60 or (200 <= scene.grey < 256 and not white)
+    assert len({scene.grey for scene in scenes}) > 50 and 60 < sum(scene.grey < 128 for scene in scenes) < 240
+    assert any(thing.colour == "white" for scene in scenes for thing in scene.things)
+
+
+@pytest.mark.parametrize("grey", [0, 59, 200, 255])
+def test_digits_and_things_stand_out_from_their_background(grey):
+    """Some channel differs by more than 100 of 255."""
+    assert np.ptp(np.asarray(world.draw_number("7", grey=grey)).astype(int)) > 180
+    for name, colour in world.COLOURS.items():
+        assert max(abs(level - grey) for level in colour) > 100 or (name == "white" and grey > 128)
 
 
 def truth(scene, question):
@@ -4570,17 +4614,12 @@ def test_a_scene_depends_on_its_key_alone():
     assert look(8, "a") != first == look(7, "a") != look(7, "b")
 
 
-def test_a_changed_scene_differs_in_one_property_and_comparisons_are_true():
+def test_a_changed_scene_differs_in_one_property():
     rng = random.Random(6)
     for scene in many_scenes(200):
         things = zip(scene.things, world.change_one(scene, rng).things, strict=True)
         ((a, b),) = [(a, b) for a, b in things if a != b]
         assert sum(getattr(a, key) != getattr(b, key) for key in ("colour", "shape", "size")) == 1
-        one, two, question, answer = world.compare(rng)
-        right = "yes" if world.caption(one) == world.caption(two) else "no"
-        if "more" in question:
-            right = {1: "first", -1: "second"}[np.sign(len(one.things) - len(two.things))]
-        assert answer == right
 
 
 def test_the_tokenizer_returns_every_text_and_has_one_token_for_each_word_of_the_world():
@@ -4837,6 +4876,17 @@ def test_a_finished_training_is_cached_until_something_it_depends_on_changes(run
     assert re.search(rf"line/checkpoint\.pt: (towers and )?{what} changed", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("what, left", [("all", ["lm"]), ("llava", ["clip", "lm", "qwen2vl-part1"])])
+def test_fresh_forgets_the_families_that_are_trained_and_no_tower_of_theirs(what, left, runs, monkeypatch):
+    for name in ("clip", "lm", "llava", "llava-stage1", "qwen2vl-part1"):
+        (runs / name).mkdir()
+        (runs / name / "checkpoint.pt").touch()
+    for recipe in world.RECIPES.values():
+        monkeypatch.setattr(recipe, "run", lambda *_: [])
+    assert world.main([what, "--fresh"]) == 0
+    assert sorted(file.parent.name for file in runs.glob("*/checkpoint.pt")) == left
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "clip"])
 def test_towers_trained_otherwise_give_another_model(family, untrained, monkeypatch):
     lineage = lambda: world.RECIPES[family]().start("cpu", 0).lineage
@@ -4959,9 +5009,9 @@ def test_two_processes_train_like_one(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_recipe_shows_a_test_scene_or_an_unseen_pair_in_training(family, monkeypatch):
-    """Nor a near miss that is one: of the scenes that differ from a training scene in one word, an eighth are test
-    scenes."""
+def test_no_recipe_shows_a_scene_of_another_split_or_an_unseen_pair_in_training(family, monkeypatch):
+    """Nor a near miss that is one: of the scenes that differ from a training scene in one word, a quarter belong to
+    other splits."""
     shown, draw, recipe = [], world.draw, world.RECIPES[family]()
     monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
     rival = [world.near_miss_pairs] if family == "vilt" else []  # what the CLIP beside it is shown
@@ -4969,7 +5019,17 @@ def test_no_recipe_shows_a_test_scene_or_an_unseen_pair_in_training(family, monk
         for step in range(20):
             batch(plan, step)
     assert len(shown) >= 320 * len(recipe.stages)
-    assert not any(scene.is_test or set(world.UNSEEN_PAIRS) & {thing.pair for thing in scene.things} for scene in shown)
+    assert {scene.split for scene in shown} == {"train"}
+    assert not any(set(world.UNSEEN_PAIRS) & {thing.pair for thing in scene.things} for scene in shown)
+
+
+@pytest.mark.parametrize("line", [world.lm_line, world.told_scene])
+def test_no_language_model_reads_of_a_scene_of_another_split(line, monkeypatch):
+    scenes, make_scene = [], world.make_scene
+    monkeypatch.setattr(world, "make_scene", lambda *given: scenes.append(make_scene(*given)) or scenes[-1])
+    for seed in range(50):
+        line(random.Random(seed))
+    assert len(scenes) == 50 and {scene.split for scene in scenes} == {"train"}
 
 
 @pytest.mark.parametrize("family", ["llava", "blip2", "cogvlm", "qwen2vl"])
@@ -5011,17 +5071,181 @@ def test_the_finished_training_is_touched_by_no_other_and_is_done_until_its_plan
 
 
 def test_the_table_of_claims_and_the_exit_status(runs, monkeypatch, capsys):
-    rows_of = lambda text: re.findall(r"\| (\w+)'s *\| +(\S+) \| +(\S+) \| +(\S+) \| (.+) \|", text)
-    for measured, verdict in ((0.8, "holds"), (0.79, "DOES NOT HOLD")):
+    row_of = r"\| (\w+)'s *\| +(\S+) \| +(\S+) \| +([.\d]*) \| +(\S+) \| (.+) \|"
+    for measured, verdict in ((0.84, "holds"), (0.83, "does not hold")):
         for family, recipe in world.RECIPES.items():
-            claim = world.Claim(f"{family}'s", 0.5, measured if family == "vilt" else 0.9, 0.8)
+            claim = world.Claim(f"{family}'s", 0.5, measured if family == "vilt" else 0.9, 0.8, 400)
             monkeypatch.setattr(recipe, "run", lambda *_, claim=claim: [claim])
         assert world.main(["clip"]) == 0
         for what in ("vilt", "all"):
             assert world.main([what]) == (verdict != "holds")
-            rows = rows_of(capsys.readouterr().out)
-            assert ("vilt", "0.500", f"{measured:.3f}", "0.800", verdict) in rows
-        assert rows == rows_of((runs / "claims.md").read_text()) and [row[0] for row in rows] == list(FAMILIES)
+            rows = re.findall(row_of, capsys.readouterr().out)
+            error = "0.037" if measured == 0.84 else "0.038"
+            assert ("vilt", "0.500", f"{measured:.3f}", error, "0.800", verdict) in rows
+        assert [row[0] for row in rows] == list(FAMILIES)
+
+
+def test_a_share_of_a_sample_holds_by_two_standard_errors_and_everything_else_without():
+    claim = world.Claim("a share", 0.5, 0.9, 0.84, 100)
+    assert claim.error == pytest.approx(0.06) and claim.holds and not replace(claim, target=0.841).holds
+    assert replace(claim, sample=10000, target=0.893).holds, "a larger sample"
+    assert replace(claim, sample=0, target=0.9).holds and not replace(claim, sample=0, target=0.901).holds
+    assert "| 0.100 |" not in world.claims_table([replace(claim, sample=0)])
+
+
+# Results
+
+
+class TinyRecipe(world.Recipe):
+    """A recipe that trains a 4 x 4 matrix, and whose claims and ablations are made up."""
+
+    module, variants, figures = clip, {"long": dict(length=5), "short": dict(length=2)}, ("right", "loss")
+    family, beats = "clip", (("long better than short", "long", "short"),)
+    shares = {0: 0.9, 1: 0.7, 2: 0.9}
+
+    def train(self, device, seed, steps, name="clip", length=3):
+        fit_line(name="lm")  # a tower
+        self.seed, self.length = seed, length
+        return fit_line(name=f"{name}-seed{seed}", seed=seed, steps=length)
+
+    def options(self, args):
+        return dict(name="clip-sigmoid") if args.loss == "sigmoid" else {}
+
+    def save(self, model):
+        return "saved"
+
+    def claims(self, model, args):
+        return [
+            world.Claim("clip: a share", 0.5, self.shares[args.seed], 0.8, 400),
+            world.Claim("clip: a no worse than b", 0.1, 0.5, 0.4 + args.seed / 10),
+        ]
+
+    def measure(self, model):
+        return [self.length / 10 + self.seed / 100, 1.5]
+
+    def code(self, *more):
+        return "its code"
+
+
+@pytest.fixture
+def tiny(runs, monkeypatch):
+    monkeypatch.setitem(world.RECIPES, "clip", TinyRecipe)
+    monkeypatch.setattr(world.CLIPRecipe, "code", lambda self: "that of the tower")  # takes longer than all the rest
+    return lambda words: world.main(["clip", *words.split()])
+
+
+cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def rows_in(page, first):
+    """{the first cell: the others} of the rows below the header that starts with `first`."""
+    lines = page.read_text(encoding="utf-8").split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start:]))
+    assert len({line.count("|") for line in table}) == 1, "not a table"
+    return {row[0]: row[1:] for row in map(cells, table) if "---" not in row}
+
+
+def test_results_are_kept_for_every_seed_and_written_as_tables(tiny, runs, monkeypatch):
+    page, clock = runs / "results.md", itertools.count()
+    monkeypatch.setattr(world.time, "time", lambda: next(clock))  # a second passes when somebody asks
+    for words, status in (("--seed 2", 1), ("--seed 1", 1), ("--seed 0", 0), ("--ablations", 0)):
+        assert tiny(words) == status
+    claims = rows_in(page, "claim")
+    assert claims["claim"] == ["chance", "seed 0", "seed 1", "seed 2", "±", "target", "verdict"]
+    assert claims["clip: a share"] == "0.500 0.900 0.700 0.900 0.046 0.800".split() + ["holds at seeds 0, 2"]
+    targets = ["0.400, 0.500, 0.600", "holds at seeds 0, 1"]
+    assert claims["clip: a no worse than b"] == ["0.100", *["0.500"] * 3, "", *targets]
+    assert tiny("--loss sigmoid") == 0
+    claims = rows_in(page, "claim")
+    assert claims["clip-sigmoid: a share"] == ["0.500", "0.900", "", "", "0.030", "0.800", "holds"]
+    assert claims["clip: a share"][2] == "0.700", "another training"
+    assert tiny("--loss sigmoid --seed 1") == 1
+    assert rows_in(page, "claim")["clip-sigmoid: a share"][-1] == "holds at seed 0"
+
+    ablations = rows_in(page, "variant")
+    assert ablations["clip: long"] == ["loss", "1.500", "1.500", "1.500", "1.500"], "the last of two rows"
+    assert "| clip: long | right | 0.500 | 0.510 | 0.520 | 0.510 |" in page.read_text(encoding="utf-8")
+    compared = rows_in(page, "comparison of means")["clip: long better than short"]
+    assert compared == ["0.510", "0.210", "holds"]
+
+    kept = json.loads((runs / "results" / "clip-seed1.json").read_text())
+    assert kept["split"] == "test" and kept["date"].startswith("20") and kept["memory"] > 100
+    own, tower = kept["seconds"]["clip-seed1"], kept["seconds"]["lm"]
+    assert len(kept["seconds"]) == 2 and 0 < own < tower, "3 steps and 5"
+    assert f"threads: {torch.get_num_threads()}, torch {torch.__version__}" in kept["machine"]
+    assert f"On {kept['machine']}:" in page.read_text(encoding="utf-8")
+    costs = rows_in(page, "training")
+    named = "training clip-ablations clip-seed0 clip-seed1 clip-seed2 clip-sigmoid-seed0 clip-sigmoid-seed1"
+    assert [*costs] == named.split()
+    assert costs["clip-seed1"] == [str(own), f"lm {tower}", str(kept["memory"]), kept["date"][:10]]
+
+
+def test_other_steps_are_not_recorded_and_the_validation_split_is_kept_apart(tiny, runs):
+    tiny("--steps 3")
+    tiny("--steps 3 --ablations")
+    assert not (runs / "results").exists() and not (runs / "results.md").exists()
+    tiny("--split validation")
+    assert not (runs / "results.md").exists() and "validation" in (runs / "results-validation.md").read_text("utf-8")
+    assert [file.name for file in (runs / "results-validation").iterdir()] == ["clip-seed0.json"]
+
+
+def test_a_seed_of_another_code_is_left_out_of_the_tables_and_said(tiny, runs, monkeypatch, capsys):
+    tiny("--seed 1")
+    date = json.loads((runs / "results" / "clip-seed1.json").read_text())["date"]
+    capsys.readouterr()
+    monkeypatch.setattr(world.time, "strftime", lambda form: date[:-1] + ":")  # the next second at the earliest
+    monkeypatch.setattr(TinyRecipe, "code", lambda self, *more: "another code")
+    tiny("--seed 0")
+    assert rows_in(runs / "results.md", "claim")["claim"][1] == "seed 0"
+    assert rows_in(runs / "results.md", "claim")["claim"][2] == "±"
+    said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert len(said) == 1 and "clip-seed1" in said[0] and date in said[0]
+    (runs / "results" / ".77.clip-seed3.json").write_text('{"half')  # what another process is writing
+    tiny("--seed 0")
+
+
+@pytest.mark.parametrize("what", ["stages", "variants", "claims", "tower"])
+def test_results_know_what_has_trained_and_measured_them(what, tiny, runs, monkeypatch):
+    """The code and plans of the recipe and of the toy CLIP, on which all families stand."""
+    monkeypatch.setattr(TinyRecipe, "code", lambda self, *more: repr([more]))
+
+    def code():
+        tiny("--seed 0")
+        return json.loads((runs / "results" / "clip-seed0.json").read_text())["code"]
+
+    before = code()
+    assert before == code()
+    if what == "tower":
+        monkeypatch.setattr(world.CLIPRecipe, "stages", (replace(world.CLIPRecipe.stages[0], lr=9.0),))
+    elif what == "claims":
+        monkeypatch.setattr(TinyRecipe, "code", lambda self, *more: repr([more]) + "edited" * ("claims" in more))
+    else:
+        monkeypatch.setattr(TinyRecipe, what, (1,) if what == "stages" else {"other": {}})
+    assert before != code()
+
+
+def test_seconds_and_memory_of_a_training_are_kept_with_it(runs, monkeypatch):
+    """Also of one that was interrupted, and of one from the cache."""
+    clock = itertools.count(100)
+    monkeypatch.setattr(world.time, "time", lambda: next(clock))
+    monkeypatch.setattr(world, "SAVE_SECONDS", 0)
+
+    def interrupting(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return model.loss_of(step)
+
+    model = Line()
+    with pytest.raises(SystemExit):
+        fit_line(model, interrupting)
+    first = checkpoint_of(runs / "line")["seconds"]
+    fit_line(Line())
+    seconds, memory = world.SPENT["line"]
+    assert 0 < first < seconds == checkpoint_of(runs / "line")["seconds"] and memory > 100
+    world.SPENT.clear()
+    fit_line(Line(), "is not called")
+    assert world.SPENT["line"] == (seconds, memory)
 
 
 # The command line and own data
@@ -5298,7 +5522,8 @@ def scene_told(text):
 
 def number_in(picture):
     """Two digits, each cell of a glyph 3 x 3 pixels; None for a picture of fewer pixels, which nobody could read."""
-    lit = np.asarray(picture)[..., 0] > 128
+    bright = np.asarray(picture)[..., 0] > 128
+    lit = bright != bright[0, 0]  # the digits are white on a dark background, black on a light one
     cells = lit[lit.any(1).argmax() + 1 :: 3, lit.any(0).argmax() + 1 :: 3][:5, :7].astype(int)
     glyphs = {f"{glyph:015b}": digit for digit, glyph in world.GLYPHS.items()}
     codes = ["".join(map(str, digit.flatten())) for digit in (cells[:, :3], cells[:, 4:])]
@@ -5476,7 +5701,9 @@ def test_the_first_loss_is_what_the_recipe_says_and_all_that_trains_has_a_gradie
     def watch(one):
         loss = one.loss_of(0)[0]
         loss.backward()
-        on_top, tolerance = 0.6 * (name == "vilt"), 1e-5 if name == "flamingo" else 0.3  # on top: ViLT's WPA
+        on_top = 0.6 * (name == "vilt")  # ViLT's WPA
+        # EVA: a tower of random weights tells light pictures from dark ones, and all texts are nearer to one kind
+        tolerance = {"flamingo": 1e-5, "eva": 0.45}.get(name, 0.3)
         assert loss.item() - on_top == pytest.approx(one.expected[1], abs=tolerance)
         assert one.trains == {name: weight.grad is not None for name, weight in one.model.named_parameters()}
 
@@ -5541,10 +5768,10 @@ def turns_of_row(name, ids, labels, shown):
 
 
 def check_names(pairs):
-    """One name for each kind, one kind for each name; names kept for tests do not occur."""
+    """One name for each kind, one kind for each name; names kept for other splits do not occur."""
     kinds, names = zip(*pairs)
     assert len(set(pairs)) == len(set(kinds)) == len(set(names))
-    assert all(re.fullmatch("[a-z]{3}", name) and zlib.crc32(name.encode()) % 8 for name in names)
+    assert all(re.fullmatch("[a-z]{3}", name) and world.split_of(name) == "train" for name in names)
 
 
 def check_turns(rows, boxes, told):
@@ -5576,6 +5803,8 @@ def test_what_a_step_shows_is_true_and_its_labels_are_the_answers(name, family, 
             if name == "blip2-stage1":  # the last four are near misses of the first four
                 for (_, [(_, text)], _), (_, [(_, other)], _) in zip(rows, rows[-4:]):
                     assert sum(a != b for a, b in zip(text.split(), other.split(), strict=True)) == 1
+            if name.startswith("vicuna"):
+                assert {scene.split for scene, _, _ in rows} == {"train"}
             if name == "chinchilla":
                 for _, [(_, text)], _ in rows:
                     check_names([tuple(line.split()) for line in text.splitlines()])
@@ -5661,7 +5890,7 @@ def seer(recipe):
 
 SEEN = {  # family -> what the claims measure of a model that sees and reads everything
     "clip": [1, 1, 1],
-    "vilt": [1, 0.81, 1, 1, 1.501],  # beside a wrong image a masked word is found by luck
+    "vilt": [1, 0.755, 1, 1, 1.501],  # beside a wrong image a masked word is found by luck
     "flamingo": [1, 0.2, 1, 1],  # one more example in five
     "cogvlm": [1, 1, 1],
     "blip2": [1, 0.75, 0.971],
@@ -5670,21 +5899,34 @@ SEEN = {  # family -> what the claims measure of a model that sees and reads eve
 }
 
 
+SAMPLES = {  # family -> how many are asked for each claim; 0: it is about no sample, or a comparison
+    "clip": [512, 300, 0],
+    "vilt": [400, 400, 800, 818, 0],
+    "flamingo": [400, 0, 400, 0],
+    "cogvlm": [0, 400, 400],
+    "blip2": [400, 0, 0],
+    "llava": [400, 200, 300],
+    "qwen2vl": [300, 0, 300, 200, 0, 0],
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_sees_and_reads_meets_every_claim_about_what_was_never_shown(family, untrained, monkeypatch):
     recipe = world.RECIPES[family]()
-    model, of_stage1 = seer(recipe), lambda model: (0.5, 0.75) if model.folder.name == "blip2-stage1" else None
+    model, recipe.split = seer(recipe), "test"
+    of_stage1 = lambda model, split: (0.5, 0.75) if (model.folder.name, split) == ("blip2-stage1", "test") else None
     monkeypatch.setattr(world, "reranking", of_stage1)  # is measured by hand below
     claims = recipe.claims(model, SimpleNamespace(device="cpu", seed=0))
     assert [claim.measured for claim in claims] == pytest.approx(SEEN[family], abs=0.03)
     assert all(claim.holds for claim in claims)
+    assert [claim.sample for claim in claims] == SAMPLES[family]
     if family == "qwen2vl":  # whose scenes are looked at below
         sizes = {shown.shape[1::-1] for shown in model.shown if not isinstance(shown, list)}
         assert sizes > {*world.CANVASES, *world.NEW_CANVASES, *world.LARGE_CANVASES}
         return
     for shown in model.shown:
         scene = scene_in(shown[-1] if family == "flamingo" else shown)
-        assert scene.is_test or {thing.pair for thing in scene.things} & {*world.UNSEEN_PAIRS}
+        assert scene.split == "test" or {thing.pair for thing in scene.things} & {*world.UNSEEN_PAIRS}
     assert set(recipe.measure(model)[:2]) == {1}
 
 
@@ -5770,7 +6012,7 @@ def test_ablations_train_what_they_say_and_the_better_variant_wins(family, train
     trainings.watch = watch
     scores = iter([[x + d for x in row] for row in figures for d in (-0.1, 0.1, 0)])  # their mean decides
     monkeypatch.setattr(recipe, "measure", lambda *_: next(scores))
-    claims = recipe.ablations(SimpleNamespace(device="cpu", steps=2))
+    claims = recipe.ablations(SimpleNamespace(device="cpu", steps=2, split="test"))
     assert all(claim.holds for claim in claims)
     turned = recipe.compare({variant: [1 - x for x in row] for variant, row in zip(recipe.variants, figures)})
     assert [claim.holds for claim in turned] == [family == "clip" and i == 1 for i in range(len(claims))]  # as even
@@ -5793,7 +6035,7 @@ def test_siglip_starts_from_one_match_in_a_batch_and_has_a_folder_of_its_own(tra
     monkeypatch.setattr(recipe, "claims", lambda *_: [])
     for other in (0.7, 0.9):
         assert not recipe.compare(dict(zip("abcd", [[0.5], [0.6], [0.8], [other]])))[1].holds, "they are not even"
-    recipe.run(SimpleNamespace(device="cpu", seed=2, steps=7, loss="sigmoid"))
+    recipe.run(SimpleNamespace(device="cpu", seed=2, steps=7, loss="sigmoid", split="test"))
     assert [one.name for one in trainings] == ["clip-sigmoid-seed2-steps7"]
 
 
@@ -5888,13 +6130,13 @@ def test_reranking_lets_matching_choose_among_what_contrast_finds():
 
     judge.encode_image, judge.text_features, judge.match = encode_image, text_features, match
     judge.image_features = lambda image: torch.eye(len(image))[:, None]
-    contrast, matching = world.reranking(judge, count=9, top=4)
+    contrast, matching = world.reranking(judge, "validation", count=9, top=4)
     assert contrast == 5 / 9, "images 2, 4, 6, 7 and 8"
     assert matching == 7 / 9, "1, 3 and 5 are mended, 8 is spoilt, and the text of 0 is not among the four"
 
 
 def test_an_episode_of_flamingo_tells_what_names_mean_and_asks_about_what_was_never_shown():
-    names, asked = {"train": set(), "test": set()}, {"train": set(), "test": set()}
+    names, asked = ({split: set() for split in SPLITS} for _ in range(2))
     for split, seed in itertools.product(names, range(200)):
         one = world.episode(world.rng_for("episode", seed), seed % 9, split=split)
         (*shown, last), called = zip(*((scene.things[0], name) for scene, name in one))
@@ -5909,8 +6151,9 @@ def test_an_episode_of_flamingo_tells_what_names_mean_and_asks_about_what_was_ne
         assert len({*dict(swapped)}) == len(swapped) == len(meaning) and (len(meaning) == 1 or not swapped & meaning)
         *order, _ = world.in_turn(random.Random(seed), 8, 5)
         assert sorted(map(order.count, range(5))) == [1, 1, 2, 2, 2], "every kind once before any a second time"
-    assert not names["train"] & names["test"] and len(names["test"]) > 50
-    assert asked["train"] <= {*world.SEEN_PAIRS} and asked["test"] == {*world.UNSEEN_PAIRS}
+    assert not any(names[one] & names[other] for one, other in itertools.combinations(SPLITS, 2))
+    assert min(map(len, names.values())) > 50 and asked["train"] <= {*world.SEEN_PAIRS}
+    assert asked["validation"] == asked["test"] == {*world.UNSEEN_PAIRS}
 
 
 def test_real_steps_of_flamingo_open_its_gates_and_leave_what_its_language_model_knew(runs, monkeypatch):
@@ -5929,11 +6172,14 @@ def test_real_steps_of_flamingo_open_its_gates_and_leave_what_its_language_model
     assert recipe.text_untouched(model)[0] < 0.9
 
 
-def test_what_cogvlm_forgets_is_measured_on_test_scenes_and_seen(untrained):
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_what_cogvlm_forgets_is_measured_on_scenes_of_a_split_and_seen(split, untrained):
     model, heard = fresh("cogvlm"), []
     model.language.register_forward_pre_hook(lambda module, given: heard.extend(given[0]))
-    assert world.text_loss(model) == pytest.approx(math.log(512), abs=0.3)
-    assert all(scene_told(text_of(row).split("Question")[0]).is_test for row in heard) and len(heard) == 96
+    assert world.text_loss(model, split) == pytest.approx(math.log(512), abs=0.3)
+    model.register_forward_pre_hook(lambda module, given: heard.extend(given[0]))
+    world.text_logits(model, split)
+    assert len(heard) == 128 and {scene_told(text_of(row).split("Question")[0]).split for row in heard} == {split}
     recipe, asked = world.CogVLMRecipe(), SimpleNamespace(device="cpu", seed=0)
     model = seer(recipe)
     model.language.layers[1].input_layernorm.weight.data[0] += 0.1
@@ -5977,17 +6223,23 @@ def test_qwen_is_asked_about_sizes_lengths_and_scenes_that_its_training_does_not
     recipe.accuracy = lambda model, asked: {
         len(shown) if isinstance(shown, list) else shown.size for shown, *_ in asked
     }
-    assert recipe.measure(None, "things") == [{*world.CANVASES}, {*world.NEW_CANVASES}]
-    assert recipe.measure(None, "things of one size") == [{(48, 48)}, {*world.NEW_CANVASES}]
-    assert recipe.measure(None, "large movies") == [{*world.FRAMES}, {*world.LONG_MOVIES}]
-    usual, new = (world.size_questions(60, sizes) for sizes in (world.CANVASES, world.NEW_CANVASES))
+    for variant, seen, new in (
+        ("any size", world.CANVASES, world.NEW_CANVASES),
+        ("one size, learned positions", [(48, 48)], world.NEW_CANVASES),
+        ("M-RoPE", world.FRAMES, world.LONG_MOVIES),
+    ):
+        recipe.shows, _ = recipe.variants[variant]["shows"]
+        assert recipe.measure(None) == [{*seen}, {*new}]
+    usual, new = (world.size_questions(60, sizes, "test") for sizes in (world.CANVASES, world.NEW_CANVASES))
     assert [asked for _, *asked in usual] == [asked for _, *asked in new], "the same scenes and questions in both"
     assert {size(shown) for shown, *_ in new} == {*world.NEW_CANVASES}
-    assert all(scene_in(shown).is_test for shown, *_ in new)
+    for split in ("validation", "test"):
+        shown = [shown for shown, *_ in world.size_questions(60, world.NEW_CANVASES, split)]
+        assert {scene_in(picture).split for picture in shown} == {split}
 
 
 def test_a_number_for_qwen_is_the_same_with_fewer_tokens():
-    numbers = {tokens: world.qwen_numbers(20, tokens) for tokens in world.TOKENS}
+    numbers = {tokens: world.qwen_numbers(20, tokens, "test") for tokens in world.TOKENS}
     for tokens, asked in numbers.items():
         assert [answer for *_, answer in asked] == [number_in(shown) for shown, *_ in numbers[9]]
         sizes = [qwen2vl.num_image_tokens(shown.height, shown.width, qwen2vl.PRESETS["tiny"]) for shown, *_ in asked]

@@ -8,7 +8,7 @@ trained on one, steps and settings are chosen on another (validation), and claim
 
 How.    python train_tiny.py world              a sheet of samples, to see what the models see
         python train_tiny.py clip               train, then print the paper's claims at toy scale: hold or not
-        python train_tiny.py all                all seven families, and the table of their claims
+        python train_tiny.py all                all seven families; tables of all results are in runs/results.md
         python train_tiny.py clip --ablations   "a beats b", three seeds, equal steps, in minutes
         python train_tiny.py clip --data DIR    your own pictures: DIR/metadata.jsonl with file_name and text
         torchrun --nproc-per-node 2 train_tiny.py clip    each process takes its share of every batch
@@ -30,6 +30,7 @@ import ast
 import contextlib
 import json
 import math
+import platform
 import random
 import re
 import signal
@@ -495,6 +496,7 @@ def decode(ids):
 # The loop: one for every model here
 
 RUNS = Path("runs")  # everything that is written goes here
+SPENT = {}  # what a command has trained or taken from the cache: {name: (seconds of training, peak memory)}
 SAVE_SECONDS = 20  # between two checkpoints
 try:  # torchrun sets these
     RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
@@ -745,6 +747,7 @@ def fit(name, plan, model, loss_of, code, data="world", expected=None, after_ste
         model.load_state_dict(state["model"])
     if state["step"] < plan.steps:
         train(name, plan, model, loss_of, state, path, expected, after_step)
+    SPENT[name] = state.get("seconds", 0), state.get("memory", 0)
     for module in model.modules():  # what is built on this model, or on a part of it, has this in its own key
         module.lineage = zlib.crc32(json.dumps(key).encode())
     model.folder = path.parent
@@ -761,6 +764,7 @@ def train(name, plan, model, loss_of, state, path, expected, after_step):
     if RANK == 0:
         write_log(log, path.parent)  # a directory that cannot be written is found before the training
     saved = time.time()
+    began = saved - state.get("seconds", 0)
     show = dict(unit=" samples", desc=name, mininterval=0.3, disable=None if RANK == 0 else True)
     bar = tqdm(total=plan.steps * plan.batch, initial=start * plan.batch, **show)
     model.train()
@@ -784,8 +788,9 @@ def train(name, plan, model, loss_of, state, path, expected, after_step):
                 log.append(row | {metric: float(number) for metric, number in metrics.items()})
             if RANK == 0 and (last or interrupted or time.time() - saved > SAVE_SECONDS):
                 states = [optimizer.state_dict() for optimizer in optimizers]
-                new = {"step": step + 1, "log": log, "model": model.state_dict(), "optimizers": states}
-                save_checkpoint({"key": state["key"]} | new, path)
+                state |= {"step": step + 1, "log": log, "model": model.state_dict(), "optimizers": states}
+                state |= {"seconds": time.time() - began, "memory": peak_memory()}
+                save_checkpoint(state, path)
                 saved = time.time()
             if last or interrupted:
                 sum_over_ranks(interrupted)  # no process goes on, or ends, before the first one has saved
@@ -818,16 +823,128 @@ class Claim:
     def holds(self):
         return self.measured - self.error >= self.target
 
+    @property
+    def verdict(self):
+        return "holds" if self.holds else "does not hold"
+
 
 def claims_table(claims):
-    """The claims as a markdown table, which reads well in a terminal too."""
+    """The claims as a markdown table, which reads well in a terminal too. After ±: two standard errors."""
     width = max(len(claim.name) for claim in claims)
-    lines = [f"| {'claim':{width}} | chance | measured | target |   |"]
-    lines.append(f"|-{'-' * width}-|-------:|---------:|-------:|---|")
+    lines = [f"| {'claim':{width}} | chance | measured |   ±   | target |   |"]
+    lines.append(f"|-{'-' * width}-|-------:|---------:|------:|-------:|---|")
     for c in claims:
-        verdict = "holds" if c.holds else "DOES NOT HOLD"
-        lines.append(f"| {c.name:{width}} | {c.chance:6.3f} | {c.measured:8.3f} | {c.target:6.3f} | {verdict} |")
+        error = f"{c.error:.3f}" if c.sample else ""
+        numbers = f"{c.chance:6.3f} | {c.measured:8.3f} | {error:5} | {c.target:6.3f}"
+        lines.append(f"| {c.name:{width}} | {numbers} | {c.verdict} |")
     return "\n".join(lines)
+
+
+def peak_memory():
+    """Of this process so far, in MiB; 0 on Windows, where Python cannot tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def machine(device):
+    """What decides how long a training takes: the processor, if its name can be read, threads, torch."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux
+    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device.replace("cpu", "")
+    cpu = found[1] if found else platform.processor() or platform.machine()
+    return ", ".join(filter(None, (name, cpu, f"threads: {torch.get_num_threads()}", f"torch {torch.__version__}")))
+
+
+def record(recipe, args, name, **found):
+    """Keep what a standard training or its ablations have shown in runs/results/NAME.json, and write runs/results.md
+    anew from all that is kept. Each family and seed has a file of its own, so runs side by side lose nothing. Results
+    on the validation split are kept apart, in runs/results-validation."""
+    folder = RUNS / ("results" if recipe.split == "test" else f"results-{recipe.split}")
+    trained = world_fingerprint(), CLIPRecipe.stages, CLIPRecipe().code(), type(recipe).stages, recipe.variants
+    code = zlib.crc32(repr((trained, recipe.code("claims", "measure", "compare"))).encode())
+    row = {"name": name, "family": recipe.family, "code": code, "machine": machine(args.device)}
+    row["split"], row["date"] = recipe.split, time.strftime("%Y-%m-%d %H:%M:%S")
+    row["seconds"] = {training: seconds for training, (seconds, _) in SPENT.items()}
+    row["memory"] = max([peak_memory(), *(memory for _, memory in SPENT.values())])
+    text = json.dumps(row | found, indent=1)
+    write_file(folder / f"{name}.json", lambda file: file.write_text(text))
+
+    rows = [json.loads(file.read_text()) for file in folder.glob("[!.]*.json")]
+    newest = {row["family"]: row["code"] for row in sorted(rows, key=lambda row: row["date"])}
+    kept = [row for row in rows if row["code"] == newest[row["family"]]]
+    for row in rows:
+        if row not in kept:
+            say(f"{row['name']}, of {row['date']}, is left out: the code has changed since")
+    kept.sort(key=lambda row: ([*RECIPES].index(row["family"]), row["name"]))
+    page = results_page(kept)
+    write_file(RUNS / f"{folder.name}.md", lambda file: file.write_text(page, encoding="utf-8"))
+    say(f"written: {RUNS / folder.name}.md")
+
+
+def results_page(rows):
+    """What `record` has kept, as markdown."""
+    runs = [row for row in rows if "seed" in row]
+    page = [
+        f"## Claims, on the {rows[0]['split']} split",
+        "A share of a sample (one with ±) holds if it is above its target by two standard errors.",
+    ]
+    page += [claims_by_seed(runs), "## Ablations", *ablations_by_seed(row for row in rows if row not in runs)]
+    page.append("## Times and memory")
+    for where in dict.fromkeys(row["machine"] for row in rows):
+        page += [f"On {where}:", times_and_memory([row for row in rows if row["machine"] == where])]
+    return "\n\n".join(page) + "\n"
+
+
+def markdown(head, rows):
+    """A table whose lines are as short as they can be."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def decimals(numbers):
+    return [f"{number:.3f}" for number in numbers]
+
+
+def claims_by_seed(rows):
+    claims, lines = {}, []
+    for row in rows:
+        for claim in row["claims"]:
+            text = claim["name"].replace(row["family"], row["name"].split("-seed")[0], 1)  # clip-sigmoid's are others
+            claims.setdefault(text, {})[row["seed"]] = Claim(**claim)
+    seeds = sorted({row["seed"] for row in rows})
+    for text, each in claims.items():
+        chance = ", ".join(dict.fromkeys(decimals(claim.chance for claim in each.values())))
+        target = ", ".join(dict.fromkeys(decimals(claim.target for claim in each.values())))  # may differ by seed
+        measured = [f"{each[seed].measured:.3f}" if seed in each else "" for seed in seeds]
+        error = max(claim.error for claim in each.values())
+        held = [str(seed) for seed in each if each[seed].holds]
+        verdict = f"holds at seed{'s' * (len(held) > 1)} {', '.join(held)}" if held else "does not hold"
+        verdict = "holds" if len(held) == len(each) else verdict
+        lines.append([text, chance, *measured, f"{error:.3f}" if error else "", target, verdict])
+    return markdown(["claim", "chance", *(f"seed {seed}" for seed in seeds), "±", "target", "verdict"], lines)
+
+
+def ablations_by_seed(rows):
+    variants, comparisons = [], []
+    for row in rows:
+        for variant, figures in row["figures"].items():
+            for figure, each in figures.items():
+                variants.append([f"{row['family']}: {variant}", figure, *decimals([*each, sum(each) / len(each)])])
+        for claim in [Claim(**claim) for claim in row["claims"]]:
+            comparisons.append([claim.name, *decimals([claim.measured, claim.target]), claim.verdict])
+    head = ["variant", "figure", "seed 0", "seed 1", "seed 2", "mean"]
+    return markdown(head, variants), markdown(["comparison of means", "measured", "target", "verdict"], comparisons)
+
+
+def times_and_memory(rows):
+    lines = []
+    for row in rows:
+        own = [seconds for name, seconds in row["seconds"].items() if name.split("-")[0] == row["family"]]
+        towers = [f"{name} {s:.0f}" for name, s in row["seconds"].items() if name.split("-")[0] != row["family"]]
+        lines.append([row["name"], f"{sum(own):.0f}", ", ".join(towers), row["memory"], row["date"][:10]])
+    return markdown(["training", "seconds", "towers, seconds", "peak MiB", "date"], lines)
 
 
 def run_name(name, seed=0, steps=None):
@@ -913,6 +1030,7 @@ class Recipe:
     stages = ()
     fields = ("text",)  # what a row of own data needs besides file_name
     variants, beats, ablation_steps = {}, (), 300  # {variant: changes}, (claim, better variant, worse variant)
+    figures = ("questions",)  # what `measure` returns, in words; the first decides
     asked = ' --prompt "..."'  # what the command that asks a model has besides --image
     rightly = "the right text is written"  # what `right` counts
     given = None  # a trained model, which is asked instead of training one
@@ -944,8 +1062,9 @@ class Recipe:
     def family(self):
         return self.module.__name__
 
-    def code(self):
-        return code_of(self.module, ("start", "freeze", "batch", "loss", "collect", "after_step"), type(self).__name__)
+    def code(self, *more):
+        names = ("start", "freeze", "batch", "loss", "collect", "after_step", *more)
+        return code_of(self.module, names, type(self).__name__)
 
     def train(self, device="cpu", seed=0, steps=None, demo=False, name=None, skip=(), until=None, **changes):
         """Through all stages, each from the cache if it is there. steps: of the last stage; demo: somebody is waiting,
@@ -1138,24 +1257,35 @@ class Recipe:
         return {}
 
     def run(self, args):
-        self.split = args.split
-        model = self.train(args.device, args.seed, args.steps, **self.options(args))
+        self.split, options = args.split, self.options(args)
+        SPENT.clear()
+        model = self.train(args.device, args.seed, args.steps, **options)
         say(self.save(model))
-        return self.claims(model, args) if RANK == 0 else []
+        if RANK:
+            return []
+        claims = self.claims(model, args)
+        if not args.steps:  # other lengths say nothing about the recipe
+            name = f"{options.get('name', self.family)}-seed{args.seed}"
+            record(self, args, name, seed=args.seed, claims=[asdict(claim) for claim in claims])
+        return claims
 
     def ablations(self, args):
         """Every variant with seeds 0, 1, 2 and equal steps; claims about the means."""
-        self.split, means, steps = args.split, {}, args.steps or self.ablation_steps
+        self.split, steps, figures = args.split, args.steps or self.ablation_steps, {}
+        SPENT.clear()
         for variant, changes in self.variants.items():
             name = f"{self.family}-ablations/{variant.replace(' ', '-').replace(',', '')}"
             each = [self.measure(self.train(args.device, seed, steps, name=name, **changes)) for seed in (0, 1, 2)]
-            columns = list(zip(*each))
-            say(f"{variant}: " + "; ".join(" ".join(f"{x:.3f}" for x in column) for column in columns))
-            means[variant] = [sum(column) / 3 for column in columns]
-        return self.compare(means)
+            figures[variant] = dict(zip(self.figures, zip(*each)))
+            shares = [f"{what} {' '.join(f'{x:.3f}' for x in shown)}" for what, shown in figures[variant].items()]
+            say(f"{variant}: {'; '.join(shares)}")
+        claims = self.compare({variant: [sum(x) / 3 for x in shown.values()] for variant, shown in figures.items()})
+        if not args.steps:
+            record(self, args, f"{self.family}-ablations", figures=figures, claims=[asdict(claim) for claim in claims])
+        return claims
 
     def compare(self, means):
-        """{variant: its figures, means over the seeds} -> claims. The first figure decides."""
+        """{variant: its figures, means over the seeds} -> claims."""
         return [Claim(f"{self.family}: {text}", means[b][0], means[a][0], means[b][0]) for text, a, b in self.beats]
 
     def own_data(self, args):
@@ -1424,7 +1554,6 @@ def world_sheet():
     pictures.append((draw(scene), f"only in tests:\n{caption(scene)}".replace(", ", ",\n")))
     sheet(pictures, RUNS / "world.png")
     say("in text only, for a language model:\n" + text_line(rng))
-    return []
 
 
 def cut_picture(image, side, scale):
@@ -1461,6 +1590,7 @@ class CLIPRecipe(Recipe):
     stages = (Plan("", 700, 64, lr=1e-3, weight_decay=0.5, warmup=60),)
     variants = {f"{loss} {B}": dict(loss=loss, batch=B) for B in (16, 128) for loss in ("softmax", "sigmoid")}
     ablation_steps = 500
+    figures = ("right captions found",)
 
     def train(self, *args, batch=None, **changes):
         """batch: an ablation's, instead of the plan's."""
@@ -1554,8 +1684,8 @@ class CLIPRecipe(Recipe):
         pairs = [unseen_pair_scene(rng, 1) for _ in range(300)]
         bare, ensemble = self.naming(model, pairs, ("{}",)), self.naming(model, pairs, TEMPLATES)
         return [
-            Claim("clip: retrieval, right caption among 512 unseen scenes", 1 / 512, right, 0.95),
-            Claim("clip: naming pairs never seen in training, 30 ways", 1 / 30, ensemble, 0.80),
+            Claim("clip: retrieval, right caption among 512 unseen scenes", 1 / 512, right, 0.95, 512),
+            Claim("clip: naming pairs never seen in training, 30 ways", 1 / 30, ensemble, 0.80, len(pairs)),
             Claim("clip: template ensemble no worse than the bare name", 1 / 30, ensemble, bare),
         ]
 
@@ -1810,6 +1940,7 @@ class ViLTRecipe(Recipe):
     stages = (Plan("", 1300, 32, lr=3e-3, muon=3e-3, warmup=60, weight_decay=0.02, demo=450),)
     variants = {"with WPA": {}, "without WPA": dict(wpa_weight=0.0), "clip": dict(rival=True)}
     ablation_steps = 700
+    figures = ("right text preferred", "words land")
     wpa_weight = WPA_WEIGHT
 
     def train(self, device="cpu", seed=0, steps=None, rival=False, **options):
@@ -1948,7 +2079,8 @@ class ViLTRecipe(Recipe):
 
     def words_landing(self, model, scenes):
         """(share of colour and shape words whose largest mass lies on a patch that their thing touches, share of the
-        patches that it touches: what a random patch would give). Words that fit two things of a scene are left out."""
+        patches that it touches: what a random patch would give, how many words). Words that fit two things of a scene
+        are left out."""
         hits, chance = [], []
         for scene in scenes:
             words, plan = self.alignment(model, scene)
@@ -1962,41 +2094,42 @@ class ViLTRecipe(Recipe):
                         best = plan[words.index(getattr(thing, key))].argmax()
                         hits.append(touched.flatten()[best].item())
                         chance.append(touched.mean().item())
-        return sum(hits) / len(hits), sum(chance) / len(chance)
+        return sum(hits) / len(hits), sum(chance) / len(chance), len(hits)
 
     def claims(self, model, args):
         words = masked_words(rng_for("vilt words"), 400, self.split)
         misses = near_misses(rng_for("vilt matching"), 400, self.split)
         rng = rng_for("vilt landing")
-        landing, darts = self.words_landing(model, [make_scene(rng, split=self.split) for _ in range(200)])
+        landing, darts, landed = self.words_landing(model, [make_scene(rng, split=self.split) for _ in range(200)])
         text_only = sum(1 / ways for _, _, _, ways in words) / len(words)
-        missed = 1 - self.recovered(model, words, wrong_image=True)
+        recovered, missed = self.recovered(model, words), 1 - self.recovered(model, words, wrong_image=True)
+        matching = self.matching_accuracy(model, misses)
         patches, encoder, resnet = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
         say(f"a ResNet-101 takes {resnet / patches:.0f} times the FLOPs of the patch projection on the same image")
         return [
-            Claim("vilt: masked colour, shape or place recovered", text_only, self.recovered(model, words), 0.95),
-            Claim("vilt: masked word missed beside a wrong image", 1 - text_only, missed, 0.9 - text_only),
-            Claim("vilt: matching, colour or shape changed", 0.5, self.matching_accuracy(model, misses), 0.95),
-            Claim("vilt: colour and shape words land on their thing", darts, landing, 0.80),
+            Claim("vilt: masked colour, shape or place recovered", text_only, recovered, 0.95, len(words)),
+            Claim("vilt: masked word missed beside a wrong image", 1 - text_only, missed, 0.9 - text_only, len(words)),
+            Claim("vilt: matching, colour or shape changed", 0.5, matching, 0.95, 2 * len(misses)),
+            Claim("vilt: colour and shape words land on their thing", darts, landing, 0.80, landed),
             Claim("vilt-b32: FLOPs of a ResNet-101 stem / of the encoder", 0.0, resnet / encoder, 1.0),
         ]
 
     @torch.no_grad()
     def measure(self, model):
-        """[where words land; how often the right one of two texts is preferred that are one word apart]; of a CLIP,
-        which has no words to land, the second alone."""
+        """[how often the right one of two texts is preferred that are one word apart; where words land]; of a CLIP,
+        which has no words to land, the first alone."""
         rng = rng_for("vilt ablations")
         scenes = [make_scene(rng, split=self.split) for _ in range(200)]
         misses = near_misses(rng, 400, self.split)
         if isinstance(model, vilt.ViLT):
             right, wrong = self.match_scores(model, misses)
-            return [self.words_landing(model, scenes)[0], sum(r > w for r, w in zip(right, wrong)) / len(misses)]
+            return [sum(r > w for r, w in zip(right, wrong)) / len(misses), self.words_landing(model, scenes)[0]]
         features = [CLIPRecipe().features(model, [(item[0], item[which]) for item in misses]) for which in (1, 2)]
         right, wrong = ((image * text).sum(1) for image, text in features)
         return [(right > wrong).float().mean().item()]
 
     def compare(self, means):
-        (landing, prefers), (without, _), (dot_product,) = means.values()
+        (prefers, landing), (_, without), (dot_product,) = means.values()
         return [
             Claim("vilt: words land better with WPA than without", without, landing, without),
             Claim("vilt: right text preferred, above CLIP's dot product", dot_product, prefers, dot_product),
@@ -2254,11 +2387,11 @@ class LLaVARecipe(Recipe):
         one = self.answers(model, [(scene, question) for scene, _, question, _, _ in swaps])
         two = self.answers(model, [(other, question) for _, other, question, _, _ in swaps])
         swapped = sum(a == right and b == other for a, b, (*_, right, other) in zip(one, two, swaps)) / len(swaps)
-        of_unseen_pairs = self.accuracy(model, unseen)
+        new = self.accuracy(model, unseen)
         return [
-            Claim("llava: questions about unseen scenes", guess(vqa), self.accuracy(model, vqa), 0.90),
-            Claim("llava: another image, another answer", 0.0, swapped, 0.90),
-            Claim("llava: questions about pairs never seen in training", guess(unseen), of_unseen_pairs, 0.80),
+            Claim("llava: questions about unseen scenes", guess(vqa), self.accuracy(model, vqa), 0.90, len(vqa)),
+            Claim("llava: another image, another answer", 0.0, swapped, 0.90, len(swaps)),
+            Claim("llava: questions about pairs never seen in training", guess(unseen), new, 0.80, len(unseen)),
         ]
 
     def measure(self, model):
@@ -2406,6 +2539,7 @@ class BLIP2Recipe(Recipe):
     variants = {"both stages": {}, "stage 2 alone": dict(skip=("stage1",))}  # the paper's Figure 5
     beats = (("stage 1 then stage 2 better than stage 2 alone", "both stages", "stage 2 alone"),)
     ablation_steps = 150
+    figures = ("captions exactly right",)
 
     def start(self, device, seed):
         """As stage 1 finds it: the toy CLIP's tower without its last block, the toy OPT, and between them a random
@@ -2485,7 +2619,7 @@ class BLIP2Recipe(Recipe):
         contrast, matching = reranking(self.train(args.device, args.seed, until="stage1"), self.split)
         right, frozen = exactly_right(self.captions(model, scenes), scenes), frozen_share("blip2-opt-2.7b", 2)
         return [
-            Claim("blip2: captions of unseen scenes, exactly right", 0.0, right, 0.90),
+            Claim("blip2: captions of unseen scenes, exactly right", 0.0, right, 0.90, len(scenes)),
             Claim("blip2: recall@1, matching above contrast alone", contrast, matching, contrast + 0.005),
             Claim("blip2-opt-2.7b: share that stage 2 leaves frozen", 0.0, frozen, 0.95),
         ]
@@ -2809,6 +2943,7 @@ class FlamingoRecipe(Recipe):
         ("captions in the mixture better than none", "recipe", "no captions"),
     )
     ablation_steps = 800
+    figures = ("named after 8 examples",)
     captions = CAPTIONS
 
     def start(self, device, seed, captions=CAPTIONS, **changes):
@@ -2929,9 +3064,11 @@ class FlamingoRecipe(Recipe):
         return float((after == before)[mask][:, known].float().mean()), *losses
 
     def claims(self, model, args):
-        shares = {shots: self.few_shot(model, shots) for shots in SHOTS}
+        count = 400  # episodes
+        shares = {shots: self.few_shot(model, shots, count) for shots in SHOTS}
         curve = [right for right, _ in shares.values()]
         least = min(b - a for a, b in zip(curve, curve[1:]))
+        follows = self.follows_the_examples(model, count=count)
         same, before, after = self.text_untouched(model)
         say(
             f"named rightly after {', '.join(f'{k}: {right:.3f}' for k, (right, _) in shares.items())} examples",
@@ -2939,9 +3076,9 @@ class FlamingoRecipe(Recipe):
             f"loss of text of the language model inside, with the new tokens: {before:.3f} before, {after:.3f} after",
         )
         return [
-            Claim("flamingo: new names from 8 examples", 1 / WAYS, curve[-1], 0.80),
+            Claim("flamingo: new names from 8 examples", 1 / WAYS, curve[-1], 0.80, count),
             Claim("flamingo: least gain from more examples, 0 1 2 4 8", 0.0, least, 0.05),
-            Claim("flamingo: names swapped, the answer follows", 1 / WAYS**2, self.follows_the_examples(model), 0.80),
+            Claim("flamingo: names swapped, the answer follows", 1 / WAYS**2, follows, 0.80, count),
             Claim("flamingo: frozen logits of known words, same to the bit", 0.0, same, 1.0),
         ]
 
@@ -3230,6 +3367,7 @@ class CogVLMRecipe(Recipe):
         "all trained": dict(experts=False, frozen=False),
     }
     ablation_steps = 400
+    figures = ("questions", "boxes found", "text loss")
     short, frozen = False, True  # are the towers those of the demo? does the language model stay frozen?
     special_tokens = False  # prompt_row writes <bos>
     no_tokenizer = ": CogVLM's folder comes without one, put that of lmsys/vicuna-7b-v1.5 there (CogVLM2 has its own)"
@@ -3295,19 +3433,19 @@ class CogVLMRecipe(Recipe):
         before = self.start(args.device, args.seed)
         vqa = questions(rng_for("cogvlm claims"), 400, self.split)
         boxes = box_questions(rng_for("cogvlm boxes"), 400, self.split)
-        same = float((text_logits(before) == text_logits(model)).double().mean())
+        same = float((text_logits(before, self.split) == text_logits(model, self.split)).double().mean())
         found = self.grounding(model, boxes)
         return [
             Claim("cogvlm: text-only logits equal to the bit, before and after", 0.0, same, 1.0),
-            Claim("cogvlm: things found in unseen scenes, IoU >= 0.5", guess_box(boxes), found, 0.80),
-            Claim("cogvlm: questions about unseen scenes", guess(vqa), self.accuracy(model, vqa), 0.90),
+            Claim("cogvlm: things found in unseen scenes, IoU >= 0.5", guess_box(boxes), found, 0.80, len(boxes)),
+            Claim("cogvlm: questions about unseen scenes", guess(vqa), self.accuracy(model, vqa), 0.90, len(vqa)),
         ]
 
     def measure(self, model):
         """What a variant has learned about images, and the loss on texts, which shows what it has forgotten."""
         vqa = questions(rng_for("cogvlm ablations"), 400, self.split)
         boxes = box_questions(rng_for("cogvlm ablations, boxes"), 200, self.split)
-        return [self.accuracy(model, vqa), self.grounding(model, boxes), text_loss(model)]
+        return [self.accuracy(model, vqa), self.grounding(model, boxes), text_loss(model, self.split)]
 
     def compare(self, means):
         """The text loss of a frozen language model is what it was before training."""
@@ -3450,19 +3588,19 @@ def guess_box(asked):
 
 
 @torch.no_grad()
-def text_logits(model):
+def text_logits(model, split="validation"):
     """The logits of 32 conversations without an image: scenes described in words, and questions about them."""
-    ids, _ = vicuna_rows([(make_scene(rng, 3, split="test"), rng) for rng in batch_rngs(0, "text only", 32)])
+    ids, _ = vicuna_rows([(make_scene(rng, 3, split=split), rng) for rng in batch_rngs(0, "text only", 32)])
     return model(ids.to(model.adapter.boi.device)).cpu()
 
 
 @torch.no_grad()
-def text_loss(model):
+def text_loss(model, split):
     """The loss on questions about scenes described in words, in nats per token."""
     device, losses = model.adapter.boi.device, []
     for count in (2, 3, 4):
         rngs = batch_rngs(0, ("text loss", count), 32)
-        ids, labels = vicuna_rows([(make_scene(rng, count, split="test"), rng) for rng in rngs])
+        ids, labels = vicuna_rows([(make_scene(rng, count, split=split), rng) for rng in rngs])
         losses.append(float(cogvlm.language_loss(model.language(ids.to(device)), labels.to(device))[0]))
     return sum(losses) / len(losses)
 
@@ -3526,13 +3664,27 @@ class Qwen2VLRecipe(Recipe):
         Plan("part1", 900, 16, lr=2e-3, muon=3e-3, warmup=50, weight_decay=0.02, demo=350),
         Plan("", 560, 18, lr=0.67 * 2e-3, muon=0.67 * 3e-3, warmup=50, weight_decay=0.02, demo=100),
     )
-    variants = {  # (what its only stage shows, steps, changes)
-        "any size": ("things", 300, {}),
-        "one size, learned positions": ("things of one size", 300, dict(learned=6)),
-        "M-RoPE": ("large movies", 1000, {}),
-        "RoPE-1D": ("large movies", 1000, dict(mrope=False)),
+    variants = {  # shows: what its only stage shows, and its steps
+        "any size": dict(shows=("things", 300)),
+        "one size, learned positions": dict(shows=("things of one size", 300), learned=6),
+        "M-RoPE": dict(shows=("large movies", 1000)),
+        "RoPE-1D": dict(shows=("large movies", 1000), mrope=False),
     }
+    ablation_steps = None  # as `shows` says
+    figures = ("as in training", "new sizes or lengths")
     short, seconds = False, ()  # see train, and load_images
+
+    def train(self, device="cpu", seed=0, steps=None, shows=None, **options):
+        """shows: of an ablation. On pictures of one thing: many sizes as they are, against an encoder of one resolution
+        with learned positions, which are stretched to other sizes. On movies: M-RoPE against all tokens numbered one by
+        one, on movies longer than those of training, whose numbers run past those trained."""
+        if not shows:
+            return super().train(device, seed, steps, **options)
+        self.shows, usual = shows
+        size, name = len(QWEN_SHOWS[self.shows][0]), run_name(options.pop("name"), seed, steps)
+        plan = replace(self.stages[0], stage=self.shows, steps=steps or usual, batch=size, seed=seed)
+        data = f"world {self.shows} {options or ''}".strip()
+        return self.fit(name, self.start(device, seed, **options), plan, data=data)
 
     def start(self, device, seed, learned=None, **changes):
         """What the paper starts from: the toy language model (biases of 0 added), and a vision encoder trained by
@@ -3639,9 +3791,11 @@ class Qwen2VLRecipe(Recipe):
         asked = [size_questions(300, sizes, self.split) for sizes in (CANVASES, NEW_CANVASES, LARGE_CANVASES)]
         seen, new, large = (self.accuracy(model, questions) for questions in asked)
         guessed = guess(asked[0])
-        curve = [self.accuracy(model, qwen_numbers(200, tokens, self.split)) for tokens in TOKENS]
+        numbers = [qwen_numbers(200, tokens, self.split) for tokens in TOKENS]
+        curve = [self.accuracy(model, items) for items in numbers]
         movies = {frames: qwen_movies(100, frames, self.split) for frames in FRAMES + LONG_MOVIES}
-        ways = self.accuracy(model, [one for frames in FRAMES for one in movies[frames]])
+        of_length = [one for frames in FRAMES for one in movies[frames]]
+        ways = self.accuracy(model, of_length)
         longer = [f"{frames} frames: {self.accuracy(model, movies[frames]):.3f}" for frames in LONG_MOVIES]
         read = ", ".join(f"{tokens}: {share:.3f}" for tokens, share in zip(TOKENS, curve))
         say(
@@ -3652,40 +3806,21 @@ class Qwen2VLRecipe(Recipe):
         )
         least = min(b - a for a, b in zip(curve, curve[1:]))
         return [
-            Claim("qwen2vl: questions about unseen scenes", guessed, seen, 0.80),
+            Claim("qwen2vl: questions about unseen scenes", guessed, seen, 0.80, len(asked[0])),
             Claim("qwen2vl: gain by sizes and shapes never seen", guessed - seen, new - seen, -0.05),
-            Claim("qwen2vl: which way does it move", 0.25, ways, 0.90),
-            Claim("qwen2vl: numbers read with all their tokens", 0.01, curve[-1], 0.90),
+            Claim("qwen2vl: which way does it move", 0.25, ways, 0.90, len(of_length)),
+            Claim("qwen2vl: numbers read with all their tokens", 0.01, curve[-1], 0.90, len(numbers[-1])),
             Claim("qwen2vl: least gain from more tokens, 1 4 9", 0.0, least, 0.0),
             Claim("qwen2vl: tokens grow with the area (correlation)", 0.0, tokens_per_area(), 0.98),
         ]
 
-    def ablations(self, args):
-        """On pictures of one thing: many sizes as they are, against an encoder of one resolution with learned
-        positions, which are stretched to other sizes. On movies: M-RoPE against all tokens numbered one by one, on
-        movies longer than those of training, whose numbers run past those trained."""
-        means = {}
-        for variant, (shows, steps, changes) in self.variants.items():
-            name = f"{self.family}-ablations/{variant.replace(' ', '-').replace(',', '')}"
-            plan = replace(self.stages[0], stage=shows, steps=args.steps or steps, batch=len(QWEN_SHOWS[shows][0]))
-            each = []
-            for seed in (0, 1, 2):
-                model = self.start(args.device, seed, **changes)
-                data = f"world {shows} {changes or ''}".strip()
-                self.fit(run_name(name, seed, args.steps), model, replace(plan, seed=seed), data=data)
-                each.append(self.measure(model, shows))
-            what = "of lengths in training / longer" if "movies" in shows else "of sizes in training / of new ones"
-            say(f"{shows}, {what}, {variant}: " + ", ".join(f"{own:.3f} / {new:.3f}" for own, new in each))
-            means[variant] = [sum(column) / 3 for column in zip(*each)]
-        return self.compare(means)
-
-    def measure(self, model, shows):
-        """The share that is answered, of what the stage `shows` and of what is new."""
-        if shows == "large movies":
+    def measure(self, model):
+        """The share that is answered, of what a variant's stage shows and of what is new."""
+        if self.shows == "large movies":
             of_length = lambda frames: qwen_movies(50, frames, self.split, 48)
             asked = [[one for frames in some for one in of_length(frames)] for some in (FRAMES, LONG_MOVIES)]
         else:
-            seen = QWEN_SHOWS[shows][1]
+            seen = QWEN_SHOWS[self.shows][1]
             asked = [size_questions(300, sizes, self.split, qwen_thing) for sizes in (seen, NEW_CANVASES)]
         return [self.accuracy(model, questions) for questions in asked]
 
@@ -4256,18 +4391,6 @@ def check(args):
         stop(str(error))
 
 
-def run_all(args):
-    """All families, one after the other, and the table of their claims in runs/claims.md."""
-    claims = []
-    for recipe in RECIPES.values():
-        claims += recipe().ablations(args) if args.ablations else recipe().run(args)
-    table = RUNS / (run_name("ablations" if args.ablations else "claims", steps=args.steps) + ".md")
-    text = f"Seed {args.seed}, {time.strftime('%Y-%m-%d')}\n\n{claims_table(claims)}\n"
-    write_file(table, lambda file: file.write_text(text))
-    say(f"written: {table}")
-    return claims
-
-
 def forget(family):
     """--fresh: remove the checkpoints of one family, so that it is trained again."""
     for path in [*RUNS.glob(f"{family}/checkpoint.pt"), *RUNS.glob(f"{family}-*/**/checkpoint.pt")]:
@@ -4280,16 +4403,15 @@ def main(argv=None):
     check(args)
     if WORLD_SIZE > 1:
         dist.init_process_group()  # gloo between CPUs, nccl between GPUs
+    claims = []
     try:
-        if args.fresh:
-            forget(args.what)
         if args.what == "world":
-            claims = world_sheet()
-        elif args.what == "all":
-            claims = run_all(args)
-        else:
-            recipe = RECIPES[args.what]()
-            claims = (recipe.own_data if args.data else recipe.ablations if args.ablations else recipe.run)(args)
+            world_sheet()
+        for family in {"world": (), "all": RECIPES}.get(args.what, (args.what,)):
+            if args.fresh:
+                forget(family)
+            recipe = RECIPES[family]()
+            claims += (recipe.own_data if args.data else recipe.ablations if args.ablations else recipe.run)(args)
     except KeyboardInterrupt:
         stop("\nstopped; the same command again takes what is finished from the cache", 130)
     finally:
