@@ -135,7 +135,7 @@ PRESETS = {
     # what train_tiny.py trains in front of you: 16 patches, 32 tokens of text, ids from its 512-token vocabulary
     "tiny": CLIPConfig(
         VisionConfig(32, 8, width=96, layers=4, heads=4, mlp_width=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        TextConfig(512, 32, width=96, layers=3, heads=4, mlp_width=384, eos_token_id=498),
+        TextConfig(512, 32, width=96, layers=2, heads=4, mlp_width=384, eos_token_id=498),
         embed_dim=96,
     ),
     # CLIP paper, Table 20
