@@ -318,21 +318,24 @@ def refer(scene, thing):
     return thing.shape if len(only(scene, shape=thing.shape)) == 1 else thing.name
 
 
-QUESTIONS = ("colour", "shape", "size", "where", "what", "count", "count of", "there", "pair", "side")
+PLACE_KINDS = ("what", "colour at", "shape at", "count")  # these name a place, or nothing at all: soon learned
+KINDS = ("colour", "shape", "size", *PLACE_KINDS)  # what is taught beside pictures; the first three: find a thing first
+QUESTIONS = (*KINDS, "where", "count of", "there", "pair", "side")  # "where" and the others take longer: try them
 
 
 def question(kind, scene, rng):
     """A (question, answer) of this kind about the scene, or None where it makes no sense. Yes and no are equally
     likely."""
     things = scene.things
-    if kind == "colour":
-        thing = rng.choice(things)
-        by_shape = len(only(scene, shape=thing.shape)) == 1 and rng.random() < 0.7
-        return f"what colour is the {thing.shape if by_shape else f'{thing.place} thing'}?", thing.colour
-    if kind == "shape":
-        thing = rng.choice(things)
-        by_colour = len(only(scene, colour=thing.colour)) == 1 and rng.random() < 0.7
-        return f"what shape is the {thing.colour if by_colour else thing.place} thing?", thing.shape
+    if kind == "colour" and (named := [t for t in things if len(only(scene, shape=t.shape)) == 1]):
+        thing = rng.choice(named)
+        return f"what colour is the {thing.shape}?", thing.colour
+    if kind == "shape" and (named := [t for t in things if len(only(scene, colour=t.colour)) == 1]):
+        thing = rng.choice(named)
+        return f"what shape is the {thing.colour} thing?", thing.shape
+    if kind in ("colour at", "shape at"):
+        thing, key = rng.choice(things), kind.split()[0]
+        return f"what {key} is the {thing.place} thing?", getattr(thing, key)
     if kind == "size":
         thing = rng.choice(things)
         return f"what size is the {refer(scene, thing)}?", thing.size
@@ -532,7 +535,6 @@ class Plan:
     weight_decay: float = 0.1  # on matrices only
     beta2: float = 0.98  # 0.999 is too slow a memory for a few hundred steps
     muon: float = 0.0  # > 0: Muon at this learning rate for hidden matrices
-    demo: int = 0  # the number of steps when somebody waits for the demo; 0: as many as always
     same: bool = False  # contrastive losses: do equal texts belong to each other's images? The papers': no
 
     def rate(self, step):
@@ -645,7 +647,7 @@ def code_of(module, names, owner=None):
 
 def key_of(plan, config, data, towers, code):
     """Everything a checkpoint must agree with to be the result of this training: {what: value}."""
-    plan = {name: value for name, value in asdict(plan).items() if name not in ("stage", "demo")}
+    plan = {name: value for name, value in asdict(plan).items() if name != "stage"}
     key = {"plan": plan, "config": repr(config), "data": data, "towers": towers, "code": code}
     return json.loads(json.dumps(key | {"world": world_fingerprint()}))
 
@@ -1027,7 +1029,7 @@ class Recipe:
     """
 
     module = model_class = None  # the family file, and its model
-    stages = ()
+    stages = demo_stages = ()  # the latter when somebody waits for the demo, if they differ
     fields = ("text",)  # what a row of own data needs besides file_name
     variants, beats, ablation_steps = {}, (), 300  # {variant: changes}, (claim, better variant, worse variant)
     figures = ("questions",)  # what `measure` returns, in words; the first decides
@@ -1038,8 +1040,14 @@ class Recipe:
     split = "validation"  # of what is shown and measured; claims are measured on another
     heat_shows = "attention of the answer to\nthe first prompt (light: much)"  # in seen.png; "": nothing
     new_words = ""  # a regular expression of words that a prompt may have although training has not
+    short = False  # is somebody waiting for the demo? see train
     special_tokens = True  # does a published tokenizer add those of its own to a prompt?
     no_tokenizer = ""  # what to do when a published folder has none
+
+    @property
+    def kinds(self):
+        """The kinds of question that are taught and shown."""
+        return PLACE_KINDS if self.short else KINDS
 
     # A family has start(device, seed, **changes), batch(plan, step), loss(model, samples, plan, step), and perhaps
 
@@ -1068,18 +1076,19 @@ class Recipe:
 
     def train(self, device="cpu", seed=0, steps=None, demo=False, name=None, skip=(), until=None, **changes):
         """Through all stages, each from the cache if it is there. steps: of the last stage; demo: somebody is waiting,
-        so fewer steps if the standard training is not there; skip: stages left out; until: the last stage to run;
-        changes: see start."""
+        so fewer steps, and perhaps an easier task, if the standard training is not there; skip: stages left out;
+        until: the last stage to run; changes: see start."""
         if self.given:
             return self.given
         self.short = demo and not self.done()
         model = self.start(device, seed, **changes)
-        for plan in self.stages:
+        for plan in (self.short and self.demo_stages) or self.stages:
             if plan.stage not in skip:
-                length = (plan.demo if self.short else None if plan.stage else steps) or plan.steps
-                full = "-".join(filter(None, (name or self.family, plan.stage)))
-                full = run_name(full, seed, length if length != plan.steps else None)
-                self.fit(full, model, replace(plan, steps=length, seed=seed), data=f"world {changes or ''}".strip())
+                length = plan.steps if plan.stage else steps or plan.steps
+                full = "-".join(filter(None, (name or self.family, self.short and "demo", plan.stage)))
+                full = run_name(full, seed, length if steps and length != plan.steps else None)
+                data = " ".join(filter(None, ("world", self.short and "demo", changes and str(changes))))
+                self.fit(full, model, replace(plan, steps=length, seed=seed), data=data)
             if plan.stage == until:
                 break
         return model
@@ -1436,10 +1445,10 @@ def check_fits(ids, context):
         raise ValueError(f"{len(ids)} tokens do not fit the context of {context} ({reason})")
 
 
-def questions(rng, count, split="validation"):
-    """[(scene, question, answer)] about scenes never trained on."""
-    scenes = [make_scene(rng, split=split) for _ in range(count)]
-    return [(scene, *ask(scene, rng, KINDS)) for scene in scenes]
+def questions(rng, count, split="validation", kinds=KINDS, things=None):
+    """[(scene, question, answer)] about scenes never trained on; things: how many in each."""
+    scenes = [make_scene(rng, things, split=split) for _ in range(count)]
+    return [(scene, *ask(scene, rng, kinds)) for scene in scenes]
 
 
 def one_of_each(kinds, draw_one, *key):
@@ -1454,9 +1463,9 @@ def one_of_each(kinds, draw_one, *key):
     return shown
 
 
-def question_example(rng, kind):
+def question_example(rng, kind, things=None, split="validation"):
     """(scene, question, answer) of this kind about a scene never trained on, or None where it makes no sense."""
-    scene = make_scene(rng, split="validation")
+    scene = make_scene(rng, things, split=split)
     asked = question(kind, scene, rng)
     return asked and (scene, *asked)
 
@@ -1888,11 +1897,12 @@ def possible_words(scene, thing, key):
     return sum(pair in SEEN_PAIRS and pair not in others for pair in pairs)
 
 
-def masked_words(rng, count, split="validation", keys=("colour", "shape", "place")):
-    """[(scene, its caption with one colour, shape or place hidden, the hidden word, its possible_words)]."""
+def masked_words(rng, count, split="validation", keys=("colour", "shape", "place"), things=None):
+    """[(scene, its caption with one colour, shape or place hidden, the hidden word, its possible_words)]; things: how
+    many in each scene."""
     items = []
     for _ in range(count):
-        scene = make_scene(rng, split=split)
+        scene = make_scene(rng, things, split=split)
         thing, key = rng.choice(scene.things), rng.choice(keys)
         word = getattr(thing, key)
         said = [f"{t.place} a {t.full_name}" for t in scene.things]
@@ -1937,7 +1947,8 @@ def near_miss_pairs(plan, step):
 class ViLTRecipe(Recipe):
     module, model_class = vilt, vilt.ViLT
     rightly = "the right text is found among theirs"
-    stages = (Plan("", 1300, 32, lr=3e-3, muon=3e-3, warmup=60, weight_decay=0.02, demo=450),)
+    stages = (Plan("", 1300, 32, lr=3e-3, muon=3e-3, warmup=60, weight_decay=0.02),)
+    demo_stages = (replace(stages[0], steps=450),)
     variants = {"with WPA": {}, "without WPA": dict(wpa_weight=0.0), "clip": dict(rival=True)}
     ablation_steps = 700
     figures = ("right text preferred", "words land")
@@ -1969,7 +1980,8 @@ class ViLTRecipe(Recipe):
         For matching, half of the pictures are of another scene: one of the batch (as in the paper), or, so that there
         is something left to learn, one in which a single word would be another. All scenes of a step have equally many
         things."""
-        count, rng = rng_for(plan.seed, step).choice((1, 2, 2, 3, 4)), rng_for(plan.seed, ("swap", step))
+        counts, rng = (1, 2, 2) if self.short else (1, 2, 2, 3, 4), rng_for(plan.seed, ("swap", step))
+        count = rng_for(plan.seed, step).choice(counts)
         scenes = [make_scene(one, count) for one in batch_rngs(plan.seed, ("vilt", step), plan.batch)]
         told = [(short_caption if rng.random() < 0.3 else caption)(scene) for scene in scenes]
         texts = [short_caption(scene) for scene in scenes]
@@ -2232,7 +2244,8 @@ class ViLTRecipe(Recipe):
         return lines_about
 
     def demo(self, args):
-        rng = rng_for("vilt demo")
+        self.short = not self.done()
+        rng, things = rng_for("vilt demo"), 2 if self.short else None
         scene = make_scene(rng, 2, split="validation")
         costs = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
         patches, encoder, resnet = (f"{flops / 1e9:.0f}" for flops in costs)
@@ -2240,16 +2253,17 @@ class ViLTRecipe(Recipe):
         say(f"At published size an image costs {patches} GFLOP to embed and {encoder} to read together with the text;")
         say(f"a ResNet-101 in front would cost {resnet} more.")
         torch.manual_seed(0)
-        untrained, holes = vilt.ViLT(vilt.PRESETS["tiny"]).to(args.device).eval(), masked_words(rng, 200)
+        untrained, holes = vilt.ViLT(vilt.PRESETS["tiny"]).to(args.device).eval(), masked_words(rng, 200, things=things)
         guessed = self.recovered(untrained, holes)
         say(f"with random weights {guessed:.0%} of masked colours, shapes and places are guessed")
         model = self.train(args.device, demo=True)
         if self.short:
-            say("(this model had a third of the steps; after python train_tiny.py vilt the demo shows the whole one)")
+            say("(in this short training it learned scenes of two things at most; after python train_tiny.py vilt")
+            say("the demo shows those of up to four)")
         wrong = self.recovered(model, holes, wrong_image=True)
         say(f"after training, {self.recovered(model, holes):.0%}; with a wrong image beside the text, {wrong:.0%}")
         say("\nhidden words of images it has never seen:")
-        hidden_word = lambda rng, key: masked_words(rng, 1, keys=(key,))[0]
+        hidden_word = lambda rng, key: masked_words(rng, 1, keys=(key,), things=things)[0]
         for shown, text, word, _ in one_of_each(("colour", "shape", "place", "size"), hidden_word, "vilt demo"):
             said = self.respond(model, draw(shown), text)
             say(f"    {said} ({'right' if f'[{word}]' in said else f'wrong, it is {word}'})")
@@ -2307,8 +2321,6 @@ def draw_alignment(picture, words, plan, file, size=112):
 # LLaVA
 
 LM_STEPS = 100
-KINDS = ("colour", "shape", "size", "what", "count")  # what LLaVA is taught to answer; more in QUESTIONS
-# "where" is left out: after these few steps it is still answered by guessing. Add it, and see how many it takes.
 
 
 def lm_line(rng):
@@ -2327,8 +2339,9 @@ class LLaVARecipe(Recipe):
     module, model_class, fields = llava, llava.LLaVA, ("question", "answer")
     stages = (
         Plan("stage1", 60, 16, lr=5e-3),
-        Plan("", 1500, 16, lr=2e-3, muon=3e-3, warmup=100, weight_decay=0.02, demo=700),
+        Plan("", 1500, 16, lr=2e-3, muon=3e-3, warmup=100, weight_decay=0.02),
     )
+    demo_stages = (stages[0], replace(stages[1], steps=500, warmup=50))
     variants = {"recipe": {}, "no stage 1": dict(skip=("stage1",)), "linear": dict(projector="linear")}
     beats = (
         ("with stage 1 better than without", "recipe", "no stage 1"),
@@ -2349,7 +2362,7 @@ class LLaVARecipe(Recipe):
         samples, count = [], rng_for(plan.seed, "llava", step).choice((1, 2, 2, 3, 3, 4))  # things in each scene
         for rng in batch_rngs(plan.seed, (1 if plan.stage else 2, step), plan.batch):
             scene = make_scene(rng, count)
-            turns = [] if plan.stage else [ask(scene, rng, KINDS) for _ in range(4)]
+            turns = [] if plan.stage else [ask(scene, rng, self.kinds) for _ in range(4)]
             turns.insert(0 if plan.stage else rng.randrange(5), (DESCRIBE, caption(scene)))
             samples.append((draw(scene), turns))
         return samples
@@ -2406,7 +2419,8 @@ class LLaVARecipe(Recipe):
             check_fits(encode(llava.expand_images(prompt, tokens)), llava.PRESETS["tiny"].language.context - 16)
 
     def demo(self, args):
-        asked = one_of_each((*KINDS, *KINDS)[:6], question_example, "llava demo")
+        self.short = not self.done()
+        asked = one_of_each((*self.kinds, *self.kinds)[:7], question_example, "llava demo")
         say("In goes an image of 32 x 32 pixels, 16 patches, and a question; the decoder reads both as one row of 16")
         say(f"vectors and words:\n    {llava.build_prompt(asked[0][1])!r}")
         untrained = self.start(args.device, seed=0)
@@ -2419,12 +2433,13 @@ class LLaVARecipe(Recipe):
             say(f"    [{caption(scene)}]\n        {question} -> {text} ({verdict})")
             maps = [self.look(m, draw(scene), question) for m in (untrained, model)]
             pictures.append((draw(scene), *maps, f"{question}\n{text}\n({verdict.split(';')[0]})"))
-        many = questions(rng_for("llava demo, many"), 200)
+        many = questions(rng_for("llava demo, many"), 200, kinds=self.kinds)
         say(
             f"of 200 more questions {self.accuracy(model, many):.0%} are answered rightly (guessing: {guess(many):.0%})"
         )
         if self.short:
-            say("(this model had half the training; after python train_tiny.py llava the demo shows the whole one)")
+            say("(in this short training it learned to answer about places; to find a thing by its colour or shape")
+            say("takes longer: after python train_tiny.py llava the demo shows that too)")
         say("\nattention from the first answer to the 16 patches, untrained and trained, in 1/100:")
         for rows in zip(*(heat.tolist() for heat in pictures[0][1:3])):
             say("    " + "      ".join(" ".join(f"{100 * value:5.1f}" for value in row) for row in rows))
@@ -2533,9 +2548,10 @@ class BLIP2Recipe(Recipe):
     minutes = 4
     asked = ""  # the images alone, as own data teach it
     stages = (
-        Plan("stage1", 800, 16, lr=3e-3, muon=6e-3, demo=100),
-        Plan("", 1200, 16, lr=3e-3, muon=1.2e-2, weight_decay=0.02, demo=300),
+        Plan("stage1", 800, 16, lr=3e-3, muon=6e-3),
+        Plan("", 1200, 16, lr=3e-3, muon=1.2e-2, weight_decay=0.02),
     )
+    demo_stages = (replace(stages[0], steps=100), replace(stages[1], steps=300))
     variants = {"both stages": {}, "stage 2 alone": dict(skip=("stage1",))}  # the paper's Figure 5
     beats = (("stage 1 then stage 2 better than stage 2 alone", "both stages", "stage 2 alone"),)
     ablation_steps = 150
@@ -2558,7 +2574,8 @@ class BLIP2Recipe(Recipe):
         """[(picture, caption)]. Stage 1: the last four are near misses of scenes, so that contrast and matching do not
         run out of things to learn. Stage 2: many scenes of three and four things, where the vectors must say most."""
         rngs = batch_rngs(plan.seed, (1 if plan.stage else 2, step), plan.batch)
-        scenes = [make_scene(rng, None if plan.stage else rng.choice((1, 2, 3, 3, 4, 4))) for rng in rngs]
+        counts = (1, 2, 2) if self.short else (None,) if plan.stage else (1, 2, 3, 3, 4, 4)
+        scenes = [make_scene(rng, rng.choice(counts)) for rng in rngs]
         if plan.stage:
             scenes[-4:] = [change_one(scene, rng) for scene, rng in zip(scenes, rngs[-4:])]
         return [(draw(scene), caption(scene)) for scene in scenes]
@@ -2689,7 +2706,9 @@ class BLIP2Recipe(Recipe):
 
     def demo(self, args):
         rng, queries = rng_for("blip2 demo"), blip2.PRESETS["tiny"].qformer.queries
-        scenes = one_of_each((2, 3, 4), lambda rng, count: make_scene(rng, count, split="validation"), "blip2 demo")
+        self.short = not self.done()
+        counts = (2, 2, 2) if self.short else (2, 3, 4)  # things in the scenes that are shown
+        scenes = one_of_each(counts, lambda rng, count: make_scene(rng, count, split="validation"), "blip2 demo")
         say(f"In goes an image of 32 x 32 pixels, 17 features. {queries} queries attend to them. OPT, which was never")
         say("trained on an image, reads their outputs as if they were words:")
         say(f"    'USER: ({queries} vectors)\\n{DESCRIBE} ASSISTANT:'")
@@ -2704,12 +2723,13 @@ class BLIP2Recipe(Recipe):
             say(f"        stage 1: {'exactly that' if first == right else first}")
             say(f"        stage 2: {'exactly that' if second == right else second}")
             rows.append((draw(scene), query_attention(model, draw(scene)), second))
-        many = [make_scene(rng, split="validation") for _ in range(200)]
+        many = [make_scene(rng, rng.choice(counts), split="validation") for _ in range(200)]
         for stage, texts in ((1, qformer_captions(stage1, many)), (2, self.captions(model, many))):
             share = f"{things_right(texts, many):.0%} of the things described rightly, {exactly_right(texts, many):.0%}"
             say(f"after stage {stage}, of 200 more images: {share} of the images")
         if self.short:
-            say("(both stages were cut short; after python train_tiny.py blip2 the demo shows the whole training)")
+            say("(in this short training it learned scenes of two things at most; after python train_tiny.py blip2")
+            say("the demo shows those of up to four)")
         say("\nwhere the queries look in the first image (a query's number stands on the patch it attends to most):")
         heats = rows[0][1]
         busiest, columns = heats.flatten(1).argmax(1).tolist(), heats.shape[2]
@@ -2930,7 +2950,8 @@ class FlamingoRecipe(Recipe):
     asked = ""  # the images alone, as own data teach it
     heat_shows = ""  # the prompt ends behind an image or without one: there is no one heat map
     new_words = "[b-z][aeiou][b-z]"  # names
-    stages = (Plan("", 800, 4, lr=1.5e-2, muon=6e-3, weight_decay=0.0, demo=500),)
+    stages = (Plan("", 800, 4, lr=1.5e-2, muon=6e-3, weight_decay=0.0),)
+    demo_stages = (replace(stages[0], steps=500),)
     variants = {
         "recipe": {},
         "ungated": dict(gate="none"),
@@ -3266,8 +3287,8 @@ def draw_few_shot(one, said, log, measured, file, size=96):
 # CogVLM
 
 
-EVA_STEPS, VICUNA_STEPS = 400, (1500, 500, 450)  # of the towers
-DEMO_TOWERS = (200, 300)  # when somebody waits for the demo; of the toy Vicuna only the first part then
+EVA_STEPS, VICUNA_STEPS = 400, 1500  # of the towers
+DEMO_TOWERS = (200, 300)  # when somebody waits for the demo
 
 
 def ask_box(scene, rng):
@@ -3281,24 +3302,17 @@ def ask_box(scene, rng):
     return f"where is the {asked}?", f"{thing.name} {thing.place} {box_text(thing, 32, 32)}"
 
 
-def cogvlm_turns(scene, rng):
+def cogvlm_turns(scene, rng, kinds):
     """What is asked about a scene: two boxes, two questions, and its description, in any order."""
     boxes = [ask_box(scene, rng), ask_box(scene, rng)]
-    turns = [*boxes, ask(scene, rng, KINDS), ask(scene, rng, KINDS), (DESCRIBE, caption(scene))]
+    turns = [*boxes, ask(scene, rng, kinds), ask(scene, rng, kinds), (DESCRIBE, caption(scene))]
     return rng.sample(turns, len(turns))
 
 
-def vicuna_turns(scene, rng, part=3):
-    """What the toy Vicuna is asked about a scene that is described in words.
-
-    Parts 1 and 2: what CogVLM will be asked, and a list of all things, shape first or colour first. The list trains
-    looking up a word by its neighbour at every position, a question only once. Part 3: what is learned last. Boxes are
-    few: the description has no coordinates, so only their form can be learned.
-    """
-    if part == 3:
-        turns = [ask(scene, rng, (kind,)) for kind in ("colour", "shape", rng.choice(KINDS), rng.choice(KINDS))]
-        turns.append(ask_box(scene, rng) if rng.random() < 0.75 else (DESCRIBE, caption(scene)))
-        return rng.sample(turns, len(turns))
+def vicuna_turns(scene, rng):
+    """What the toy Vicuna is asked about a scene that is described in words: what CogVLM will be asked, and a list of
+    all things, shape first or colour first. The list trains looking up a word by its neighbour at every position, a
+    question only once. Boxes are few: the description has no coordinates, so only their form can be learned."""
     things = rng.sample(scene.things, len(scene.things))
     turns = [ask(scene, rng, KINDS) for _ in range(6)] + [(DESCRIBE, caption(scene))]
     if rng.random() < 0.5:
@@ -3307,17 +3321,17 @@ def vicuna_turns(scene, rng, part=3):
     else:
         told = ", ".join(f"{t.colour} {t.shape} {t.size} {t.place}" for t in things)
         turns.append(("which colour has which shape?", told))
-    if rng.random() < (0.15 if part == 1 else 0.6):
+    if rng.random() < 0.4:
         turns.append(ask_box(scene, rng))
     return rng.sample(turns, len(turns))
 
 
-def vicuna_rows(scenes, part=3):
+def vicuna_rows(scenes):
     """[(scene, rng)] -> ids, labels [B,T]: each scene described in words, its things in any order, in the place of a
     picture; then questions and answers, of which the answers count."""
     rows = []
     for scene, rng in scenes:
-        turns = vicuna_turns(scene, rng, part)
+        turns = vicuna_turns(scene, rng)
         ids, labels = cogvlm.conversation_row(turns, encode, cogvlm.PRESETS["tiny"], images=0)
         told = encode(", ".join(f"{t.place} a {t.full_name}" for t in rng.sample(scene.things, len(scene.things))))
         rows.append((ids[:1] + told + ids[1:], [cogvlm.IGNORE_INDEX] * len(told) + labels))
@@ -3333,26 +3347,24 @@ def toy_eva(device="cpu", steps=None):
 
 
 def toy_vicuna(device="cpu", steps=None):
-    """CogVLM's decoder at toy size, pretrained on text alone to look up what it is told. Three parts, cached in
-    runs/vicuna-part1, runs/vicuna-part2 and runs/vicuna. steps: so many of the first part, and no other."""
+    """CogVLM's decoder at toy size, pretrained on text alone to look up what it is told. Cached in runs/vicuna.
+    steps: for the demo, where no scene has more than one thing."""
     torch.manual_seed(0)
     model = cogvlm.ExpertDecoder(cogvlm.PRESETS["tiny"].language).to(device)
     for layer in model.layers:
         layer.vision_expert.requires_grad_(False)  # text never passes through it
+    plan = Plan("", steps or VICUNA_STEPS, 16, lr=3e-3, muon=6e-3)
 
-    def loss_of(part, step):
-        key = f"vicuna {part}"
-        count = rng_for(key, step).choice((1, 2, 2, 3, 3, 4))  # things in each scene of a step: rows about as long
-        ids, labels = vicuna_rows([(make_scene(rng, count), rng) for rng in batch_rngs(0, (key, step), 32)], part)
+    def loss_of(step):
+        # Things in each scene of a step: rows are about as long. Many, since among four a guess is seldom right, so
+        # that there is more to gain from looking something up.
+        count = 1 if steps else rng_for("vicuna", step).choice((1, 2, 3, 4, 4, 4))
+        scenes = [(make_scene(rng, count), rng) for rng in batch_rngs(0, ("vicuna", step), plan.batch)]
+        ids, labels = vicuna_rows(scenes)
         return cogvlm.language_loss(joint(model(share(ids).to(device))), labels.to(device))
 
-    lengths, code = dict(zip(("vicuna-part1", "vicuna-part2", "vicuna"), VICUNA_STEPS)), code_of(cogvlm, ["toy_vicuna"])
-    if steps:
-        lengths = {run_name("vicuna", steps=steps): steps}
-    for part, (name, length) in enumerate(lengths.items(), 1):
-        plan = Plan("", length, 32, lr=3e-3, muon=6e-3)
-        expected = ("ln V", math.log(VOCAB_SIZE)) if part == 1 else None
-        fit(name, plan, model, lambda step, part=part: loss_of(part, step), code, expected=expected)
+    code, expected = code_of(cogvlm, ["toy_vicuna"]), ("ln V", math.log(VOCAB_SIZE))
+    fit(run_name("vicuna", steps=steps), plan, model, loss_of, code, expected=expected)
     model.copy_experts()  # image tokens are first processed as words are
     return model
 
@@ -3360,7 +3372,8 @@ def toy_vicuna(device="cpu", steps=None):
 class CogVLMRecipe(Recipe):
     module, model_class, fields = cogvlm, cogvlm.CogVLM, ("question", "answer")
     minutes = 9
-    stages = (Plan("", 1700, 16, lr=3e-3, muon=1.2e-2, warmup=50, weight_decay=0.02, demo=300),)
+    stages = (Plan("", 1700, 16, lr=3e-3, muon=1.2e-2, warmup=50, weight_decay=0.02),)
+    demo_stages = (replace(stages[0], steps=300),)
     variants = {  # deep fusion; shallow, as LLaVA's, with the language model frozen; shallow, and it trains too
         "visual experts": {},
         "adapter alone": dict(experts=False),
@@ -3368,7 +3381,7 @@ class CogVLMRecipe(Recipe):
     }
     ablation_steps = 400
     figures = ("questions", "boxes found", "text loss")
-    short, frozen = False, True  # are the towers those of the demo? does the language model stay frozen?
+    frozen = True  # does the language model stay frozen?
     special_tokens = False  # prompt_row writes <bos>
     no_tokenizer = ": CogVLM's folder comes without one, put that of lmsys/vicuna-7b-v1.5 there (CogVLM2 has its own)"
 
@@ -3385,6 +3398,11 @@ class CogVLMRecipe(Recipe):
         self.frozen = frozen
         return model
 
+    @property
+    def kinds(self):
+        """In the demo there is one thing to find, wherever it is."""
+        return KINDS[:4] if self.short else KINDS
+
     def freeze(self, model, plan):
         cogvlm.freeze(model)  # of a model without experts it trains the adapter only
         if not self.frozen:
@@ -3392,9 +3410,9 @@ class CogVLMRecipe(Recipe):
 
     def batch(self, plan, step):
         """[(picture, turns)]. All scenes of a step have equally many things: rows about as long."""
-        count = rng_for(plan.seed, "cogvlm", step).choice((1, 2, 2, 3, 3, 4))
+        count = 1 if self.short else rng_for(plan.seed, "cogvlm", step).choice((1, 2, 2, 3, 3, 4))
         scenes = [(make_scene(rng, count), rng) for rng in batch_rngs(plan.seed, ("cogvlm", step), plan.batch)]
-        return [(draw(scene), cogvlm_turns(scene, rng)) for scene, rng in scenes]
+        return [(draw(scene), cogvlm_turns(scene, rng, self.kinds)) for scene, rng in scenes]
 
     def row(self, turns):
         """What looks like a special token in own data is plain text."""
@@ -3475,8 +3493,9 @@ class CogVLMRecipe(Recipe):
 
     def demo(self, args):
         self.short = not self.done()
-        asked = one_of_each(zip(SHAPES, PLACES), box_example, "cogvlm demo, boxes")
-        asked += one_of_each(KINDS[-4:], question_example, "cogvlm demo")
+        few = dict(things=1, split="any") if self.short else {}
+        asked = one_of_each(zip(SHAPES, PLACES), lambda *of: box_example(*of, **few), "cogvlm demo, boxes")
+        asked += one_of_each(self.kinds[-4:], lambda *of: question_example(*of, **few), "cogvlm demo")
         tokens = cogvlm.num_image_tokens(32, 32, cogvlm.PRESETS["tiny"])
         say(
             f"In goes an image of 32 x 32 pixels and a question; the decoder reads <bos>, {tokens} image tokens (boi,"
@@ -3498,13 +3517,14 @@ class CogVLMRecipe(Recipe):
                 verdict += self.why(model, scene, draw(scene), question) if iou < 0.5 else ""
             say(f"    {question} -> {text} ({verdict})")
             pictures.append((draw(scene), true, found, f"{question}\n{text}\n({verdict.split(';')[0]})"))
-        boxes, many = box_questions(rng_for("cogvlm demo, boxes"), 200), questions(rng_for("cogvlm demo, many"), 200)
+        boxes = box_questions(rng_for("cogvlm demo, boxes"), 200, **few)
+        many = questions(rng_for("cogvlm demo, many"), 200, kinds=self.kinds, **few)
         found, right = self.grounding(model, boxes), self.accuracy(model, many)
         say(f"of 200 more boxes {found:.0%} overlap the right one by half (guessing: {guess_box(boxes):.0%});")
         say(f"of 200 more questions {right:.0%} are answered rightly (guessing: {guess(many):.0%})")
         if self.short:
-            say("(this model and the towers it is built on had a fraction of their training; after")
-            say("python train_tiny.py cogvlm the demo shows the whole one)")
+            say("(this model and the towers it is built on had a short training, on pictures of one thing; after")
+            say("python train_tiny.py cogvlm the demo shows pictures of up to four)")
         before, after = text_logits(untrained), text_logits(model)
         same, trained = int((before == after).sum()), sum(p.numel() for p in cogvlm.freeze(model))
         say(f"\nforgotten: nothing. {trained:,} of {count_parameters(model):,} weights were trained, and texts without")
@@ -3560,31 +3580,33 @@ class CogVLMRecipe(Recipe):
         ]
 
 
-def box_questions(rng, count, split="validation"):
-    """[(scene, question, answer with a box)]: things to be found in scenes never trained on."""
+def box_questions(rng, count, split="validation", things=None):
+    """[(scene, question, answer with a box)]: things to be found in scenes never trained on; things: how many in
+    each."""
     asked = []
     while len(asked) < count:
-        scene = make_scene(rng, split=split)
+        scene = make_scene(rng, things, split=split)
         text, answer = ask_box(scene, rng)
         if answer != "nothing":
             asked.append((scene, text, answer))
     return asked
 
 
-def box_example(rng, kind):
+def box_example(rng, kind, **scene):
     """One of box_questions about a thing of this (shape, place), or None."""
-    [(scene, text, answer)] = box_questions(rng, 1)
+    [(scene, text, answer)] = box_questions(rng, 1, **scene)
     return (scene, text, answer) if " ".join(kind) in answer else None
 
 
 def guess_box(asked):
     """The grounding of a model that guesses as well as it can: always the one box that is right most often, or (if that
-    is better) the true box of any thing in the scene, as a perfect detector that cannot read would."""
+    is better) the true box of any thing in the scene, as a perfect detector that cannot read would. Where a scene has
+    only one thing, there is nothing to read, and finding it is what is measured."""
     boxes = [cogvlm.parse_box(right) for _, _, right in asked]
     constant = max(sum(cogvlm.box_iou(box, other) >= 0.5 for other in boxes) for box in set(boxes))
     things = [[cogvlm.parse_box(box_text(t, 32, 32)) for t in scene.things] for scene, _, _ in asked]
     detector = sum(sum(cogvlm.box_iou(box, t) >= 0.5 for t in found) / len(found) for box, found in zip(boxes, things))
-    return max(constant, detector) / len(asked)
+    return max(constant, detector if max(map(len, things)) > 1 else 0) / len(asked)
 
 
 @torch.no_grad()
@@ -3639,6 +3661,7 @@ def draw_boxes(pictures, file, size=128):
 SMALL_CANVASES = ((32, 32), (48, 48), (48, 32), (32, 48), (64, 32), (32, 64))
 LARGER_CANVASES = ((64, 64), (80, 80), (80, 48), (48, 80))
 CANVASES = SMALL_CANVASES + LARGER_CANVASES
+DEMO_CANVASES, NEW_IN_DEMO = SMALL_CANVASES[:3] + SMALL_CANVASES[-1:], SMALL_CANVASES[3:5]  # what a demo has time for
 NEW_CANVASES = ((80, 32), (32, 80), (64, 48), (48, 64), (80, 64), (64, 80))  # of shapes never trained on
 LARGE_CANVASES = ((96, 96), (112, 64), (64, 112), (128, 48))  # larger than any in training
 FRAMES, LONG_MOVIES = (2, 4, 6), (8, 12, 16, 24)  # lengths of movies in training, and longer ones
@@ -3648,6 +3671,7 @@ TOKENS = (1, 4, 9)  # how many tokens it may have when it is read
 QWEN_SHOWS = {  # stage: the kind of each sample of a step, equal ones together, and the sizes of scenes and things
     "part1": (("scene",) * 14 + ("movie",) * 2, SMALL_CANVASES),
     "": (("scene",) * 7 + ("number",) * 9 + ("movie",) * 2, CANVASES + LARGER_CANVASES),  # the larger ones twice
+    "demo": (("scene",) * 16, DEMO_CANVASES),
     "things": (("thing",) * 8, CANVASES),
     "things of one size": (("thing",) * 8, ((48, 48),)),
     "large movies": (("large movie",) * 8, CANVASES),
@@ -3661,9 +3685,10 @@ class Qwen2VLRecipe(Recipe):
     module, model_class, fields = qwen2vl, qwen2vl.Qwen2VL, ("question", "answer")
     minutes = 4
     stages = (
-        Plan("part1", 900, 16, lr=2e-3, muon=3e-3, warmup=50, weight_decay=0.02, demo=350),
-        Plan("", 560, 18, lr=0.67 * 2e-3, muon=0.67 * 3e-3, warmup=50, weight_decay=0.02, demo=100),
+        Plan("part1", 900, 16, lr=2e-3, muon=3e-3, warmup=50, weight_decay=0.02),
+        Plan("", 560, 18, lr=0.67 * 2e-3, muon=0.67 * 3e-3, warmup=50, weight_decay=0.02),
     )
+    demo_stages = (replace(stages[0], stage="", steps=500),)
     variants = {  # shows: what its only stage shows, and its steps
         "any size": dict(shows=("things", 300)),
         "one size, learned positions": dict(shows=("things of one size", 300), learned=6),
@@ -3672,7 +3697,7 @@ class Qwen2VLRecipe(Recipe):
     }
     ablation_steps = None  # as `shows` says
     figures = ("as in training", "new sizes or lengths")
-    short, seconds = False, ()  # see train, and load_images
+    seconds = ()  # see load_images
 
     def train(self, device="cpu", seed=0, steps=None, shows=None, **options):
         """shows: of an ablation. On pictures of one thing: many sizes as they are, against an encoder of one resolution
@@ -3715,13 +3740,12 @@ class Qwen2VLRecipe(Recipe):
 
     def batch(self, plan, step):
         """[(picture or frames, turns, kind)]. In the first 15 % of part 1 all scenes have the toy CLIP's size."""
-        kinds, sizes = QWEN_SHOWS[plan.stage]
-        if plan.stage == "part1" and step < plan.steps * 3 // 20:
+        kinds, sizes = QWEN_SHOWS["demo" if self.short else plan.stage]
+        if (plan.stage == "part1" or self.short) and step < plan.steps * 3 // 20:
             sizes = sizes[:1]
-        part1 = self.stages[0].demo if self.short else self.stages[0].steps
-        data = "world" if plan.stage else f"world, after {part1} steps of part 1"  # not the samples of part 1 again
+        data = "world" if plan.stage else "world, part 2"  # not the samples of part 1 again
         rngs = batch_rngs(plan.seed, ("qwen", data, step), len(kinds))
-        return [(*qwen_sample(kind, rng, sizes), kind) for kind, rng in zip(kinds, rngs)]
+        return [(*qwen_sample(kind, rng, sizes, self.kinds), kind) for kind, rng in zip(kinds, rngs)]
 
     def row(self, config, turns, shown, grid):
         """A conversation about a picture or a clip, which stands in front -> ids, labels."""
@@ -3748,7 +3772,7 @@ class Qwen2VLRecipe(Recipe):
     def loss(self, model, samples, plan, step):
         """A kind counts by its samples, not by its words: captions have many. In the last 40 % of part 1 the vision
         encoder is locked (the paper's stage 3)."""
-        if plan.stage == "part1":
+        if plan.stage == "part1" or self.short:
             qwen2vl.freeze(model, 2 if step < plan.steps * 3 // 5 else 3)
         inputs, labels = self.rows(model, samples)
         logits, kinds = joint(model(**inputs)), [kind for _, _, kind in samples]
@@ -3864,8 +3888,10 @@ class Qwen2VLRecipe(Recipe):
     def demo(self, args):
         config = qwen2vl.PRESETS["tiny"]
         tokens = lambda picture: qwen2vl.num_image_tokens(picture.height, picture.width, config)
-        examples = one_of_each((*KINDS, *KINDS)[: len(NEW_CANVASES)], question_example, "qwen demo")
-        asked = [(draw(scene, *size), *turn) for (scene, *turn), size in zip(examples, NEW_CANVASES)]
+        self.short = not self.done()
+        sizes = NEW_IN_DEMO * 3 if self.short else NEW_CANVASES
+        examples = one_of_each((*self.kinds, *self.kinds)[: len(sizes)], question_example, "qwen demo")
+        asked = [(draw(scene, *size), *turn) for (scene, *turn), size in zip(examples, sizes)]
         picture, question, _ = asked[0]
         _, h, w = qwen2vl.image_grid(picture.height, picture.width, config.vision)
         m = config.vision.merge
@@ -3882,21 +3908,24 @@ class Qwen2VLRecipe(Recipe):
             verdict = self.verdict(model, scene, picture, question, text, right)
             size = f"{picture.height} x {picture.width}"
             say(f"    {size:>8} = {tokens(picture):>2} tokens: {question} -> {text} ({verdict})")
-        many = [first_turn(qwen_scene(rng_for("qwen demo, many", i), NEW_CANVASES, "validation")) for i in range(200)]
+        rngs = batch_rngs(0, "qwen demo, many", 200)
+        many = [first_turn(qwen_scene(rng, sizes, "validation", self.kinds)) for rng in rngs]
         say(
             f"of 200 more questions {self.accuracy(model, many):.0%} are answered rightly (guessing: {guess(many):.0%})"
         )
-        films = zip(("left", "right", "up", "down"), (2, 6, 12, 16))
+        films = [] if self.short else zip(("left", "right", "up", "down"), (2, 6, 12, 16))
         films = one_of_each(films, movie_example, "qwen demo, movies")
         for (frames, question, right), text in zip(films, self.answers(model, films, 12)):
             verdict = "right" if text == right else f"wrong, it is {right}"
             say(f"    a movie of {len(frames):>2} frames: {question} -> {text} ({verdict})")
         if self.short:
-            say("(this model had part of the training; after python train_tiny.py qwen2vl the demo shows all of it)")
+            say("(in this short training it learned to answer about places in small pictures; after")
+            say("python train_tiny.py qwen2vl the demo shows larger ones, movies, and numbers that it reads)")
         say("\nthe same picture with fewer and with more pixels, which is fewer and more tokens:")
         rows = []
         number = first_turn(qwen_number(rng_for("qwen demo, number"), TOKENS[-1]))
-        for (picture, question, right), budgets in ((number, TOKENS), (asked[3], (2, 6, 12))):  # at most so many tokens
+        for picture, question, right in asked[1:2] if self.short else (number, asked[3]):
+            budgets = [max(1, tokens(picture) * part // 9) for part in TOKENS]  # at most so many tokens
             shrunk = [(shrink(picture, budget), question) for budget in budgets]
             rows.append([])
             for (small, _), text in zip(shrunk, self.answers(model, shrunk, 12)):
@@ -4002,10 +4031,10 @@ def shrink(image, tokens):
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def qwen_sample(kind, rng, sizes):
-    """(picture or frames, turns) of this kind; scenes and things in one of these sizes."""
+def qwen_sample(kind, rng, sizes, questions):
+    """(picture or frames, turns) of this kind; scenes and things in one of these sizes; questions of these kinds."""
     if kind == "scene":
-        return qwen_scene(rng, sizes)
+        return qwen_scene(rng, sizes, questions=questions)
     if kind == "thing":
         return qwen_thing(rng, sizes)
     if kind == "number":
@@ -4013,10 +4042,10 @@ def qwen_sample(kind, rng, sizes):
     return qwen_movie(rng, side=48 if kind == "large movie" else 32)  # 9 tokens for two frames, or 4
 
 
-def qwen_scene(rng, sizes=CANVASES, split="train"):
+def qwen_scene(rng, sizes=CANVASES, split="train", questions=KINDS):
     """A picture with its description among four questions; a scene that is not trained on, with one question."""
     scene = make_scene(rng, split=split)
-    turns = [ask(scene, rng, KINDS) for _ in range(4 if split == "train" else 1)]
+    turns = [ask(scene, rng, questions) for _ in range(4 if split == "train" else 1)]
     if split == "train":
         turns.insert(rng.randrange(5), (DESCRIBE, caption(scene)))
     return draw(scene, *rng.choice(sizes)), turns
