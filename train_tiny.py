@@ -1040,14 +1040,14 @@ class Recipe:
     split = "validation"  # of what is shown and measured; claims are measured on another
     heat_shows = "attention of the answer to\nthe first prompt (light: much)"  # in seen.png; "": nothing
     new_words = ""  # a regular expression of words that a prompt may have although training has not
-    short = False  # is somebody waiting for the demo? see train
+    short, demo_kinds = False, PLACE_KINDS  # is somebody waiting for the demo (see train)? what is asked then
     special_tokens = True  # does a published tokenizer add those of its own to a prompt?
     no_tokenizer = ""  # what to do when a published folder has none
 
     @property
     def kinds(self):
         """The kinds of question that are taught and shown."""
-        return PLACE_KINDS if self.short else KINDS
+        return self.demo_kinds if self.short else KINDS
 
     # A family has start(device, seed, **changes), batch(plan, step), loss(model, samples, plan, step), and perhaps
 
@@ -2551,7 +2551,7 @@ class BLIP2Recipe(Recipe):
         Plan("stage1", 800, 16, lr=3e-3, muon=6e-3),
         Plan("", 1200, 16, lr=3e-3, muon=1.2e-2, weight_decay=0.02),
     )
-    demo_stages = (replace(stages[0], steps=100), replace(stages[1], steps=300))
+    demo_stages = (replace(stages[0], steps=100), replace(stages[1], steps=800))
     variants = {"both stages": {}, "stage 2 alone": dict(skip=("stage1",))}  # the paper's Figure 5
     beats = (("stage 1 then stage 2 better than stage 2 alone", "both stages", "stage 2 alone"),)
     ablation_steps = 150
@@ -3381,6 +3381,7 @@ class CogVLMRecipe(Recipe):
     }
     ablation_steps = 400
     figures = ("questions", "boxes found", "text loss")
+    demo_kinds = KINDS[:4]  # about a picture of one thing
     frozen = True  # does the language model stay frozen?
     special_tokens = False  # prompt_row writes <bos>
     no_tokenizer = ": CogVLM's folder comes without one, put that of lmsys/vicuna-7b-v1.5 there (CogVLM2 has its own)"
@@ -3397,11 +3398,6 @@ class CogVLMRecipe(Recipe):
                 layer.vision_expert = layer.language_expert
         self.frozen = frozen
         return model
-
-    @property
-    def kinds(self):
-        """In the demo there is one thing to find, wherever it is."""
-        return KINDS[:4] if self.short else KINDS
 
     def freeze(self, model, plan):
         cogvlm.freeze(model)  # of a model without experts it trains the adapter only
@@ -3688,7 +3684,7 @@ class Qwen2VLRecipe(Recipe):
         Plan("part1", 900, 16, lr=2e-3, muon=3e-3, warmup=50, weight_decay=0.02),
         Plan("", 560, 18, lr=0.67 * 2e-3, muon=0.67 * 3e-3, warmup=50, weight_decay=0.02),
     )
-    demo_stages = (replace(stages[0], stage="", steps=500),)
+    demo_stages = (replace(stages[0], stage="", steps=600),)
     variants = {  # shows: what its only stage shows, and its steps
         "any size": dict(shows=("things", 300)),
         "one size, learned positions": dict(shows=("things of one size", 300), learned=6),
@@ -3697,6 +3693,7 @@ class Qwen2VLRecipe(Recipe):
     }
     ablation_steps = None  # as `shows` says
     figures = ("as in training", "new sizes or lengths")
+    demo_kinds = KINDS[:4]  # about a picture of one thing
     seconds = ()  # see load_images
 
     def train(self, device="cpu", seed=0, steps=None, shows=None, **options):
@@ -3745,7 +3742,8 @@ class Qwen2VLRecipe(Recipe):
             sizes = sizes[:1]
         data = "world" if plan.stage else "world, part 2"  # not the samples of part 1 again
         rngs = batch_rngs(plan.seed, ("qwen", data, step), len(kinds))
-        return [(*qwen_sample(kind, rng, sizes, self.kinds), kind) for kind, rng in zip(kinds, rngs)]
+        asked = dict(questions=self.kinds, things=1 if self.short else None)
+        return [(*qwen_sample(kind, rng, sizes, **asked), kind) for kind, rng in zip(kinds, rngs)]
 
     def row(self, config, turns, shown, grid):
         """A conversation about a picture or a clip, which stands in front -> ids, labels."""
@@ -3890,7 +3888,9 @@ class Qwen2VLRecipe(Recipe):
         tokens = lambda picture: qwen2vl.num_image_tokens(picture.height, picture.width, config)
         self.short = not self.done()
         sizes = NEW_IN_DEMO * 3 if self.short else NEW_CANVASES
-        examples = one_of_each((*self.kinds, *self.kinds)[: len(sizes)], question_example, "qwen demo")
+        few = dict(things=1, split="any") if self.short else {}
+        kinds, example = (*self.kinds, *self.kinds)[: len(sizes)], lambda *of: question_example(*of, **few)
+        examples = one_of_each(kinds, example, "qwen demo")
         asked = [(draw(scene, *size), *turn) for (scene, *turn), size in zip(examples, sizes)]
         picture, question, _ = asked[0]
         _, h, w = qwen2vl.image_grid(picture.height, picture.width, config.vision)
@@ -3908,8 +3908,8 @@ class Qwen2VLRecipe(Recipe):
             verdict = self.verdict(model, scene, picture, question, text, right)
             size = f"{picture.height} x {picture.width}"
             say(f"    {size:>8} = {tokens(picture):>2} tokens: {question} -> {text} ({verdict})")
-        rngs = batch_rngs(0, "qwen demo, many", 200)
-        many = [first_turn(qwen_scene(rng, sizes, "validation", self.kinds)) for rng in rngs]
+        many = questions(rng_for("qwen demo, many"), 200, kinds=self.kinds, **few)
+        many = [(draw(scene, *sizes[i % len(sizes)]), *turn) for i, (scene, *turn) in enumerate(many)]
         say(
             f"of 200 more questions {self.accuracy(model, many):.0%} are answered rightly (guessing: {guess(many):.0%})"
         )
@@ -3919,8 +3919,9 @@ class Qwen2VLRecipe(Recipe):
             verdict = "right" if text == right else f"wrong, it is {right}"
             say(f"    a movie of {len(frames):>2} frames: {question} -> {text} ({verdict})")
         if self.short:
-            say("(in this short training it learned to answer about places in small pictures; after")
-            say("python train_tiny.py qwen2vl the demo shows larger ones, movies, and numbers that it reads)")
+            say("(in this short training it learned about one thing in a small picture; after")
+            say("python train_tiny.py qwen2vl the demo shows up to four, larger pictures, movies, and numbers")
+            say("that it reads)")
         say("\nthe same picture with fewer and with more pixels, which is fewer and more tokens:")
         rows = []
         number = first_turn(qwen_number(rng_for("qwen demo, number"), TOKENS[-1]))
@@ -4031,10 +4032,10 @@ def shrink(image, tokens):
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def qwen_sample(kind, rng, sizes, questions):
-    """(picture or frames, turns) of this kind; scenes and things in one of these sizes; questions of these kinds."""
+def qwen_sample(kind, rng, sizes, **asked):
+    """(picture or frames, turns) of this kind; scenes and things in one of these sizes. asked: see qwen_scene."""
     if kind == "scene":
-        return qwen_scene(rng, sizes, questions=questions)
+        return qwen_scene(rng, sizes, **asked)
     if kind == "thing":
         return qwen_thing(rng, sizes)
     if kind == "number":
@@ -4042,9 +4043,10 @@ def qwen_sample(kind, rng, sizes, questions):
     return qwen_movie(rng, side=48 if kind == "large movie" else 32)  # 9 tokens for two frames, or 4
 
 
-def qwen_scene(rng, sizes=CANVASES, split="train", questions=KINDS):
-    """A picture with its description among four questions; a scene that is not trained on, with one question."""
-    scene = make_scene(rng, split=split)
+def qwen_scene(rng, sizes=CANVASES, split="train", questions=KINDS, things=None):
+    """A picture with its description among four questions of these kinds; a scene that is not trained on, with one
+    question. things: how many in it."""
+    scene = make_scene(rng, things, split=split)
     turns = [ask(scene, rng, questions) for _ in range(4 if split == "train" else 1)]
     if split == "train":
         turns.insert(rng.randrange(5), (DESCRIBE, caption(scene)))
