@@ -1948,7 +1948,7 @@ class ViLTRecipe(Recipe):
     module, model_class = vilt, vilt.ViLT
     rightly = "the right text is found among theirs"
     stages = (Plan("", 1300, 32, lr=3e-3, muon=3e-3, warmup=60, weight_decay=0.02),)
-    demo_stages = (replace(stages[0], steps=450),)
+    demo_stages = (replace(stages[0], steps=800),)
     variants = {"with WPA": {}, "without WPA": dict(wpa_weight=0.0), "clip": dict(rival=True)}
     ablation_steps = 700
     figures = ("right text preferred", "words land")
@@ -1980,7 +1980,7 @@ class ViLTRecipe(Recipe):
         For matching, half of the pictures are of another scene: one of the batch (as in the paper), or, so that there
         is something left to learn, one in which a single word would be another. All scenes of a step have equally many
         things."""
-        counts, rng = (1, 2, 2) if self.short else (1, 2, 2, 3, 4), rng_for(plan.seed, ("swap", step))
+        counts, rng = (1,) if self.short else (1, 2, 2, 3, 4), rng_for(plan.seed, ("swap", step))
         count = rng_for(plan.seed, step).choice(counts)
         scenes = [make_scene(one, count) for one in batch_rngs(plan.seed, ("vilt", step), plan.batch)]
         told = [(short_caption if rng.random() < 0.3 else caption)(scene) for scene in scenes]
@@ -2245,25 +2245,25 @@ class ViLTRecipe(Recipe):
 
     def demo(self, args):
         self.short = not self.done()
-        rng, things = rng_for("vilt demo"), 2 if self.short else None
-        scene = make_scene(rng, 2, split="validation")
+        rng, few = rng_for("vilt demo"), dict(things=1, split="any") if self.short else {}
+        scene = make_scene(rng, 1, split="any") if self.short else make_scene(rng, 2, split="validation")
         costs = embedding_costs(vilt.PRESETS["vilt-b32-mlm"], 384, 608)
         patches, encoder, resnet = (f"{flops / 1e9:.0f}" for flops in costs)
         say("In go 16 patches of an image and the words of a text, in one row, to one encoder.")
         say(f"At published size an image costs {patches} GFLOP to embed and {encoder} to read together with the text;")
         say(f"a ResNet-101 in front would cost {resnet} more.")
         torch.manual_seed(0)
-        untrained, holes = vilt.ViLT(vilt.PRESETS["tiny"]).to(args.device).eval(), masked_words(rng, 200, things=things)
+        untrained, holes = vilt.ViLT(vilt.PRESETS["tiny"]).to(args.device).eval(), masked_words(rng, 200, **few)
         guessed = self.recovered(untrained, holes)
         say(f"with random weights {guessed:.0%} of masked colours, shapes and places are guessed")
         model = self.train(args.device, demo=True)
         if self.short:
-            say("(in this short training it learned scenes of two things at most; after python train_tiny.py vilt")
-            say("the demo shows those of up to four)")
+            say("(in this short training it learned pictures of one thing; after python train_tiny.py vilt the demo")
+            say("shows those of up to four)")
         wrong = self.recovered(model, holes, wrong_image=True)
         say(f"after training, {self.recovered(model, holes):.0%}; with a wrong image beside the text, {wrong:.0%}")
         say("\nhidden words of images it has never seen:")
-        hidden_word = lambda rng, key: masked_words(rng, 1, keys=(key,), things=things)[0]
+        hidden_word = lambda rng, key: masked_words(rng, 1, keys=(key,), **few)[0]
         for shown, text, word, _ in one_of_each(("colour", "shape", "place", "size"), hidden_word, "vilt demo"):
             said = self.respond(model, draw(shown), text)
             say(f"    {said} ({'right' if f'[{word}]' in said else f'wrong, it is {word}'})")
