@@ -2951,7 +2951,7 @@ class FlamingoRecipe(Recipe):
     heat_shows = ""  # the prompt ends behind an image or without one: there is no one heat map
     new_words = "[b-z][aeiou][b-z]"  # names
     stages = (Plan("", 800, 4, lr=1.5e-2, muon=6e-3, weight_decay=0.0),)
-    demo_stages = (replace(stages[0], steps=500),)
+    demo_stages = (replace(stages[0], steps=700),)
     variants = {
         "recipe": {},
         "ungated": dict(gate="none"),
