@@ -3299,7 +3299,7 @@ def ask_box(scene, rng):
         return "where is the {} {}?".format(*rng.choice(absent)), "nothing"
     thing = rng.choice(scene.things)
     asked = thing.name if rng.random() < 0.5 else refer(scene, thing)
-    return f"where is the {asked}?", f"{thing.name} {thing.place} {box_text(thing, 32, 32)}"
+    return f"where is the {asked}?", f"{thing.name} {thing.size} {thing.place} {box_text(thing, 32, 32)}"
 
 
 def cogvlm_turns(scene, rng, kinds):
