@@ -4966,7 +4966,7 @@ def test_the_cache_notices_what_a_training_uses_and_nothing_else(tmp_path, monke
         (world, "for kind in rng.sample(kinds, len(kinds)):", "for kind in kinds:", True),  # ask: not the method
         (world, "x = self.patch_embedding(patches) + ", "x = self.patch_embedding(patches) - ", True),  # a class
         (world, "In goes a picture as it is", "other words", False),
-        (world, "two pictures cut into their tokens", "other words", False),
+        (world, "cut into tokens, at three resolutions", "other words", False),
     ]
     for module, old, new, counts in edits:
         source = Path(module.__file__).read_text()
@@ -5913,7 +5913,7 @@ def test_a_demo_shows_only_what_its_smaller_task_has_and_the_standard_training_a
     things, kinds, sizes, seen = set(), set(), set(), []
 
     def watch(one):
-        for step in range(one.plan.steps // 2, one.plan.steps // 2 + 16):
+        for step in range(one.plan.steps // 2, one.plan.steps // 2 + 24):
             seen.append(step)
             for shown, turns, _ in rows_of_step(one, step):
                 asked = {kind_of(question) for question, _ in turns if question}
@@ -5925,7 +5925,7 @@ def test_a_demo_shows_only_what_its_smaller_task_has_and_the_standard_training_a
                     sizes.add(shown.shape[1::-1])
 
     watch_training(name, trainings, watch)
-    assert len(seen) == 16 and (things, kinds, sizes) == (TASKS[name][0], {*TASKS[name][1]}, {*TASKS[name][2]})
+    assert len(seen) == 24 and (things, kinds, sizes) == (TASKS[name][0], {*TASKS[name][1]}, {*TASKS[name][2]})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
