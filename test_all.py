@@ -3951,22 +3951,31 @@ def test_words_of_a_prompt_that_no_training_has_beside_a_picture_are_named(famil
     assert unread("zebra") == ""
 
 
-TAUGHT = {  # family -> words that the line about it has, and words that it has not
+TAUGHT = {  # family -> words that the line about it has, and words that it has not; then of demos that teach less
     "clip": ("red circle ring", "what"), "vilt": ("red circle ring", "what"), "flamingo": ("circle ring", "red what"),
     "blip2": ("red circle describe", "what"), "llava": ("red circle size many describe", "where"),
     "cogvlm": ("red circle size where", "number"), "qwen2vl": ("red circle size way number", "where"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_own_images_are_drawn_as_the_toy_gets_them_in_patches_and_with_where_it_looked(family, desk, untrained, capsys):
+TAUGHT |= {
+    ("llava", "demo"): ("red circle many describe", "where size"),
+    ("qwen2vl", "demo"): ("red circle many describe", "where size way number"),
+}
+
+
+@pytest.mark.parametrize("family, done", [*itertools.product(FAMILIES, [False]), ("llava", True), ("qwen2vl", True)])
+def test_own_images_are_drawn_as_the_toy_gets_them_in_patches_and_with_where_it_looked(
+    family, done, desk, untrained, monkeypatch, capsys
+):
     """Of several images without the heat map, which belongs to one."""
+    monkeypatch.setattr(world.RECIPES[family], "done", lambda *_: done)
     page_of = lambda: Image.open(desk / family / "seen.png").convert("RGB")
     prompt, orange = "<image>" if family == "flamingo" else "a red ring", (255, 136, 0)
     Image.new("RGB", (90, 60), (9, 99, 199)).save("my.png")
     typed(family, "--image", "my.png", "--prompt", prompt)()
     taught = re.findall(r"\w+", re.search("taught: (.*)", capsys.readouterr().out)[1])
-    words, others = (text.split() for text in TAUGHT[family])
+    words, others = (text.split() for text in TAUGHT.get((family, done or "demo"), TAUGHT[family]))
     assert {*words} <= {*taught} and not {*others} & {*taught}
     width, height, scale, side = dict(vilt=(48, 32, 5, 8), qwen2vl=(96, 64, 2, 16)).get(family, (32, 32, 8, 8))
     page, corner, end = page_of(), 10 + side * scale, 10 + width * scale
@@ -4047,17 +4056,28 @@ def test_the_place_that_a_question_is_about():
         scene = world.make_scene(rng)
         if asked := world.question(kind, scene, rng):
             place = world.asked_place(scene, asked[0])
-            if kind in ("colour", "shape", "size", "where"):
+            if kind in ("colour", "shape", "size", "where", "colour at", "shape at"):
                 [thing] = world.only(scene, place=place)
                 assert asked[1] in (*thing.pair, thing.size, place)
             else:
                 assert place == (asked[0][8:-1] if kind == "what" else None), asked
 
 
-@pytest.mark.parametrize("family", ["llava", "cogvlm", "qwen2vl"])
-def test_examples_of_a_demo_are_each_of_another_kind(family, untrained, monkeypatch, capsys):
-    """Of five kinds of question, llava's and qwen2vl's six. Here all are answered rightly."""
+EXAMPLES = {  # family, is there a standard training? -> the kinds of its examples
+    ("llava", False): (*world.PLACE_KINDS, "what", "colour at", "shape at"),
+    ("llava", True): world.KINDS,
+    ("cogvlm", False): ("box",) * 4 + ("colour", "shape", "size", "what"),
+    ("cogvlm", True): ("box",) * 4 + world.PLACE_KINDS,
+    ("qwen2vl", False): (*world.PLACE_KINDS, "what", "colour at"),
+    ("qwen2vl", True): world.KINDS[:6],
+}
+
+
+@pytest.mark.parametrize("family, done", EXAMPLES)
+def test_examples_of_a_demo_are_each_of_another_kind(family, done, untrained, monkeypatch, capsys):
+    """Of the kinds that were taught, and what is counted below them too. Here all are answered rightly."""
     shown = []
+    monkeypatch.setattr(world.RECIPES[family], "done", lambda *_: done)
 
     def answers(recipe, model, asked, longest=8):
         shown.append([item[1:] for item in asked])
@@ -4068,15 +4088,19 @@ def test_examples_of_a_demo_are_each_of_another_kind(family, untrained, monkeypa
     typed(family, "--demo")()
     out = capsys.readouterr().out.split("the same picture")[0]
     asked = shown[1]  # after the first three of them, which the untrained model is asked
+    assert tuple(kind_of(text) for text, _ in asked) == EXAMPLES[family, done]
     if family == "cogvlm":
         boxes, asked = asked[:4], asked[4:]
         assert out.count("(IoU 1.00)") == 4
         for names in (world.SHAPES, world.PLACES):
             assert len({name for name in names for _, box in boxes if name in box}) == 4
-    assert len({tuple(text.split()[:2]) for text, _ in asked}) == min(5, len(asked)) and len(asked) in (4, 6)
+    [many] = [texts for texts in shown if len(texts) == 12 and kind_of(texts[0][0]) != "box"]
+    taught = {*EXAMPLES[family, done]} - {"box"} if not done else {*world.KINDS}
+    assert {kind_of(text) for text, _ in many} <= taught
     assert out.count("(right)") >= len(asked) and "wrong" not in out and "its attention" not in out
     if family == "qwen2vl":
-        assert ["left", "right", "up", "down"] in [[item[-1] for item in asked] for asked in shown]
+        films = [[item[-1] for item in asked] for asked in shown]
+        assert (["left", "right", "up", "down"] in films) == done and ("a movie of" in out) == done
 
 
 def test_the_words_hidden_in_vilts_demo_are_each_of_another_kind(untrained, capsys):
@@ -4217,30 +4241,41 @@ DEMOS = {  # family -> what is said, in this order, and the size of the picture
     "vilt": (r"random weights \d+%.*after training, \d+%; with a wrong image.* yellow +triangle +blue", (728, 280)),
     "flamingo": (r"bit-identical\? True.*after training, \d+% of the new names.*identical: 100%", (760, 396)),
     "cogvlm": (r"before training.*after training.*\d+% are.*: of ([\d,]+) logits \1 are bit-identical", (796, 584)),
-    "blip2": (r"(stage 1: .*stage 2: .*){3}after stage 1, of 200 .*after stage 2, of 200 .*cut short", (892, 456)),
-    "llava": (r"before training.*after training.*\d+% are.*(\n( +\d+\.\d){8}){4}\n", (648, 648)),
-    "qwen2vl": (r"before training.*after training.*\d+% are.*a movie of.* 12 tokens: ", (840, 480)),
+    "blip2": (
+        r"(stage 1: .*stage 2: .*){3}after stage 1, of 200 .*after stage 2, of 200 .*where the queries look",
+        (892, 456),
+    ),
+    "llava": (r"before training.*after training.*\d+% are.*(\n( +\d+\.\d){8}){4}\n", (648, 752)),
+    "qwen2vl": (r"before training.*after training.*\d+% are.*the same picture.* \d tokens: ", (840, 480)),
 }
 
 
+@pytest.mark.parametrize("done", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_demo_says_what_it_shows_and_draws_it(family, untrained, runs, monkeypatch, capsys):
+def test_a_demo_says_what_it_shows_and_draws_it(family, done, untrained, runs, monkeypatch, capsys):
     """Of toys that nobody trained, and of 12 examples where it measures 200; about scenes that no claim is measured
     on. Qwen2-VL's projection is scaled by training scenes; what has an unseen pair, or one thing, has no split."""
     monkeypatch.setattr(world, "range", lambda *of: range(12) if of == (200,) else range(*of), raising=False)
     world.world_fingerprint()  # draws, but only once
     shown, draw = [], world.draw
     monkeypatch.setattr(world, "draw", lambda scene, *size: shown.append(scene) or draw(scene, *size))
-    log = runs / f"flamingo-steps{world.FlamingoRecipe.stages[-1].demo}" / "log.jsonl"
+    monkeypatch.setattr(world.RECIPES[family], "done", lambda *_: done)
+    log = runs / ("flamingo" if done else "flamingo-demo") / "log.jsonl"
     log.parent.mkdir()
     log.write_text("".join(json.dumps({"step": step, "gate": step / 10}) + "\n" for step in range(4)))
     typed(family, "--demo")()
     out = capsys.readouterr().out
     assert re.search(DEMOS[family][0], out, re.DOTALL), out
-    assert Image.open(runs / family / "demo.png").size == DEMOS[family][1]
+    assert (f"python train_tiny.py {family}" in out) == (not done and family != "clip"), "which shows more"
+    assert Image.open(runs / family / "demo.png").size == (
+        (840, 240) if (family, done) == ("qwen2vl", False) else DEMOS[family][1]
+    )
     scenes = [scene for scene in shown if isinstance(scene, world.Scene) and len(scene.things) > 1]
+    if not done and family in ("vilt", "blip2", "cogvlm"):  # what they were not taught is not shown
+        assert max((len(scene.things) for scene in scenes), default=1) == (1 if family == "cogvlm" else 2)
     splits = {scene.split for scene in scenes if not {thing.pair for thing in scene.things} & {*world.UNSEEN_PAIRS}}
-    assert splits == {"flamingo": set(), "qwen2vl": {"train", "validation"}}.get(family, {"validation"})
+    few = family == "flamingo" or (family, done) == ("cogvlm", False)  # one thing in each
+    assert splits == (set() if few else {"validation"} | ({"train"} if family == "qwen2vl" else set()))
     if family == "blip2":
         numbers = re.search("look in the first image.*\n((?:.*\n){4})", out)[1]  # 4 x 4 patches
         assert sorted(map(int, re.findall(r"\d+", numbers))) == list(range(16)), "each query once"
@@ -4579,12 +4614,26 @@ def truth(scene, question):
     raise AssertionError(f"unknown question {question!r}")
 
 
+def kind_of(question):
+    """Which of world.KINDS it is, by its words; or what else training asks beside a picture."""
+    if match := re.fullmatch(r"what (colour|shape|size) is the (.*)\?", question):
+        return f"{match[1]} at" if re.match("|".join(world.PLACES), match[2]) else match[1]
+    if question == "how many things are there?":
+        return "count"
+    others = {"what number is it?": "number", world.DESCRIBE: "describe"}
+    others |= dict.fromkeys(("which way does it move?", "what colour is it?", "what shape is it?"), "movie")
+    others |= {f"what is {place}?": "what" for place in world.PLACES}
+    return others.get(question) or {"where": "box", "which": "list"}[question.split()[0]]
+
+
 @pytest.mark.parametrize("kind", world.QUESTIONS)
 def test_answers_are_true_differ_and_are_yes_as_often_as_no(kind):
+    """And a thing is asked for by what it is or by where it is, as the kind says."""
     rng, answers = random.Random(4), []
     for scene in many_scenes(600):
         if pair := world.question(kind, scene, rng):
             assert pair[1] == truth(scene, pair[0]), (world.caption(scene), pair)
+            assert kind not in world.KINDS or kind_of(pair[0]) == kind
             answers.append(pair[1])
     assert len(answers) > 200 and len(set(answers)) > 1
     assert kind not in ("there", "pair") or 240 < answers.count("yes") < 360
@@ -4866,7 +4915,7 @@ def test_a_finished_training_is_cached_until_something_it_depends_on_changes(run
 
     trained = train()
     capsys.readouterr()
-    again = train(loss_of="is not called", demo=3)
+    again = train(loss_of="is not called")
     same(again, trained)
     assert again.lineage == trained.lineage and not capsys.readouterr().out
     if what == "world":
@@ -4926,7 +4975,7 @@ def test_the_cache_notices_what_a_training_uses_and_nothing_else(tmp_path, monke
         (world, "for kind in rng.sample(kinds, len(kinds)):", "for kind in kinds:", True),  # ask: not the method
         (world, "x = self.patch_embedding(patches) + ", "x = self.patch_embedding(patches) - ", True),  # a class
         (world, "In goes a picture as it is", "other words", False),
-        (world, "two pictures cut into their tokens", "other words", False),
+        (world, "cut into tokens, at three resolutions", "other words", False),
     ]
     for module, old, new, counts in edits:
         source = Path(module.__file__).read_text()
@@ -5603,13 +5652,22 @@ TRAININGS = {  # family -> what `train_tiny.py FAMILY` trains, towers first, and
     "clip": {"clip": ".*"},
     "vilt": {"clip": ".*", "vilt": ".*"},
     "flamingo": {"clip": ".*", "chinchilla": ".*", "flamingo": TRAINS["flamingo", None]},
-    "cogvlm": dict.fromkeys(("eva", "vicuna-part1", "vicuna-part2", "vicuna", "cogvlm"), r"(?!.*\.vision_expert\.)")
-    | {"cogvlm": TRAINS["cogvlm", None]},
+    "cogvlm": {"eva": ".*", "vicuna": r"(?!.*\.vision_expert\.)", "cogvlm": TRAINS["cogvlm", None]},
     "blip2": {"clip": ".*", "opt": ".*", "blip2-stage1": TRAINS["blip2", 1], "blip2": TRAINS["blip2", 2]},
     "llava": {"clip": ".*", "lm": ".*", "llava-stage1": TRAINS["llava", 1], "llava": TRAINS["llava", 2]},
     "qwen2vl": {"clip": ".*", "lm": ".*", "qwen2vl-part1": TRAINS["qwen2vl", 2], "qwen2vl": TRAINS["qwen2vl", 2]},
 }
+DEMO_TRAININGS = {  # family -> what its demo trains while there is no standard training
+    "clip": ["clip"],
+    "vilt": ["clip", "vilt-demo"],
+    "flamingo": ["clip", "chinchilla", "flamingo-demo"],
+    "cogvlm": [f"eva-steps{world.DEMO_TOWERS[0]}", f"vicuna-steps{world.DEMO_TOWERS[1]}", "cogvlm-demo"],
+    "blip2": ["clip", "opt", "blip2-demo-stage1", "blip2-demo"],
+    "llava": ["clip", "lm", "llava-demo-stage1", "llava-demo"],
+    "qwen2vl": ["clip", "lm", "qwen2vl-demo"],
+}
 FAMILY_OF = {name: family for family in reversed(TRAININGS) for name in TRAININGS[family]}
+FAMILY_OF |= {name: family for family, names in DEMO_TRAININGS.items() for name in names if name not in FAMILY_OF}
 STARTS = {  # family -> where weights come from: our part, the training, its part
     "clip": (),
     "vilt": [("blocks.", "clip", "vision.blocks.")],
@@ -5675,28 +5733,46 @@ def test_a_recipe_trains_its_stages_in_order_each_from_the_right_start(family, t
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_demo_trains_less_until_the_standard_training_is_there(family, trainings, monkeypatch):
-    recipe, names = world.RECIPES[family](), [*TRAININGS[family]]
-    steps = {"-".join(filter(None, (family, plan.stage))): plan.demo for plan in recipe.stages}
-    steps |= dict(zip(("eva", "vicuna"), world.DEMO_TOWERS))
+    recipe, names_of = world.RECIPES[family](), lambda: [one.name for one in trainings]
     recipe.train(demo=True)
-    assert [one.name for one in trainings] == [
-        world.run_name(name, 0, steps.get(name)) for name in names if not name.startswith("vicuna-")
-    ]
-    assert all(one.plan.steps == int(one.name.split("-steps")[1]) for one in trainings if "-steps" in one.name)
+    assert names_of() == DEMO_TRAININGS[family] and recipe.short == bool(recipe.demo_stages)
+    own = [one.plan for one in trainings if one.name.startswith(family)]
+    assert own == [*(recipe.demo_stages or recipe.stages)]
+    towers = [one for one in trainings if "-steps" in one.name]
+    assert all(one.plan.steps == int(one.name.split("-steps")[1]) for one in towers)
+    less = sum(one.plan.steps for one in trainings)
     trainings.clear()
     monkeypatch.setattr(recipe, "done", lambda: True)
     recipe.train(demo=True)
-    assert [one.name for one in trainings] == names
+    assert names_of() == [*TRAININGS[family]] and not recipe.short
+    assert family == "clip" or less < sum(one.plan.steps for one in trainings)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "clip"])
+def test_a_demo_and_a_standard_training_of_equal_steps_do_not_take_each_others_checkpoint(
+    family, trainings, monkeypatch
+):
+    """Whichever comes first; nor does what is built on them."""
+    recipe, own = world.RECIPES[family](), {}
+    recipe.demo_stages = recipe.stages
+    monkeypatch.setattr(world, "DEMO_TOWERS", (world.EVA_STEPS, world.VICUNA_STEPS))
+    for demo in (True, False):
+        recipe.train(demo=demo)
+        own[demo] = trainings[-len(recipe.stages) :]
+    for ours, theirs in itertools.product(own[True], own[False]):
+        assert ours.name != theirs.name and ours.key != theirs.key
+    assert own[True][-1].model.lineage != own[False][-1].model.lineage
+    assert [one.plan for one in own[True]] == [one.plan for one in own[False]]
 
 
 def watch_training(name, trainings, watch):
-    """Calls watch with the training of this name, before anything in it moves."""
+    """Calls watch with the training of this name, a standard one or a demo's, before anything in it moves."""
     trainings.watch = lambda one: watch(one) if one.name == name else None
-    world.RECIPES[FAMILY_OF[name]]().train()
+    world.RECIPES[FAMILY_OF[name]]().train(demo=name not in TRAININGS[FAMILY_OF[name]])
     assert name in [one.name for one in trainings]
 
 
-@pytest.mark.parametrize("name", "clip eva vilt chinchilla flamingo vicuna-part1 opt blip2-stage1 lm".split())
+@pytest.mark.parametrize("name", "clip eva vilt chinchilla flamingo vicuna opt blip2-stage1 lm".split())
 def test_the_first_loss_is_what_the_recipe_says_and_all_that_trains_has_a_gradient(name, trainings):
     def watch(one):
         loss = one.loss_of(0)[0]
@@ -5731,7 +5807,7 @@ def overheard(one, step, *functions):
 def rows_of_step(one, step):
     """A step of a training, from what reaches the model and its losses -> [(what is shown or told, [(question,
     answer)], do they belong together?)]."""
-    model, family, B = one.model, FAMILY_OF[one.name], one.plan.batch
+    model, family, B, name = one.model, FAMILY_OF[one.name], one.plan.batch, standard_name(one.name)
     if isinstance(model, clip.CLIP):
         [images], [texts] = overheard(one, step, (model, "encode_image"), (model, "encode_text"))
         form, given, fits = "(.*)<eos>", images | texts, [True] * B
@@ -5740,7 +5816,7 @@ def rows_of_step(one, step):
         [given], [words], [pairs] = overheard(one, step, (model, "embed"), *losses)
         given["ids"][:B][words["labels"] >= 0] = words["labels"][words["labels"] >= 0]  # back where they were hidden
         form, fits = "<cls> (.*)<sep>", [True] * B + pairs["labels"].bool().tolist()
-    elif one.name == "blip2-stage1":
+    elif name == "blip2-stage1":
         [[given]] = overheard(one, step, (model, "stage1_loss"))
         assert torch.equal(given["mask"], given["ids"] != world.PAD_ID)
         form, fits = "<cls>(.*)<sep>", [True] * B
@@ -5748,10 +5824,15 @@ def rows_of_step(one, step):
         [given], losses = overheard(one, step, (model, "forward"), (MODULES[family], "language_loss"))
         labels = torch.cat([loss["labels"] for loss in losses])
         shown = pictures_in(given) if len(given) > 1 else [None] * B
-        return [turns_of_row(one.name, *row) for row in zip(given["ids"], labels, shown, strict=True)]
+        return [turns_of_row(name, *row) for row in zip(given["ids"], labels, shown, strict=True)]
     said = [re.fullmatch(form, text_of(row))[1] for row in given["ids"]]
     question = world.DESCRIBE if family == "blip2" else ""
     return [(shown, [(question, text)], fit) for shown, text, fit in zip(pictures_in(given), said, fits, strict=True)]
+
+
+def standard_name(name):
+    """Of a demo's training: the name of the standard training that it is in the place of."""
+    return re.sub(r"-demo|-steps\d+", "", name)
 
 
 def turns_of_row(name, ids, labels, shown):
@@ -5790,7 +5871,8 @@ def check_turns(rows, boxes, told):
 
 @pytest.mark.parametrize("name, family", FAMILY_OF.items())
 def test_what_a_step_shows_is_true_and_its_labels_are_the_answers(name, family, trainings):
-    turns_each = {"llava": {5}, "cogvlm": {5}, "flamingo": {9}, "vicuna": {5}, "qwen2vl-part1": {3, 5}}
+    turns_each = {"llava": {5}, "cogvlm": {5}, "flamingo": {9}, "vicuna": {8, 9}, "qwen2vl-part1": {3, 5}}
+    training, name = name, standard_name(name)
 
     def watch(one):
         for step in (0, one.plan.steps // 2):
@@ -5803,7 +5885,7 @@ def test_what_a_step_shows_is_true_and_its_labels_are_the_answers(name, family, 
             if name == "blip2-stage1":  # the last four are near misses of the first four
                 for (_, [(_, text)], _), (_, [(_, other)], _) in zip(rows, rows[-4:]):
                     assert sum(a != b for a, b in zip(text.split(), other.split(), strict=True)) == 1
-            if name.startswith("vicuna"):
+            if name == "vicuna":
                 assert {scene.split for scene, _, _ in rows} == {"train"}
             if name == "chinchilla":
                 for _, [(_, text)], _ in rows:
@@ -5815,7 +5897,47 @@ def test_what_a_step_shows_is_true_and_its_labels_are_the_answers(name, family, 
             else:
                 check_turns(rows, boxes=family == "cogvlm", told=isinstance(rows[0][0], world.Scene))
 
+    watch_training(training, trainings, watch)
+
+
+ANY = {1, 2, 3, 4}
+TASKS = {  # training -> how many things the scenes have, the kinds of what is asked, and the sizes of the scenes
+    "vilt": (ANY, (), [(32, 32)]),
+    "vilt-demo": ({1, 2}, (), [(32, 32)]),
+    "blip2-stage1": (ANY, ("describe",), [(32, 32)]),
+    "blip2": (ANY, ("describe",), [(32, 32)]),
+    "blip2-demo-stage1": ({1, 2}, ("describe",), [(32, 32)]),
+    "blip2-demo": ({1, 2}, ("describe",), [(32, 32)]),
+    "llava": (ANY, ("describe", *world.KINDS), [(32, 32)]),
+    "llava-demo": (ANY, ("describe", "what", "colour at", "shape at", "count"), [(32, 32)]),
+    "cogvlm": (ANY, ("describe", "box", *world.KINDS), [(32, 32)]),
+    "cogvlm-demo": ({1}, ("describe", "box", "colour", "shape", "size", "what"), [(32, 32)]),
+    "vicuna": (ANY, ("describe", "box", "list", *world.KINDS), []),
+    f"vicuna-steps{world.DEMO_TOWERS[1]}": ({1}, ("describe", "box", "list", *world.KINDS), []),
+    "qwen2vl-part1": (ANY, ("describe", "movie", *world.KINDS), world.SMALL_CANVASES),
+    "qwen2vl": (ANY, ("describe", "movie", "number", *world.KINDS), world.CANVASES),
+    "qwen2vl-demo": (ANY, ("describe", "what", "colour at", "shape at", "count"), world.DEMO_CANVASES),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_demo_shows_only_what_its_smaller_task_has_and_the_standard_training_all_of_it(name, trainings):
+    things, kinds, sizes, seen = set(), set(), set(), []
+
+    def watch(one):
+        for step in range(one.plan.steps // 2, one.plan.steps // 2 + 24):
+            seen.append(step)
+            for shown, turns, _ in rows_of_step(one, step):
+                asked = {kind_of(question) for question, _ in turns if question}
+                kinds.update(asked)
+                if isinstance(shown, world.Scene):  # told in words
+                    things.add(len(shown.things))
+                elif not asked & {"number", "movie"}:
+                    things.add(len(scene_in(shown).things))
+                    sizes.add(shown.shape[1::-1])
+
     watch_training(name, trainings, watch)
+    assert len(seen) == 24 and (things, kinds, sizes) == (TASKS[name][0], {*TASKS[name][1]}, {*TASKS[name][2]})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -6215,6 +6337,11 @@ def test_qwen_is_asked_about_sizes_lengths_and_scenes_that_its_training_does_not
 
     assert sizes(part1, 0, 135, 134) == {(32, 32)} and sizes(part1, 135, 145) == {*world.SMALL_CANVASES}
     assert sizes(part2, 20) == {*world.CANVASES} and part2.lr < part1.lr and part2.muon < part1.muon
+    [demo], recipe.short = recipe.demo_stages, True
+    sizes_of = lambda *steps: {shown.size for step in range(*steps) for shown, *_ in recipe.batch(demo, step)}
+    assert sizes_of(75) == {(32, 32)} and sizes_of(75, 95) == {*world.DEMO_CANVASES}
+    assert not {*world.DEMO_CANVASES} & {*world.NEW_IN_DEMO}
+    recipe.short = False
     for stage, shown in (("things", world.CANVASES), ("things of one size", [(48, 48)]), ("large movies", [(48, 48)])):
         assert sizes(replace(part1, stage=stage, batch=8), 20) == {*shown}
     shapes = lambda sizes: {width / height for width, height in sizes}
@@ -6247,17 +6374,20 @@ def test_a_number_for_qwen_is_the_same_with_fewer_tokens():
     assert world.shrink(Image.new("RGB", (96, 48)), 2).size == (32, 16)
 
 
-def test_qwen_locks_its_tower_late_in_part_1_and_weighs_kinds_by_their_samples():
+def test_qwen_locks_its_tower_late_in_part_1_and_in_a_demo_and_weighs_kinds_by_their_samples():
     recipe, model, kinds = world.Qwen2VLRecipe(), fresh("qwen2vl"), ["scene", "scene", "number", "movie"]
     part1, part2 = recipe.stages
-    samples = [(*world.qwen_sample(kind, random.Random(i), ((32, 32),)), kind) for i, kind in enumerate(kinds)]
+    rngs = map(random.Random, range(4))
+    samples = [(*world.qwen_sample(kind, rng, ((32, 32),), world.KINDS), kind) for kind, rng in zip(kinds, rngs)]
     whole, each = recipe.loss(model, samples, part2, 0)
     alone = [recipe.loss(model, part, part2, 0)[0] for part in (samples[:2], samples[2:3], samples[3:])]
     close(torch.stack([*each.values(), whole]), torch.stack([*alone, (2 * alone[0] + alone[1] + alone[2]) / 4]))
-    for step, trains in ((0, True), (539, True), (540, False), (899, False)):
-        recipe.loss(model, samples[:1], part1, step)
-        locked = {name.split(".")[0] for name, weight in model.named_parameters() if not weight.requires_grad}
-        assert locked == (set() if trains else {"vision", "merger"}), step
+    for plan, recipe.short in ((part1, False), (recipe.demo_stages[0], True)):
+        late = plan.steps * 3 // 5
+        for step, trains in ((0, True), (late - 1, True), (late, False), (plan.steps - 1, False)):
+            recipe.loss(model, samples[:1], plan, step)
+            locked = {name.split(".")[0] for name, weight in model.named_parameters() if not weight.requires_grad}
+            assert locked == (set() if trains else {"vision", "merger"}), step
 
 
 chapter("trainer")

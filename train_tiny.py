@@ -1029,7 +1029,7 @@ class Recipe:
     """
 
     module = model_class = None  # the family file, and its model
-    stages = demo_stages = ()  # the latter when somebody waits for the demo, if they differ
+    stages = demo_stages = ()  # the latter when somebody waits for the demo; if there are none, as always
     fields = ("text",)  # what a row of own data needs besides file_name
     variants, beats, ablation_steps = {}, (), 300  # {variant: changes}, (claim, better variant, worse variant)
     figures = ("questions",)  # what `measure` returns, in words; the first decides
@@ -1080,9 +1080,9 @@ class Recipe:
         until: the last stage to run; changes: see start."""
         if self.given:
             return self.given
-        self.short = demo and not self.done()
+        self.short = demo and bool(self.demo_stages) and not self.done()
         model = self.start(device, seed, **changes)
-        for plan in (self.short and self.demo_stages) or self.stages:
+        for plan in self.demo_stages if self.short else self.stages:
             if plan.stage not in skip:
                 length = plan.steps if plan.stage else steps or plan.steps
                 full = "-".join(filter(None, (name or self.family, self.short and "demo", plan.stage)))
@@ -4154,7 +4154,8 @@ def draw_resolutions(rows, file, config, wide=280, tall=240):
             cut = cut_picture(image, config.factor, max(1, 180 // max(image.size)))
             page.paste(cut, (x * wide + 8, y * tall + 8))
             pen.multiline_text((x * wide + 8, y * tall + 16 + cut.height), text, fill="black", spacing=4)
-    save_picture(page, file, "two pictures cut into their tokens, at three resolutions each")
+    what = "a picture" if len(rows) == 1 else "pictures"
+    save_picture(page, file, f"{what} cut into tokens, at three resolutions")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
