@@ -3299,7 +3299,7 @@ def ask_box(scene, rng):
         return "where is the {} {}?".format(*rng.choice(absent)), "nothing"
     thing = rng.choice(scene.things)
     asked = thing.name if rng.random() < 0.5 else refer(scene, thing)
-    return f"where is the {asked}?", f"{thing.name} {thing.size} {thing.place} {box_text(thing, 32, 32)}"
+    return f"where is the {asked}?", f"{thing.name} {thing.place} {box_text(thing, 32, 32)}"
 
 
 def cogvlm_turns(scene, rng, kinds):
@@ -3321,7 +3321,7 @@ def vicuna_turns(scene, rng):
     else:
         told = ", ".join(f"{t.colour} {t.shape} {t.size} {t.place}" for t in things)
         turns.append(("which colour has which shape?", told))
-    if rng.random() < 0.4:
+    if rng.random() < 0.15:
         turns.append(ask_box(scene, rng))
     return rng.sample(turns, len(turns))
 
@@ -3353,12 +3353,10 @@ def toy_vicuna(device="cpu", steps=None):
     model = cogvlm.ExpertDecoder(cogvlm.PRESETS["tiny"].language).to(device)
     for layer in model.layers:
         layer.vision_expert.requires_grad_(False)  # text never passes through it
-    plan = Plan("", steps or VICUNA_STEPS, 16, lr=3e-3, muon=6e-3)
+    plan = Plan("", steps or VICUNA_STEPS, 32, lr=3e-3, muon=6e-3)
 
-    def loss_of(step):
-        # Things in each scene of a step: rows are about as long. Many, since among four a guess is seldom right, so
-        # that there is more to gain from looking something up.
-        count = 1 if steps else rng_for("vicuna", step).choice((1, 2, 3, 4, 4, 4))
+    def loss_of(step):  # things in each scene of a step: rows are about as long
+        count = 1 if steps else rng_for("vicuna", step).choice((1, 2, 2, 3, 3, 4))
         scenes = [(make_scene(rng, count), rng) for rng in batch_rngs(0, ("vicuna", step), plan.batch)]
         ids, labels = vicuna_rows(scenes)
         return cogvlm.language_loss(joint(model(share(ids).to(device))), labels.to(device))
