@@ -3704,12 +3704,12 @@ def about(line):
 
 
 TRACED = {  # family -> lines, as regular expressions: ids and their words, then modules and the shapes of their outputs
-    "clip": [r"7 +258 +' a'", r"17 +498 +'<eos>'", r"vision +\[2, 17, 96\]", r"the whole model +\[2, 2\]"],
-    "vilt": [r"0 +504 +'<cls>'", r"16 +503 +'<mask>'", r"ids +\[2, 25\]", r"blocks.3 +\[2, 42, 96\]"],  # 25 + 17
-    "flamingo": [r"1 +499 +'<image>'", r"vision +\[6, 17, 96\]", r"connector +\[6, 4, 96\]"],  # three images a row
-    "cogvlm": [r"1 to 18 +499 +'<image>'", r"vision +\[2, 17, 96\]", r"adapter +\[2, 18, 96\]"],  # with boi and eoi
-    "blip2": [r"3 to 18 +499 +'<image>'", r"qformer +\[2, 16, 96\]", r"the whole model +\[2, 29, 512\]"],
-    "llava": [r"3 to 18 +499 +'<image>'", r"27 +278 +' ASSISTANT'", r"mm_projector +\[2, 16, 96\]"],
+    "clip": [r"1 +257 +' a'", r"11 +498 +'<eos>'", r"vision +\[2, 17, 96\]", r"the whole model +\[2, 2\]"],
+    "vilt": [r"0 +504 +'<cls>'", r"10 +503 +'<mask>'", r"ids +\[2, 25\]", r"blocks.3 +\[2, 42, 96\]"],  # 25 + 17
+    "flamingo": [r"2 +499 +'<image>'", r"vision +\[6, 17, 96\]", r"connector +\[6, 4, 96\]"],  # three images a row
+    "cogvlm": [r"2 to 19 +499 +'<image>'", r"vision +\[2, 17, 96\]", r"adapter +\[2, 18, 96\]"],  # with boi and eoi
+    "blip2": [r"4 to 19 +499 +'<image>'", r"qformer +\[2, 16, 96\]", r"the whole model +\[2, 29, 512\]"],
+    "llava": [r"4 to 19 +499 +'<image>'", r"27 +277 +' ASSISTANT'", r"mm_projector +\[2, 16, 96\]"],
     "qwen2vl": [r"1 to 12 +499 +'<image>'", r"vision +\[80, 96\]", r"merger +\[20, 96\]"],  # 2 x 2 patches are a token
 }
 DRAWN = {  # family -> one of the masks that it shows, row by row
@@ -3960,7 +3960,7 @@ TAUGHT = {  # family -> words that the line about it has, and words that it has 
 
 TAUGHT |= {
     ("llava", "demo"): ("red circle many describe", "where size"),
-    ("qwen2vl", "demo"): ("red circle many describe", "where size way number"),
+    ("qwen2vl", "demo"): ("red circle size describe", "where many way number"),
 }
 
 
@@ -4063,17 +4063,17 @@ def test_the_place_that_a_question_is_about():
                 assert place == (asked[0][8:-1] if kind == "what" else None), asked
 
 
-EXAMPLES = {  # family, is there a standard training? -> the kinds of its examples
+ASKED_IN_DEMOS = {  # family, is there a standard training? -> the kinds of its examples
     ("llava", False): (*world.PLACE_KINDS, "what", "colour at", "shape at"),
     ("llava", True): world.KINDS,
     ("cogvlm", False): ("box",) * 4 + ("colour", "shape", "size", "what"),
     ("cogvlm", True): ("box",) * 4 + world.PLACE_KINDS,
-    ("qwen2vl", False): (*world.PLACE_KINDS, "what", "colour at"),
+    ("qwen2vl", False): ("colour", "shape", "size", "what", "colour", "shape"),
     ("qwen2vl", True): world.KINDS[:6],
 }
 
 
-@pytest.mark.parametrize("family, done", EXAMPLES)
+@pytest.mark.parametrize("family, done", ASKED_IN_DEMOS)
 def test_examples_of_a_demo_are_each_of_another_kind(family, done, untrained, monkeypatch, capsys):
     """Of the kinds that were taught, and what is counted below them too. Here all are answered rightly."""
     shown = []
@@ -4088,14 +4088,14 @@ def test_examples_of_a_demo_are_each_of_another_kind(family, done, untrained, mo
     typed(family, "--demo")()
     out = capsys.readouterr().out.split("the same picture")[0]
     asked = shown[1]  # after the first three of them, which the untrained model is asked
-    assert tuple(kind_of(text) for text, _ in asked) == EXAMPLES[family, done]
+    assert tuple(kind_of(text) for text, _ in asked) == ASKED_IN_DEMOS[family, done]
     if family == "cogvlm":
         boxes, asked = asked[:4], asked[4:]
         assert out.count("(IoU 1.00)") == 4
         for names in (world.SHAPES, world.PLACES):
             assert len({name for name in names for _, box in boxes if name in box}) == 4
     [many] = [texts for texts in shown if len(texts) == 12 and kind_of(texts[0][0]) != "box"]
-    taught = {*EXAMPLES[family, done]} - {"box"} if not done else {*world.KINDS}
+    taught = {*ASKED_IN_DEMOS[family, done]} - {"box"} if not done else {*world.KINDS}
     assert {kind_of(text) for text, _ in many} <= taught
     assert out.count("(right)") >= len(asked) and "wrong" not in out and "its attention" not in out
     if family == "qwen2vl":
@@ -4238,7 +4238,7 @@ def test_a_patch_is_as_important_as_the_similarity_lost_without_it():
 
 DEMOS = {  # family -> what is said, in this order, and the size of the picture
     "clip": (r"before training, the right text .*after training, for \d+%.*(\n( +-?\d+\.\d){4}){4}\n", (596, 596)),
-    "vilt": (r"random weights \d+%.*after training, \d+%; with a wrong image.* yellow +triangle +blue", (728, 280)),
+    "vilt": (r"random weights \d+%.*after training, \d+%; with a wrong image.* yellow +triangle", (728, 280)),
     "flamingo": (r"bit-identical\? True.*after training, \d+% of the new names.*identical: 100%", (760, 396)),
     "cogvlm": (r"before training.*after training.*\d+% are.*: of ([\d,]+) logits \1 are bit-identical", (796, 584)),
     "blip2": (
@@ -4267,15 +4267,14 @@ def test_a_demo_says_what_it_shows_and_draws_it(family, done, untrained, runs, m
     out = capsys.readouterr().out
     assert re.search(DEMOS[family][0], out, re.DOTALL), out
     assert (f"python train_tiny.py {family}" in out) == (not done and family != "clip"), "which shows more"
-    assert Image.open(runs / family / "demo.png").size == (
-        (840, 240) if (family, done) == ("qwen2vl", False) else DEMOS[family][1]
-    )
+    smaller = {("qwen2vl", False): (840, 240), ("vilt", False): (728, 144)}
+    assert Image.open(runs / family / "demo.png").size == smaller.get((family, done), DEMOS[family][1])
     scenes = [scene for scene in shown if isinstance(scene, world.Scene) and len(scene.things) > 1]
     if not done and family in ("vilt", "blip2", "cogvlm"):  # what they were not taught is not shown
-        assert max((len(scene.things) for scene in scenes), default=1) == (1 if family == "cogvlm" else 2)
+        assert max((len(scene.things) for scene in scenes), default=1) == (2 if family == "blip2" else 1)
     splits = {scene.split for scene in scenes if not {thing.pair for thing in scene.things} & {*world.UNSEEN_PAIRS}}
-    few = family == "flamingo" or (family, done) == ("cogvlm", False)  # one thing in each
-    assert splits == (set() if few else {"validation"} | ({"train"} if family == "qwen2vl" else set()))
+    few = family == "flamingo" or not done and family in ("cogvlm", "vilt", "qwen2vl")  # one thing in each
+    assert splits == (set() if few else {"validation"}) | ({"train"} if family == "qwen2vl" else set())
     if family == "blip2":
         numbers = re.search("look in the first image.*\n((?:.*\n){4})", out)[1]  # 4 x 4 patches
         assert sorted(map(int, re.findall(r"\d+", numbers))) == list(range(16)), "each query once"
@@ -4283,8 +4282,7 @@ def test_a_demo_says_what_it_shows_and_draws_it(family, done, untrained, runs, m
 
 @pytest.mark.skipif("CI" not in os.environ and "SLOW" not in os.environ, reason="trains for minutes; set SLOW=1")
 @pytest.mark.parametrize("family, least", [
-    ("clip", 90), ("vilt", 60), ("flamingo", 60), ("llava", 75), ("qwen2vl", 45),
-    ("cogvlm", 44), ("blip2", 30),  # whose towers take most of the time that a demo has
+    ("clip", 90), ("vilt", 65), ("flamingo", 60), ("llava", 90), ("qwen2vl", 75), ("cogvlm", 80), ("blip2", 75),
 ])  # fmt: skip
 def test_a_demo_trains_and_answers(tmp_path_factory, family, least):
     folder = tmp_path_factory.getbasetemp()  # one for all of them, which share towers
@@ -4296,7 +4294,8 @@ def test_a_demo_trains_and_answers(tmp_path_factory, family, least):
     assert (folder / "runs" / family / "demo.png").exists()
     if family == "clip":  # trained already: only the claims are measured
         done = run(str(ROOT / "train_tiny.py"), "clip", cwd=folder)
-        assert done.returncode == 0 and done.stdout.count("| holds |") == 3, done.stdout
+        verdicts = re.findall(r"\| (holds|does not hold) +\|", done.stdout)
+        assert len(verdicts) == 3 and done.returncode == ("does not hold" in verdicts), done.stdout
 
 
 # Published checkpoints, end to end: config.json, tensors in several files, tokenizer.json, the processor's own file,
@@ -5903,7 +5902,7 @@ def test_what_a_step_shows_is_true_and_its_labels_are_the_answers(name, family, 
 ANY = {1, 2, 3, 4}
 TASKS = {  # training -> how many things the scenes have, the kinds of what is asked, and the sizes of the scenes
     "vilt": (ANY, (), [(32, 32)]),
-    "vilt-demo": ({1, 2}, (), [(32, 32)]),
+    "vilt-demo": ({1}, (), [(32, 32)]),
     "blip2-stage1": (ANY, ("describe",), [(32, 32)]),
     "blip2": (ANY, ("describe",), [(32, 32)]),
     "blip2-demo-stage1": ({1, 2}, ("describe",), [(32, 32)]),
@@ -5916,7 +5915,7 @@ TASKS = {  # training -> how many things the scenes have, the kinds of what is a
     f"vicuna-steps{world.DEMO_TOWERS[1]}": ({1}, ("describe", "box", "list", *world.KINDS), []),
     "qwen2vl-part1": (ANY, ("describe", "movie", *world.KINDS), world.SMALL_CANVASES),
     "qwen2vl": (ANY, ("describe", "movie", "number", *world.KINDS), world.CANVASES),
-    "qwen2vl-demo": (ANY, ("describe", "what", "colour at", "shape at", "count"), world.DEMO_CANVASES),
+    "qwen2vl-demo": ({1}, ("describe", *world.KINDS[:4]), world.DEMO_CANVASES),
 }
 
 
@@ -6378,7 +6377,7 @@ def test_qwen_locks_its_tower_late_in_part_1_and_in_a_demo_and_weighs_kinds_by_t
     recipe, model, kinds = world.Qwen2VLRecipe(), fresh("qwen2vl"), ["scene", "scene", "number", "movie"]
     part1, part2 = recipe.stages
     rngs = map(random.Random, range(4))
-    samples = [(*world.qwen_sample(kind, rng, ((32, 32),), world.KINDS), kind) for kind, rng in zip(kinds, rngs)]
+    samples = [(*world.qwen_sample(kind, rng, ((32, 32),)), kind) for kind, rng in zip(kinds, rngs)]
     whole, each = recipe.loss(model, samples, part2, 0)
     alone = [recipe.loss(model, part, part2, 0)[0] for part in (samples[:2], samples[2:3], samples[3:])]
     close(torch.stack([*each.values(), whole]), torch.stack([*alone, (2 * alone[0] + alone[1] + alone[2]) / 4]))
