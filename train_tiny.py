@@ -2924,14 +2924,14 @@ def one_thing(rng, shape, pairs):
     return Scene((thing,), background([thing], rng))
 
 
-def episode(rng, shots, ways=WAYS, split="train"):
+def episode(rng, shots, ways=WAYS, split="train", pairs=None):
     """[(scene, name)]: `shots` examples of what invented names mean, and one more to be named. A name means a shape,
     and in the next episode another one: only the examples tell which. Other splits than "train" have names
-    never used in training, and the scene to be named shows a colour-shape pair never drawn in it."""
+    never used in training, and the scene to be named shows a colour-shape pair never drawn in it, or one of `pairs`."""
     shapes, names = rng.sample(SHAPES, ways), invented_names(rng, ways, split)
     *examples, asked = in_turn(rng, shots, ways)
     scenes = [(one_thing(rng, shapes[i], SEEN_PAIRS), names[i]) for i in examples]
-    last = one_thing(rng, shapes[asked], SEEN_PAIRS if split == "train" else UNSEEN_PAIRS)
+    last = one_thing(rng, shapes[asked], pairs or (SEEN_PAIRS if split == "train" else UNSEEN_PAIRS))
     return [*scenes, (last, names[asked])]
 
 
@@ -3056,8 +3056,8 @@ class FlamingoRecipe(Recipe):
     def few_shot(self, model, shots, count=400):
         """The share of episodes of this many examples whose last scene is given its name, letter by letter; and the
         same share of those in which an example has shown its kind (of WAYS kinds, k examples show k)."""
-        rng = rng_for("few shot", shots)
-        episodes = [episode(rng, shots, split=self.split) for _ in range(count)]
+        rng, pairs = rng_for("few shot", shots), SEEN_PAIRS if self.short else None
+        episodes = [episode(rng, shots, split=self.split, pairs=pairs) for _ in range(count)]
         right = [text == one[-1][1] for text, one in zip(self.answers(model, episodes), episodes)]
         told = [r for r, one in zip(right, episodes) if one[-1][1] in [name for _, name in one[:-1]]]
         return sum(right) / count, sum(told) / max(1, len(told))
@@ -3152,8 +3152,9 @@ class FlamingoRecipe(Recipe):
         self.explain(model, images, prompts)
 
     def demo(self, args):
-        rng, config = rng_for("flamingo demo"), flamingo.PRESETS["tiny"]
-        episodes = [episode(rng, 5, split="validation") for _ in range(4)]
+        self.short = not self.done()
+        rng, config, pairs = rng_for("flamingo demo"), flamingo.PRESETS["tiny"], SEEN_PAIRS if self.short else None
+        episodes = [episode(rng, 5, split="validation", pairs=pairs) for _ in range(4)]
         first, (asked, _) = episodes[0][:-1], episodes[0][-1]
         row = "".join(f"<image> {name}<|endofchunk|>" for _, name in first) + "<image>"
         say(f"In goes an interleaved row, images of 32 x 32 pixels as {config.resampler.latents} latents beside it:")
@@ -3171,7 +3172,7 @@ class FlamingoRecipe(Recipe):
         said = self.answers(model, episodes[:3])
         say(f"    and so it says: {', '.join(map(repr, said))}")
         model = self.train(args.device, demo=True)
-        say("\nwhat a name means differs from row to row; these names, and what is asked about were never in training:")
+        say("\nwhat a name means differs from row to row; none of these names was in training:")
         said = self.answers(model, episodes)
         for one, word in zip(episodes, said):
             shown = ", ".join(f"[{scene.things[0].name}] {name}" for scene, name in one[:-1])
@@ -3186,7 +3187,10 @@ class FlamingoRecipe(Recipe):
         say("the examples tell " + "".join(f"{share:>8.0%}" for share in ceiling))
         say(f"after training, {curve[-1]:.0%} of the new names are learned from 8 examples")
         if self.short:
-            say("(this model had part of the training; after python train_tiny.py flamingo the demo shows all of it)")
+            say(
+                "(after python train_tiny.py flamingo, which is longer, the demo asks about colour-shape pairs that were"
+            )
+            say("never drawn in training)")
         log = [json.loads(line) for line in (model.folder / "log.jsonl").read_text().splitlines()]
         gates = [name for name in log[0] if "gate" in name]
         say("how far the gates are open, |tanh(alpha)|:\n    step " + "".join(f"{name:>13}" for name in gates))
