@@ -3187,9 +3187,7 @@ class FlamingoRecipe(Recipe):
         say("the examples tell " + "".join(f"{share:>8.0%}" for share in ceiling))
         say(f"after training, {curve[-1]:.0%} of the new names are learned from 8 examples")
         if self.short:
-            say(
-                "(after python train_tiny.py flamingo, which is longer, the demo asks about colour-shape pairs that were"
-            )
+            say("(after python train_tiny.py flamingo the demo asks about colour-shape pairs that were")
             say("never drawn in training)")
         log = [json.loads(line) for line in (model.folder / "log.jsonl").read_text().splitlines()]
         gates = [name for name in log[0] if "gate" in name]
