@@ -4296,6 +4296,8 @@ def test_a_demo_trains_and_answers(tmp_path_factory, family, least):
         done = run(str(ROOT / "train_tiny.py"), "clip", cwd=folder)
         verdicts = re.findall(r"\| (holds|does not hold) +\|", done.stdout)
         assert len(verdicts) == 3 and done.returncode == ("does not hold" in verdicts), done.stdout
+        if done.returncode:
+            pytest.xfail("CLIP's demo is as it should be, but not all of its claims hold after 300 steps")
 
 
 # Published checkpoints, end to end: config.json, tensors in several files, tokenizer.json, the processor's own file,

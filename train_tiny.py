@@ -70,6 +70,7 @@ COLOURS = {  # that show on dark backgrounds and, but for white, on light ones
     "purple": (175, 70, 205),
     "white": (250, 250, 250),
 }
+DARK, LIGHT = range(0, 60), range(200, 256)  # grey levels of backgrounds
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = {"small": 0.30, "large": 0.42}  # side, as a fraction of the canvas's shorter side; below a half
 JITTER = 0.25  # 1: anywhere in its quarter of the canvas; 0: always in the middle
@@ -138,7 +139,7 @@ def split_of(content):
 def background(things, rng):
     """A grey level on which these things show: dark or, if none of them is white, light."""
     dark = rng.random() < 0.5 or any(thing.colour == "white" for thing in things)
-    return rng.randrange(0, 60) if dark else rng.randrange(200, 256)
+    return rng.choice(DARK if dark else LIGHT)
 
 
 def place_thing(pair, size, place, rng):
@@ -176,7 +177,7 @@ def change_one(scene, rng, split="train"):
         new = replace(old, **{key: rng.choice(values)})
         things = scene.things[:which] + (new,) + scene.things[which + 1 :]
         other = replace(scene, things=things)
-        shows = new.colour != "white" or scene.grey < 60
+        shows = new.colour != "white" or scene.grey in DARK
         other_pairs = {t.pair for t in things if t is not new}
         if new != old and shows and new.pair in SEEN_PAIRS and new.pair not in other_pairs:
             if split in (other.split, "any"):
@@ -269,7 +270,7 @@ def draw_number(text, width=32, height=32, grey=20):
         for i in range(15):
             if GLYPHS[digit] >> (14 - i) & 1:
                 x, y = left + scale * (4 * n + i % 3), top + scale * (i // 3)
-                pen.rectangle((x, y, x + scale - 1, y + scale - 1), fill=(250,) * 3 if grey < 60 else (10,) * 3)
+                pen.rectangle((x, y, x + scale - 1, y + scale - 1), fill=(250,) * 3 if grey in DARK else (10,) * 3)
     return image
 
 
@@ -2262,7 +2263,7 @@ class ViLTRecipe(Recipe):
             say("shows those of up to four)")
         wrong = self.recovered(model, holes, wrong_image=True)
         say(f"after training, {self.recovered(model, holes):.0%}; with a wrong image beside the text, {wrong:.0%}")
-        say("\nhidden words of images it has never seen:")
+        say("\nhidden words of new images:")
         hidden_word = lambda rng, key: masked_words(rng, 1, keys=(key,), **few)[0]
         for shown, text, word, _ in one_of_each(("colour", "shape", "place", "size"), hidden_word, "vilt demo"):
             said = self.respond(model, draw(shown), text)
@@ -3503,7 +3504,7 @@ class CogVLMRecipe(Recipe):
         said = self.answers(untrained, asked[:3], 40)
         say(f"before training it says: {', '.join(repr(text[:24]) for text in said)}")
         model, pictures = self.train(args.device, demo=True), []
-        say("\nafter training, about images it has never seen:")
+        say("\nafter training, about new images:")
         for (scene, question, right), text in zip(asked, self.answers(model, asked, 40)):
             true, found = cogvlm.parse_box(right), cogvlm.parse_box(text)
             verdict = self.verdict(model, scene, draw(scene), question, text, right)
