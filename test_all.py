@@ -5778,9 +5778,8 @@ def test_the_first_loss_is_what_the_recipe_says_and_all_that_trains_has_a_gradie
     def watch(one):
         loss = one.loss_of(0)[0]
         loss.backward()
-        on_top = 0.6 * (name == "vilt")  # ViLT's WPA
-        # EVA: a tower of random weights tells light pictures from dark ones, and all texts are nearer to one kind
-        tolerance = {"flamingo": 1e-5, "eva": 0.45}.get(name, 0.3)
+        # ViLT's WPA; and EVA's random features differ so much from picture to picture that their similarities do too
+        on_top, tolerance = {"vilt": 0.6, "eva": 0.4}.get(name, 0), 1e-5 if name == "flamingo" else 0.3
         assert loss.item() - on_top == pytest.approx(one.expected[1], abs=tolerance)
         assert one.trains == {name: weight.grad is not None for name, weight in one.model.named_parameters()}
 
