@@ -6390,6 +6390,23 @@ def test_qwen_locks_its_tower_late_in_part_1_and_in_a_demo_and_weighs_kinds_by_t
             assert locked == (set() if trains else {"vision", "merger"}), step
 
 
+def test_the_only_thing_of_a_picture_is_guessed_by_the_commonest_box_not_by_finding_it():
+    asked = world.box_questions(random.Random(0), 60, things=1, split="any")
+    boxes = [cogvlm.parse_box(answer) for *_, answer in asked]
+    most = max(sum(cogvlm.box_iou(box, other) >= 0.5 for other in boxes) for box in boxes)
+    assert world.guess_box(asked) == most / 60 < 0.6
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_flamingos_demo_asks_about_pairs_of_training_and_its_claims_about_others(short, monkeypatch):
+    recipe, shown = world.FlamingoRecipe(), []
+    monkeypatch.setattr(recipe, "answers", lambda model, episodes: shown.extend(episodes) or ["?"] * len(episodes))
+    recipe.short = short
+    recipe.few_shot(None, 4, 30)
+    last = {one[-1][0].things[0].pair for one in shown}
+    assert len(shown) == 30 and last <= {*(world.SEEN_PAIRS if short else world.UNSEEN_PAIRS)}
+
+
 chapter("trainer")
 
 
